@@ -1,0 +1,205 @@
+"""Shared ground of the tests: a folder to train on, a base model of headers, and a way to run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from PIL import Image
+
+import train_lora
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "train_lora.py"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished run of the program."""
+
+    code: int
+    lines: list[Record]
+    stdout: bytes
+    stderr: str
+
+    @property
+    def last(self) -> Record:
+        """The terminal line."""
+        return self.lines[-1]
+
+
+def run_program(*arguments: object, cwd: Path, stdin: bytes = b"", **environment: str) -> Ended:
+    """Run train_lora.py as a host does, hold its lines against the contract, and return them."""
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=120,
+        check=False,
+    )
+    lines = [json.loads(line, parse_constant=refuse) for line in done.stdout.splitlines()]
+    check_stream(done.stdout)
+    return Ended(done.returncode, lines, done.stdout, done.stderr.decode())
+
+
+def refuse(constant: str) -> None:
+    """Fail on NaN and Infinity, which are not JSON."""
+    raise AssertionError(constant)
+
+
+EVENT_VALIDATOR = jsonschema.Draft7Validator(train_lora.event_schema())
+
+
+def check_stream(stdout: bytes) -> None:
+    """Hold a whole stream against what the contract promises of every stream."""
+    assert stdout.endswith(b"\n")
+    lines = stdout.splitlines(keepends=True)
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert all(len(line) <= 4096 and line.isascii() for line in lines)
+    assert [record["seq"] for record in records] == list(range(1, len(records) + 1))
+    for record in records:
+        EVENT_VALIDATOR.validate(record)
+    assert [is_terminal(record) for record in records] == [False] * (len(records) - 1) + [True]
+
+
+def is_terminal(record: Record) -> bool:
+    """Tell whether nothing may follow this line."""
+    if record["type"] == "info":
+        return bool(record["topic"] == "valid")
+    return record["type"] in ("complete", "interrupted", "error")
+
+
+class Recorder:
+    """An emitter's listener that keeps every record."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.records: list[Record] = []
+
+    def __call__(self, record: Record) -> None:
+        """Keep one."""
+        self.records.append(record)
+
+    def of_type(self, name: str) -> list[Record]:
+        """Return the records of one type."""
+        return [record for record in self.records if record["type"] == name]
+
+    def codes(self) -> list[str]:
+        """Return the codes of all warnings, in order."""
+        return [record["code"] for record in self.of_type("warning")]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """Provide a listener that keeps every record."""
+    return Recorder()
+
+
+@pytest.fixture
+def events(recorder: Recorder) -> train_lora.Emitter:
+    """Provide an emitter whose records the recorder keeps."""
+    return train_lora.Emitter(recorder)
+
+
+@pytest.fixture
+def stop() -> train_lora.StopRequest:
+    """Provide a stop request that nobody has made."""
+    return train_lora.StopRequest()
+
+
+def write_image(path: Path, size: tuple[int, int] = (64, 48), **options: Any) -> Path:
+    """Write a picture that is not of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient("L").resize(size).convert("RGB").save(path, **options)
+    return path
+
+
+def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """Write a safetensors file of zeros in half precision, byte for byte by the format."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    return path
+
+
+def write_json(path: Path, content: object) -> Path:
+    """Write a JSON file, with its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+
+
+def write_model(folder: Path, family: str = "sd1", **unet: Any) -> Path:
+    """Write a diffusers folder with all the headers and structure of a family, and no sense."""
+    config: Record = {"in_channels": 4, "sample_size": 64, "cross_attention_dim": 8}
+    config["use_linear_projection"] = family != "sd1"
+    if family == "sdxl":
+        config |= {"addition_embed_type": "text_time", "sample_size": 128}
+    names = [f"{BLOCK}.attn{a}.to_{p}.weight" for a in (1, 2) for p in ("q", "k", "v", "out.0")]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (8, 8))
+    shapes["conv_in.weight"] = (8, 4, 3, 3)
+    prediction = "v_prediction" if family == "sd2" else "epsilon"
+    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    write_json(folder / "unet" / "config.json", config | unet)
+    write_json(folder / "scheduler" / "scheduler_config.json", {"prediction_type": prediction})
+    write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", shapes)
+    write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"w": (4, 4)})
+    for encoder in ["text_encoder"] + ["text_encoder_2"] * (family == "sdxl"):
+        write_safetensors(folder / encoder / "model.safetensors", {"w": (4, 4)})
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """Provide a folder with three images, a base model and a valid config."""
+    for number in (1, 2, 10):
+        write_image(tmp_path / "data" / f"image{number}.png", (320, 300))
+    write_model(tmp_path / "model")
+    write_config(tmp_path)
+    return tmp_path
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """Write config.json for a workspace; a change to None removes the key."""
+    config = {
+        "dataset_path": "data",
+        "base_model": "model",
+        "output_path": "out",
+        "trigger_words": ["zkb"],
+        **changes,
+    }
+    kept = {key: value for key, value in config.items() if value is not None}
+    return write_json(folder / "config.json", kept)
+
+
+@pytest.fixture
+def in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Provide the workspace and make it the current folder."""
+    monkeypatch.chdir(workspace)
+    return workspace
+
+
+def load_config(**changes: Any) -> train_lora.TrainingConfig:
+    """Load a config from the current folder, with changes."""
+    return train_lora.TrainingConfig.from_json(write_config(Path.cwd(), **changes))

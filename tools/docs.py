@@ -1,0 +1,145 @@
+"""Rewrite event_schema.json and the README's tables from the code and the config schema.
+
+python -m tools.docs            write them
+python -m tools.docs --check    only tell whether they are up to date
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import train_lora
+
+ROOT = Path(train_lora.__file__).resolve().parent
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Lay out a Markdown table."""
+    lines = [list(head), ["---" for _ in head], *map(list, rows)]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def config_table() -> str:
+    """List every knob with its default, its values and its meaning."""
+    schema = train_lora.config_schema()
+    required = {name: schema["properties"][name] for name in schema["required"]}
+    rows = [
+        [
+            f"`{name}`",
+            f"`{json.dumps(knob['default'])}`" if "default" in knob else "required",
+            train_lora.describe_values(knob),
+            f"{knob['description']} {knob['hint']}",
+        ]
+        for name, knob in (required | train_lora.knobs()).items()
+    ]
+    return table(["knob", "default", "values", "meaning"], rows)
+
+
+def describe_fields(cls: type) -> str:
+    """List the fields of an event or of a topic with their meanings."""
+    fields = train_lora.payload_types(cls)
+    return "; ".join(f"`{name}`: {get_args(hint)[1]}" for name, hint in fields.items())
+
+
+def event_table() -> str:
+    """List every type of line."""
+    rows = [
+        [f"`{cls.type()}`", cls.__doc__ or "", describe_fields(cls)] for cls in train_lora.EVENTS
+    ]
+    return table(["type", "when", "fields"], rows)
+
+
+def topic_table() -> str:
+    """List every topic of the info lines."""
+    rows = [
+        [f"`{facts.topic()}`", facts.__doc__ or "", describe_fields(facts)]
+        for facts in train_lora.FACTS
+    ]
+    return table(["topic", "what it tells", "fields of `data`"], rows)
+
+
+def code_table(codes: type[train_lora.Code]) -> str:
+    """List every code with its meaning and what to do."""
+    return table(
+        ["code", "meaning", "what to do"], [[f"`{c.word}`", c.meaning, c.hint] for c in codes]
+    )
+
+
+def exit_table() -> str:
+    """List the exit codes."""
+    stopped: dict[int, list[str]] = {}
+    for reason, code in train_lora.EXIT_CODES.items():
+        stopped.setdefault(code, []).append(f"`{reason}`")
+    rows = [
+        ["0", "`complete`, or `--validate-only` found nothing wrong"],
+        ["1", "`error`; its `code` says which"],
+        ["2", "wrong command line; usage on stderr, nothing on stdout"],
+        *(
+            [str(code), "`interrupted` by " + ", ".join(why)]
+            for code, why in sorted(stopped.items())
+        ),
+    ]
+    return table(["exit code", "meaning"], rows)
+
+
+def blocks() -> dict[str, str]:
+    """Make every generated block of the README."""
+    return {
+        "config": config_table(),
+        "events": event_table(),
+        "topics": topic_table(),
+        "errors": code_table(train_lora.ErrorCode),
+        "warnings": code_table(train_lora.WarningCode),
+        "exits": exit_table(),
+    }
+
+
+def generated() -> dict[Path, str]:
+    """Make the new text of every generated file."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, text in blocks().items():
+        begin, end = f"<!-- {name}: generated -->", f"<!-- /{name} -->"
+        before, _, rest = readme.partition(begin)
+        _, mark, after = rest.partition(end)
+        if not mark:
+            raise SystemExit(f"README.md lacks the block {begin} … {end}")
+        readme = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    schema = as_json(train_lora.event_schema())
+    return {ROOT / "README.md": readme, ROOT / "event_schema.json": schema}
+
+
+def as_json(document: Any) -> str:
+    """Lay out a JSON file for readers."""
+    return json.dumps(document, indent=2) + "\n"
+
+
+def stale() -> dict[Path, str]:
+    """Find the files whose text differs from what the code says."""
+    return {
+        path: text
+        for path, text in generated().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
+
+
+def main() -> int:
+    """Write or check the generated files."""
+    found = stale()
+    if "--check" in sys.argv[1:]:
+        for path in found:
+            sys.stderr.write(f"{path.name} is stale; run: make docs\n")
+        return 1 if found else 0
+    for path, text in found.items():
+        path.write_text(text, encoding="utf-8")
+        sys.stderr.write(f"wrote {path.name}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
