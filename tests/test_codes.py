@@ -1,0 +1,185 @@
+"""Every code a host may meet is reached by a real run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    PROGRAM,
+    Record,
+    check_stream,
+    run_program,
+    write_config,
+    write_model,
+    write_safetensors,
+)
+
+import train_lora
+from train_lora import ErrorCode, WarningCode
+
+Scene = Callable[[Path], list[Record]]
+
+
+def configured(*arguments: str, **changes: Any) -> Scene:
+    """Set a scene in which the config alone is out of the ordinary."""
+
+    def play(folder: Path) -> list[Record]:
+        write_config(folder, **changes)
+        return play_it(folder, *arguments)
+
+    return play
+
+
+def play_it(folder: Path, *arguments: str, **environment: str) -> list[Record]:
+    """Run a preflight, or with arguments of one's own something else; return its lines."""
+    command = ("--config", "config.json", *(arguments or ("--validate-only",)))
+    return run_program(*command, cwd=folder, stdin=b"", **environment).lines
+
+
+def prepared(prepare: Callable[[Path], object], *arguments: str, **changes: Any) -> Scene:
+    """Set a scene in which files are out of the ordinary, and maybe the config."""
+
+    def play(folder: Path) -> list[Record]:
+        prepare(folder)
+        return configured(*arguments, **changes)(folder)
+
+    return play
+
+
+def write_text(name: str, text: str) -> Callable[[Path], object]:
+    """Put a text file into the workspace."""
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def truncate_config(folder: Path) -> list[Record]:
+    """Cut the config short."""
+    (folder / "config.json").write_text('{"dataset_path": "da', encoding="utf-8")
+    return play_it(folder)
+
+
+def remove_images(folder: Path) -> None:
+    """Leave an empty dataset."""
+    shutil.rmtree(folder / "data")
+    (folder / "data").mkdir()
+
+
+def write_inpainting_model(folder: Path) -> None:
+    """Make the base model one that repairs pictures."""
+    write_model(folder / "model", in_channels=9)
+
+
+def damage_model(folder: Path) -> None:
+    """Append a byte to a file of the base model."""
+    path = write_safetensors(folder / "model" / "text_encoder" / "model.safetensors", {"w": (4,)})
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def hold_output(folder: Path) -> list[Record]:
+    """Preflight while the output folder is in use."""
+    with train_lora.claimed(folder / "out"):
+        return play_it(folder)
+
+
+def take_package_away(folder: Path) -> list[Record]:
+    """Run where a package is not installed."""
+    text = 'raise ModuleNotFoundError("No module named jsonschema", name="jsonschema")'
+    write_text("jsonschema.py", text)(folder)
+    return play_it(folder, PYTHONPATH=str(folder))
+
+
+def take_schema_away(folder: Path) -> list[Record]:
+    """Run a copy of the program that was taken without the schema beside it."""
+    shutil.copy(PROGRAM, folder / "vendored.py")
+    command = [sys.executable, "vendored.py", "--config", "config.json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=False)
+    check_stream(done.stdout)
+    return [train_lora.parse_json(line)[0] for line in done.stdout.decode().splitlines()]
+
+
+def name_folder_like_image(folder: Path) -> None:
+    """Put a folder where an image would be."""
+    (folder / "data" / "x.png").mkdir()
+
+
+def obstruct_mirror(folder: Path) -> None:
+    """Put a folder where the run keeps its events."""
+    (folder / "out" / "events.jsonl").mkdir(parents=True)
+
+
+ERRORS: dict[ErrorCode, Scene] = {
+    ErrorCode.CONFIG_NOT_FOUND: lambda folder: play_it(folder, "--config", "gone.json"),
+    ErrorCode.CONFIG_NOT_JSON: truncate_config,
+    ErrorCode.CONFIG_INVALID: configured(lora_rank=0),
+    ErrorCode.CONFIG_CONFLICT: configured(output_path="data"),
+    ErrorCode.DATASET_NOT_FOUND: configured(dataset_path="gone"),
+    ErrorCode.DATASET_EMPTY: prepared(remove_images),
+    ErrorCode.CAPTIONS_MISSING: configured(trigger_words=[]),
+    ErrorCode.MODEL_NOT_FOUND: configured(base_model="gone"),
+    ErrorCode.MODEL_UNSUPPORTED: prepared(write_inpainting_model),
+    ErrorCode.MODEL_DAMAGED: prepared(damage_model),
+    ErrorCode.OUTPUT_UNUSABLE: configured(output_path="config.json"),
+    ErrorCode.OUTPUT_BUSY: hold_output,
+    ErrorCode.DISK_FULL: configured(
+        steps=10**9, checkpoint_steps=1, validation_steps=1, resolution=2048
+    ),
+    ErrorCode.PACKAGE_MISSING: take_package_away,
+    ErrorCode.INTERNAL_ERROR: take_schema_away,
+}
+
+WARNINGS: dict[WarningCode, Scene] = {
+    WarningCode.CONFIG_VALUE_TWICE: configured(seed=1, training_params={"seed": 2}),
+    WarningCode.LEARNING_RATE_LOW: configured(learning_rate=5e-6),
+    WarningCode.RESOLUTION_UNUSUAL: configured(resolution=2048),
+    WarningCode.TRIGGER_WORDS_EMPTY: configured(trigger_words=[]),
+    WarningCode.IMAGE_SKIPPED: prepared(write_text("data/x.png", "no image")),
+    WarningCode.FOLDER_SKIPPED: prepared(name_folder_like_image),
+    WarningCode.IMAGES_SMALL: configured(resolution=512),
+    WarningCode.CAPTION_UNUSABLE: prepared(write_text("data/image1.txt", "")),
+    WarningCode.METADATA_LINE_REFUSED: prepared(write_text("data/metadata.jsonl", "no JSON")),
+    WarningCode.MODEL_NOT_CACHED: configured(base_model="some-body/that-is-not-cached"),
+    WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),
+}
+
+
+@pytest.mark.parametrize("code", ERRORS, ids=lambda code: code.word)
+def test_every_error_code_is_the_last_line_of_some_run(workspace: Path, code: ErrorCode) -> None:
+    """Each with a hint, and with at least one problem where input is to blame."""
+    last = ERRORS[code](workspace)[-1]
+    assert (last["type"], last["code"]) == ("error", code.word)
+    assert last["hint"]
+    assert last["message"]
+
+
+@pytest.mark.parametrize("code", WARNINGS, ids=lambda code: code.word)
+def test_every_warning_code_is_given_in_some_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, code: WarningCode
+) -> None:
+    """And the same run goes on after it."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(workspace / "cache"))
+    lines = WARNINGS[code](workspace)
+    given = [n for n, line in enumerate(lines) if line["type"] == "warning"]
+    assert code.word in [lines[n]["code"] for n in given]
+    assert lines[-1]["type"] != "warning"
+
+
+@pytest.mark.parametrize(
+    ("cases", "codes"), [(ERRORS, ErrorCode), (WARNINGS, WarningCode)], ids=["errors", "warnings"]
+)
+def test_the_table_holds_every_code(
+    cases: dict[train_lora.Code, Scene], codes: type[train_lora.Code]
+) -> None:
+    """A new code comes with a run that reaches it."""
+    assert set(cases) == set(codes)
+
+
+@pytest.mark.parametrize("codes", [ErrorCode, WarningCode])
+def test_every_code_has_words_of_its_own(codes: type[train_lora.Code]) -> None:
+    """Equal values would make two members of an enum one."""
+    assert len(codes.__members__) == len(list(codes))
+    assert all(code.word.islower() and code.meaning and code.hint for code in codes)
