@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+# Two test processes share the cores; torch's own threads would only get in their way.
+export OMP_NUM_THREADS := 1
+
 .PHONY: check fix test test-slow docs clean
 
 check: $(READY)

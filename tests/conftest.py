@@ -203,3 +203,20 @@ def in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def load_config(**changes: Any) -> train_lora.TrainingConfig:
     """Load a config from the current folder, with changes."""
     return train_lora.TrainingConfig.from_json(write_config(Path.cwd(), **changes))
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Provide a folder with six images of different content."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("ground")
+    for number in range(6):
+        path, size = folder / "data" / f"{number}.png", (256 + 40 * number, 256)
+        upright = Image.linear_gradient("L")
+        lying = upright.transpose(Image.Transpose.ROTATE_90)
+        path.parent.mkdir(exist_ok=True)
+        turned = Image.radial_gradient("L").rotate(10 * number)
+        Image.merge("RGB", (upright, lying, turned)).resize(size).save(path)
+    return folder

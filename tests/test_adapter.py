@@ -1,0 +1,511 @@
+"""Adapter and optimizer: what learns, how far an update goes, and what is never touched."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers.optimization
+import peft  # noqa: F401, looks for bitsandbytes on import, before a test provides a fake one
+import pytest
+import torch
+from conftest import Recorder
+from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny
+from tiny_runs import FAMILIES, Ready, prepare, tiny_base, tiny_config
+
+import train_lora
+from train_lora import ErrorCode, Learner
+
+Tensors = dict[str, torch.Tensor]
+
+UNET_TARGET = re.compile(r"(.*\.attn[12]\.to_(?:q|k|v|out\.0))\.weight")
+TEXT_TARGET = re.compile(r"text_model\.(.*\.self_attn\.(?:q|k|v|out)_proj)\.weight")
+
+
+def wake(ready: Ready, seed: int = 1) -> None:
+    """Give lora_B values other than zero, so that lora_A has a gradient too."""
+    chance = torch.Generator().manual_seed(seed)
+    for parameter in ready.learner.parameters.values():
+        with torch.no_grad():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=chance))
+
+
+def descend(ready: Ready) -> None:
+    """Follow the plain gradient at rate 1, so that the difference of two states is the gradient."""
+    parameters = list(ready.learner.parameters.values())
+    optimizer: Any = torch.optim.SGD(parameters, lr=1.0)
+    optimizer.param_groups[0]["full_lr"] = 1.0
+    ready.learner.optimizer = optimizer
+
+
+def snapshot(ready: Ready) -> Tensors:
+    """Copy the adapter's numbers."""
+    return {name: value.detach().clone() for name, value in ready.learner.parameters.items()}
+
+
+def gradient(ready: Ready) -> Tensors:
+    """Make one update along the plain gradient and tell that gradient."""
+    descend(ready)
+    before = snapshot(ready)
+    ready.make_updates()
+    return {name: before[name] - value for name, value in snapshot(ready).items()}
+
+
+def largest_difference(one: Tensors, other: Tensors) -> float:
+    """Compare two sets of the same tensors."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+# --- what learns ---
+
+
+def published_targets(base: Path, part: str) -> set[str]:
+    """List a network's attention projections from its weights on disk."""
+    (file,) = (base / part).glob("*.safetensors")
+    pattern = UNET_TARGET if part == "unet" else TEXT_TARGET
+    return {match[1] for key in load_file(file) if (match := pattern.fullmatch(key))}
+
+
+def adapted(ready: Ready) -> dict[str, set[str]]:
+    """List the adapted modules of every network, without the level transformers leaves out."""
+    found: dict[str, set[str]] = {}
+    for name in ready.learner.parameters:
+        part, _, rest = name.partition(".")
+        module = rest.partition(".lora_")[0].removeprefix("text_model.")
+        found.setdefault(part, set()).add(module)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_attention_projections_that_are_read_get_an_adapter(family: str, ground: Path) -> None:
+    """Layers come from the published weights; the last one of SDXL's first encoder is unread."""
+    ready = prepare(tiny_config(ground, family, train_text_encoder=True))
+    base = tiny_base(family, ground / "bases")
+    parts = ["unet", "text_encoder"] + ["text_encoder_2"] * (family == "sdxl")
+    expected = {part: published_targets(base, part) for part in parts}
+    assert all(len(modules) >= 8 for modules in expected.values())
+    if family == "sdxl":
+        unread = {name for name in expected["text_encoder"] if "layers.1." in name}
+        assert len(unread) == 4
+        expected["text_encoder"] -= unread
+    assert adapted(ready) == expected
+
+
+def test_the_denoiser_alone_learns_unless_more_is_asked_for(ground: Path) -> None:
+    """Text encoders cost memory and time; by default they are dropped."""
+    ready = prepare(tiny_config(ground))
+    assert adapted(ready).keys() == {"unet"}
+    assert ready.models.text_encoders == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_adapter_gets_a_gradient(family: str, ground: Path) -> None:
+    """At the first update only lora_B can have one, since lora_B is zero."""
+    found = gradient(prepare(tiny_config(ground, family, train_text_encoder=True)))
+    up = {name: bool(value.any()) for name, value in found.items() if "lora_B" in name}
+    assert up == dict.fromkeys(up, True)
+    assert len(up) == len(found) / 2
+    assert not any(value.any() for name, value in found.items() if "lora_A" in name)
+
+
+def test_a_new_adapter_changes_nothing(ground: Path) -> None:
+    """Training starts from the base model itself."""
+    ready = prepare(tiny_config(ground))
+    matrices = snapshot(ready)
+    assert all(value.any() == ("lora_A" in name) for name, value in matrices.items())
+
+
+def test_the_seed_alone_decides_where_an_adapter_starts(ground: Path) -> None:
+    """What torch's own source of chance did before does not matter, and it is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        first, expected = snapshot(prepare(tiny_config(ground))), torch.get_rng_state()
+        torch.manual_seed(5)
+        assert torch.equal(torch.get_rng_state(), expected)
+        torch.manual_seed(6)
+        second = snapshot(prepare(tiny_config(ground)))
+    other = snapshot(prepare(tiny_config(ground, seed=1)))
+    assert largest_difference(first, second) == 0
+    assert largest_difference(first, other) > 0
+
+
+# --- precision and the frozen base ---
+
+
+def test_adapters_are_in_full_precision_on_a_base_in_half(ground: Path) -> None:
+    """A half precision adapter would lose updates that are as small as its own."""
+    config = tiny_config(ground, train_text_encoder=True)
+    whole = prepare(config)
+    models = train_lora.Models.prepare(whole.models.base, torch.device("cpu"), torch.bfloat16)
+    models.unet = train_lora.load_part(models.base, "unet", models.dtype)
+    models.text_encoders = [train_lora.load_part(models.base, "text_encoder", models.dtype)]
+    ready = replace(whole, models=models, learner=Learner.build(models, config))
+    ready.make_updates(2)
+    frozen = [p for net in ready.networks().values() for p in net.parameters()]
+    kinds = {
+        p.requires_grad: {q.dtype for q in frozen if q.requires_grad == p.requires_grad}
+        for p in frozen
+    }
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert all(point.loss and point.loss > 0 for point in ready.state.history)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_leaves_the_base_as_it_was(family: str, ground: Path) -> None:
+    """Every weight in memory still equals the file's, bit for bit; the adapters moved."""
+    ready = prepare(tiny_config(ground, family, train_text_encoder=True, learning_rate=0.01))
+    before = snapshot(ready)
+    ready.make_updates(3)
+    assert largest_difference(before, snapshot(ready)) > 0.005
+    for part, network in ready.networks().items():
+        (file,) = (tiny_base(family, ground / "bases") / part).glob("*.safetensors")
+        published = {k.removeprefix("text_model."): v for k, v in load_file(file).items()}
+        state = {k.replace(".base_layer", ""): v for k, v in network.state_dict().items()}
+        state = {k.removeprefix("text_model."): v for k, v in state.items() if ".lora_" not in k}
+        assert state.keys() == published.keys()
+        assert all(torch.equal(state[name], published[name]) for name in published)
+
+
+# --- one update ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("step", [1, 2], ids=["full window", "short last window"])
+def test_accumulation_equals_one_large_batch(family: str, step: int, ground: Path) -> None:
+    """Six images once, four at a time: the second window has two."""
+    found = []
+    for batch in (4, 1, 2):
+        shape: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": 4 // batch}
+        ready = prepare(tiny_config(ground, family, epochs=1, max_grad_norm=0, **shape))
+        wake(ready)
+        ready.state.step = step - 1
+        found.append(gradient(ready))
+    size = max(float(value.abs().max()) for value in found[0].values())
+    assert size > 1e-4
+    assert all(largest_difference(found[0], other) < 1e-6 for other in found[1:])
+
+
+def test_a_short_window_follows_the_mean_of_its_own_images(ground: Path) -> None:
+    """The last window of five images, four at a time, is one image, and counts fully."""
+    shape: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0}
+    ready = prepare(tiny_config(ground, epochs=1, **shape))
+    ready.cache = replace(ready.cache, images=ready.cache.images[:5])
+    wake(ready)
+    ready.state.step = 1
+    before = snapshot(ready)
+    found = gradient(ready)
+    ready.learner.optimizer = None
+    restore(ready, before)
+    slots = [(0, train_lora.window(ready.config, 5, 2)[0])]
+    batch = train_lora.draw_batch(ready.cache, ready.config, 2, slots, 1000)
+    text = ready.cache.read(ready.models, batch.captions)
+    torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())
+    expected = {name: p.grad for name, p in ready.learner.parameters.items()}
+    assert largest_difference(found, expected) < 1e-6
+
+
+def restore(ready: Ready, values: Tensors) -> None:
+    """Put the adapter's numbers back."""
+    for name, parameter in ready.learner.parameters.items():
+        with torch.no_grad():
+            parameter.copy_(values[name])
+
+
+def length(gradients: Tensors) -> float:
+    """Measure a gradient as one vector."""
+    return float(torch.cat([value.flatten() for value in gradients.values()]).norm())
+
+
+def test_clipping_shortens_a_gradient_and_keeps_its_direction(ground: Path) -> None:
+    """The reported norm is the one before; 0 switches clipping off."""
+    ready = prepare(tiny_config(ground, max_grad_norm=0))
+    wake(ready)
+    free = gradient(ready)
+    limit = length(free) / 10
+    clipped = prepare(tiny_config(ground, max_grad_norm=limit))
+    wake(clipped)
+    short = gradient(clipped)
+    assert length(short) == pytest.approx(limit, rel=1e-3)
+    expected = {name: value / 10 for name, value in free.items()}
+    assert largest_difference(short, expected) < limit * 1e-3
+    for each in (ready, clipped):
+        assert each.state.history[0].grad_norm == pytest.approx(length(free), rel=1e-4)
+
+
+def test_a_gradient_below_the_limit_is_left_alone(ground: Path) -> None:
+    """Clipping never lengthens."""
+    found = []
+    for limit in (0, 1000):
+        ready = prepare(tiny_config(ground, max_grad_norm=limit))
+        wake(ready)
+        found.append(gradient(ready))
+    assert largest_difference(*found) == 0
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(ground: Path) -> None:
+    """It trades time for memory and nothing else, in every network and with dropout."""
+    found = []
+    for wanted in (False, True):
+        changes = {"gradient_checkpointing": wanted, "train_text_encoder": True}
+        ready = prepare(tiny_config(ground, "sdxl", lora_dropout=0.2, max_grad_norm=0, **changes))
+        for network in ready.networks().values():
+            layers = [m for m in network.modules() if "gradient_checkpointing" in vars(m)]
+            assert {layer.gradient_checkpointing for layer in layers} == {wanted}
+        wake(ready)
+        found.append(gradient(ready))
+    assert length(found[0]) > 1e-3
+    assert largest_difference(*found) < 1e-6
+
+
+def test_one_image_is_learned_by_heart(ground: Path) -> None:
+    """Eighty updates on one image at one time step halve the loss."""
+    ready = prepare(tiny_config(ground, learning_rate=0.02, lora_rank=16, lora_alpha=16))
+    models, cache, learner = ready.models, ready.cache, ready.learner
+    batch = train_lora.draw_batch(cache, ready.config, 1, [(0, 0)], 1000)
+    text = cache.read(models, batch.captions)
+    losses = []
+    for _ in range(80):
+        loss = train_lora.batch_losses(models, batch, text).mean()
+        torch.autograd.backward(loss)
+        learner.step(1.0)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+# --- learning rates ---
+
+KINDS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 10), (3, 10), (9, 10), (1, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_schedule_is_that_of_diffusers(
+    kind: str, warmup: int, total: int, ground: Path
+) -> None:
+    """Each update takes the value that diffusers' schedule has after as many."""
+    config = tiny_config(ground, lr_scheduler=kind, lr_warmup_steps=warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = diffusers.optimization.get_scheduler(
+        KINDS[kind], optimizer, num_warmup_steps=warmup, num_training_steps=total
+    )
+    for step in range(1, total + 1):
+        optimizer.step()
+        reference.step()
+        expected = reference.get_last_lr()[0]
+        assert train_lora.rate(config, step, total) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "middle", "end"), [("constant", 1.0, 1.0), ("linear", 0.5, 0.0), ("cosine", 0.5, 0.0)]
+)
+def test_a_schedule_rises_falls_and_ends_where_it_should(
+    kind: str, middle: float, end: float, ground: Path
+) -> None:
+    """Four updates of warm-up in twenty; twelve is half of the rest."""
+    config = tiny_config(ground, lr_scheduler=kind, lr_warmup_steps=4)
+    rates = [train_lora.rate(config, step, 20) for step in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[11] == pytest.approx(middle)
+    assert rates[-1] == pytest.approx(end)
+
+
+def test_a_warm_up_longer_than_the_run_still_reaches_the_full_rate(ground: Path) -> None:
+    """The run's length limits it."""
+    config = tiny_config(ground, lr_warmup_steps=1000)
+    assert [train_lora.rate(config, step, 4) for step in range(1, 5)] == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(("given", "used"), [(0.03, 0.03), (None, 0.01)])
+def test_text_encoders_have_a_rate_of_their_own(
+    given: float | None, used: float, ground: Path
+) -> None:
+    """At a first update AdamW moves every number by its rate, whatever the gradient."""
+    options: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0, "lr_warmup_steps": 2}
+    options["text_encoder_learning_rate"] = given
+    ready = prepare(tiny_config(ground, "sdxl", train_text_encoder=True, **options))
+    before = snapshot(ready)
+    ready.make_updates()
+    moved = {n: float((v - before[n]).abs().max()) for n, v in snapshot(ready).items()}
+    for part, rate in {"unet.": 0.01, "text_encoder.": used, "text_encoder_2.": used}.items():
+        found = [m for name, m in moved.items() if name.startswith(part)]
+        assert max(found) == pytest.approx(rate / 2, rel=1e-3)
+    assert ready.state.history[0].learning_rate == pytest.approx(0.005)
+
+
+# --- updates that are not finite ---
+
+
+def poisoned(ready: Ready, *numbers: int) -> train_lora.Cache:
+    """Spoil the latents of some images."""
+    images = list(ready.cache.images)
+    for number in numbers:
+        spoiled = torch.full_like(images[number].moments, torch.nan)
+        images[number] = replace(images[number], moments=spoiled)
+    return replace(ready.cache, images=tuple(images))
+
+
+def memory_of(optimizer: Any) -> list[Tensors]:
+    """Copy what an optimizer remembers."""
+    states = optimizer.state_dict()["state"].values()
+    return [{name: torch.as_tensor(v).clone() for name, v in s.items()} for s in states]
+
+
+def test_an_update_that_is_not_finite_leaves_no_trace(ground: Path) -> None:
+    """Weights, moments and the optimizer's own count stay; the next good update goes on."""
+    ready = prepare(tiny_config(ground, batch_size=6, learning_rate=0.01))
+    ready.make_updates(2)
+    weights, moments = snapshot(ready), memory_of(ready.learner.optimizer)
+    clean, ready.cache = ready.cache, poisoned(ready, 3)
+    ready.make_updates()
+    assert largest_difference(weights, snapshot(ready)) == 0
+    after = memory_of(ready.learner.optimizer)
+    assert all(largest_difference(*pair) == 0 for pair in zip(moments, after, strict=True))
+    assert len(moments) == len(weights)
+    ready.cache = clean
+    ready.make_updates()
+    assert 0 < largest_difference(weights, snapshot(ready)) < 0.1
+
+
+def test_a_skipped_update_is_told_with_its_images(ground: Path) -> None:
+    """The images are those of the whole window; the step still counts, its loss is a gap."""
+    ready = prepare(tiny_config(ground, gradient_accumulation_steps=3))
+    ready.cache = poisoned(ready, *range(6))
+    ready.make_updates()
+    (warning,) = ready.recorder.of_type("warning")[-1:]
+    assert warning["code"] == "update_skipped"
+    expected = train_lora.window(ready.config, 6, 1)
+    assert warning["data"] == {"step": 1, "images": [f"{number}.png" for number in expected]}
+    assert [(point.step, point.loss) for point in ready.state.history] == [(1, None)]
+    assert ready.recorder.of_type("progress")[-1]["loss"] is None
+
+
+def test_ten_bad_updates_in_a_row_end_a_run(ground: Path) -> None:
+    """Nine and a good one do not."""
+    ready = prepare(tiny_config(ground))
+    clean, bad = ready.cache, poisoned(ready, *range(6))
+    for cache, times in ((bad, 9), (clean, 1), (bad, 9)):
+        ready.cache = cache
+        ready.make_updates(times)
+    with pytest.raises(train_lora.TrainError) as ended:
+        ready.make_updates()
+    assert ended.value.code is ErrorCode.LOSS_NOT_FINITE
+    assert ready.recorder.codes().count("update_skipped") == 19
+
+
+def test_a_base_that_answers_without_sense_ends_the_run(ground: Path, tmp_path: Path) -> None:
+    """Ten warnings, one error, and no file that pretends to be a result."""
+    base = build_tiny("sd1", tmp_path / "base")
+    (file,) = (base / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_out.bias"].fill_(torch.nan)
+    save_file(weights, file, {"format": "pt"})
+    config = tiny_config(ground, base_model=str(base), output_path=str(tmp_path / "out"))
+    recorder = Recorder()
+    with pytest.raises(train_lora.TrainError):
+        train_lora.LoRATrainer(config, train_lora.Emitter(recorder)).train()
+    assert recorder.records[-1]["code"] == "loss_not_finite"
+    assert recorder.codes().count("update_skipped") == 10
+    assert not list(tmp_path.glob("out/**/*.safetensors"))
+
+
+# --- optimizers ---
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"), [("adamw8bit", "bitsandbytes"), ("lion", "lion-pytorch")]
+)
+def test_a_missing_optimizer_package_is_named_with_its_command(
+    optimizer: str, package: str, ground: Path, tmp_path: Path
+) -> None:
+    """The run ends before anything is loaded or written."""
+    config = tiny_config(ground, optimizer=optimizer, output_path=str(tmp_path / "out"))
+    recorder = Recorder()
+    with pytest.raises(train_lora.TrainError):
+        train_lora.LoRATrainer(config, train_lora.Emitter(recorder)).train()
+    (error,) = recorder.records
+    assert error["code"] == "package_missing"
+    assert f"pip install {package}" in error["problems"][0]["hint"]
+    assert not (tmp_path / "out").exists()
+
+
+# Enough of the packages to see that they are asked: each moves everything by a number of its own.
+FAKE = """
+import torch
+
+class {name}(torch.optim.Optimizer):
+    def __init__(self, groups, lr=1.0, weight_decay=None):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(group["lr"] * group["weight_decay"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "module", "name"),
+    [
+        ("adamw8bit", "bitsandbytes/optim.py", "AdamW8bit"),
+        ("lion", "lion_pytorch/__init__.py", "Lion"),
+    ],
+)
+def test_other_optimizers_come_from_their_packages(
+    optimizer: str,
+    module: str,
+    name: str,
+    ground: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A package that is there is used, with the config's rate and weight decay."""
+    file = tmp_path / module
+    file.parent.mkdir()
+    (file.parent / "__init__.py").touch()
+    file.write_text(FAKE.format(name=name))
+    monkeypatch.syspath_prepend(tmp_path)
+    for loaded in ("bitsandbytes", "bitsandbytes.optim", "lion_pytorch"):
+        monkeypatch.delitem(sys.modules, loaded, raising=False)
+    options: dict[str, Any] = {"optimizer": optimizer, "weight_decay": 0.5, "learning_rate": 0.01}
+    ready = prepare(tiny_config(ground, **options))
+    expected = {name: value + 0.005 for name, value in snapshot(ready).items()}
+    ready.make_updates()
+    moved = snapshot(ready)
+    assert largest_difference(moved, expected) < 1e-7
+    ready.cache = poisoned(ready, *range(6))
+    ready.make_updates()
+    assert largest_difference(moved, snapshot(ready)) == 0
+
+
+def test_adamw_is_torchs_own(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three updates equal those of the plain AdamW on the same gradients."""
+    ready = prepare(tiny_config(ground, learning_rate=0.01, weight_decay=0.1, max_grad_norm=0))
+    parameters = {n: torch.nn.Parameter(p) for n, p in snapshot(ready).items()}
+    reference = torch.optim.AdamW(parameters.values(), lr=0.01, weight_decay=0.1, foreach=False)
+    for _ in range(3):
+        for name, value in gradient_of(ready).items():
+            parameters[name].grad = value
+        reference.step()
+        ready.make_updates()
+    found = {name: value.detach() for name, value in parameters.items()}
+    assert largest_difference(found, snapshot(ready)) < 1e-6
+
+
+def gradient_of(ready: Ready) -> Tensors:
+    """Tell the gradient of the next update without making it."""
+    config, step = ready.config, ready.state.step + 1
+    slots = list(enumerate(train_lora.window(config, len(ready.cache.images), step)))
+    batch = train_lora.draw_batch(ready.cache, config, step, slots, 1000)
+    text = ready.cache.read(ready.models, batch.captions)
+    torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())
+    found = {}
+    for name, parameter in ready.learner.parameters.items():
+        found[name] = parameter.grad.clone()
+        parameter.grad = None
+    return found

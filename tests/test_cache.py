@@ -1,0 +1,570 @@
+"""The cache: pictures as viewers show them, and what VAE and text encoders make of them once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import itertools
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import Recorder, load_config, write_image, write_json
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny
+
+import train_lora
+from train_lora import (
+    Cache,
+    CachedImage,
+    Emitter,
+    ErrorCode,
+    LoRATrainer,
+    Models,
+    Picture,
+    StopRequest,
+    TrainError,
+)
+
+CPU = torch.device("cpu")
+FAMILIES = ("sd1", "sd2", "sdxl")
+SIDE = 256
+Bytes = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: networks this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Provide a folder for every family; nobody may change them."""
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        build_tiny(family, root / family)
+    return root
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Provide an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def random_pixels(height: int, width: int, seed: int = 0) -> Bytes:
+    """Make a picture of noise, in which no two places are alike."""
+    chance = np.random.default_rng(seed)
+    return chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def shown(path: Path) -> Bytes:
+    """Load a picture as numbers, [height, width, 3]."""
+    picture = train_lora.load_picture(path)
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+# --- how a picture is loaded ---
+
+UPRIGHT: dict[int, Callable[[Bytes], Bytes]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path, orientation: int) -> None:
+    """All eight orientations, among them the mirrored ones."""
+    pixels, exif = random_pixels(3, 5), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(shown(tmp_path / "a.png"), UPRIGHT[orientation](pixels))
+
+
+@pytest.mark.parametrize("format_name", ["png", "webp"])
+def test_transparent_places_are_white(tmp_path: Path, format_name: str) -> None:
+    """Half transparent ones are mixed with white."""
+    pixels = np.zeros((2, 3, 4), np.uint8)
+    pixels[..., 0], pixels[:, 1, 3], pixels[:, 2, 3] = 200, 128, 255
+    path = tmp_path / f"a.{format_name}"
+    Image.fromarray(pixels).save(path, lossless=True, exact=True)
+    mixed = round(255 - 128 / 255 * (255 - 0))
+    wanted = [[255, 255, 255], [round(255 - 128 / 255 * 55), mixed, mixed], [200, 0, 0]]
+    assert np.abs(shown(path)[0].astype(int) - wanted).max() <= 1
+
+
+def test_transparency_in_a_palette_is_white(tmp_path: Path) -> None:
+    """Old icons and screenshots are like that."""
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.putpixel((1, 0), 1)
+    picture.save(tmp_path / "a.png", transparency=0)
+    assert shown(tmp_path / "a.png").tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+def test_one_colour_that_stands_for_transparency_is_white(tmp_path: Path) -> None:
+    """PNG can name it without an alpha channel."""
+    picture = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    picture.save(tmp_path / "a.png", transparency=(1, 2, 3))
+    assert shown(tmp_path / "a.png").tolist() == [[[255, 255, 255], [4, 5, 6]]]
+
+
+def test_grey_with_alpha_is_on_white(tmp_path: Path) -> None:
+    """Scanned drawings come this way."""
+    picture = Image.merge("LA", [Image.new("L", (1, 2), 90), Image.new("L", (1, 2), 255)])
+    picture.putpixel((0, 1), (90, 0))
+    picture.save(tmp_path / "a.png")
+    assert shown(tmp_path / "a.png").tolist() == [[[90, 90, 90]], [[255, 255, 255]]]
+
+
+def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path: Path) -> None:
+    """Pillow alone would turn nearly all of it white."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    grey = shown(tmp_path / "a.png").astype(float)
+    assert np.abs(grey - (values / 65535 * 255)[..., None]).max() <= 1
+    assert (grey[0, 0, 0], grey[-1, -1, 0]) == (0, 255)
+
+
+def test_sixteen_bits_of_grey_with_a_transparent_value_load(tmp_path: Path) -> None:
+    """That value is counted in 16 bits, too."""
+    values = np.array([[0, 32768, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=0)
+    grey = shown(tmp_path / "a.png")[0, :, 0].astype(int)
+    assert np.abs(grey - [255, 127, 255]).max() <= 1
+
+
+def test_print_colours_become_screen_colours(tmp_path: Path) -> None:
+    """CMYK JPEGs are read as other programs show them."""
+    for name, ink, light in (("c", (255, 0, 0, 0), (0, 255, 255)), ("k", (0, 0, 0, 255), (0,) * 3)):
+        Image.new("CMYK", (16, 16), ink).save(tmp_path / f"{name}.jpg", quality=100)
+        assert np.abs(shown(tmp_path / f"{name}.jpg")[8, 8].astype(int) - light).max() <= 4
+
+
+@pytest.mark.parametrize(("mode", "ink"), [("1", 1), ("L", 255), ("P", 255), ("RGB", (255,) * 3)])
+def test_every_other_mode_is_read(tmp_path: Path, mode: str, ink: Any) -> None:
+    """White stays white."""
+    Image.new(mode, (2, 2), ink).save(tmp_path / "a.bmp")
+    assert (shown(tmp_path / "a.bmp") == 255).all()
+
+
+# --- how a picture is fitted ---
+
+# Width, height and side; then original height and width, crop top and left, target both.
+FITTED = [
+    ((1024, 768), 512, [768, 1024, 0, 85, 512, 512]),  # 683 x 512
+    ((768, 1024), 512, [1024, 768, 85, 0, 512, 512]),
+    ((300, 300), 256, [300, 300, 0, 0, 256, 256]),
+    ((1000, 600), 256, [600, 1000, 0, 85, 256, 256]),  # 427 x 256
+    ((200, 500), 256, [500, 200, 192, 0, 256, 256]),  # 256 x 640, enlarged
+    ((256, 256), 256, [256, 256, 0, 0, 256, 256]),
+    ((257, 256), 256, [256, 257, 0, 0, 256, 256]),
+]
+
+
+@pytest.mark.parametrize(("size", "side", "wanted"), FITTED)
+def test_the_size_numbers_tell_what_was_done(
+    size: tuple[int, int], side: int, wanted: list[int]
+) -> None:
+    """The original size, and the crop in pixels of the resized picture."""
+    fitted, numbers = train_lora.fit_picture(Image.new("RGB", size), side)
+    assert fitted.size == (side, side)
+    assert numbers == wanted
+
+
+def test_the_size_numbers_are_those_of_the_upright_picture(tmp_path: Path) -> None:
+    """What lies sideways in the file is turned before anything is measured."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (1000, 600)).save(tmp_path / "a.jpg", exif=exif)
+    _, numbers = train_lora.fit_picture(train_lora.load_picture(tmp_path / "a.jpg"), 256)
+    assert numbers == [1000, 600, 85, 0, 256, 256]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_centre_is_kept(turned: bool) -> None:
+    """What is cut off is the same on either side."""
+    pixels = np.zeros((256, 768, 3), np.uint8)
+    pixels[:, :256, 0], pixels[:, 256:512, 1], pixels[:, 512:, 2] = 255, 255, 255
+    picture = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)
+    fitted, _ = train_lora.fit_picture(picture, 256)
+    assert np.array_equal(np.asarray(fitted), np.full((256, 256, 3), (0, 255, 0)))
+
+
+def test_a_picture_is_averaged_when_made_smaller() -> None:
+    """Fine stripes become grey; picking single pixels would keep black and white."""
+    pixels = np.zeros((1024, 1024, 3), np.uint8)
+    pixels[:, ::2] = 255
+    fitted, _ = train_lora.fit_picture(Image.fromarray(pixels), 256)
+    inner = np.asarray(fitted)[8:-8, 8:-8].astype(float)
+    assert abs(inner.mean() - 127.5) < 2
+    assert inner.std() < 3
+
+
+def test_a_picture_of_the_right_size_is_left_alone() -> None:
+    """Not one pixel changes."""
+    pixels = random_pixels(256, 256)
+    fitted, _ = train_lora.fit_picture(Image.fromarray(pixels), 256)
+    assert np.array_equal(np.asarray(fitted), pixels)
+
+
+def test_pixels_run_from_minus_one_to_one() -> None:
+    """Every value a byte can have, by the formula; channels come first."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[..., 1] = np.arange(256).reshape(16, 16)
+    numbers = train_lora.to_pixels(Image.fromarray(pixels))
+    assert numbers.shape == (3, 16, 16)
+    assert (numbers[0] == -1).all()
+    wanted = np.arange(256, dtype=np.float32) / np.float32(127.5) - 1
+    assert np.array_equal(numbers[1].flatten().numpy(), wanted)
+    assert (wanted[0], wanted[-1]) == (-1, 1)
+
+
+# --- what the VAE makes of it ---
+
+
+def pictures_of(*captions: str) -> list[Picture]:
+    """Write one picture of noise per caption, of the right size."""
+    pictures = []
+    for number, caption in enumerate(captions):
+        path = Path.cwd() / "data" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random_pixels(SIDE, SIDE, number)).save(path)
+        facts = {"name": path.name, "path": path, "width": SIDE, "height": SIDE}
+        pictures.append(Picture(**facts, caption=caption))  # type: ignore[arg-type]
+    return pictures
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What encoding gave, and what it told."""
+
+    cache: Cache
+    models: Models
+    recorder: Recorder
+
+
+def encode(folder: Path, *captions: str, **changes: Any) -> Encoded:
+    """Let a trainer fill its cache from pictures with these captions."""
+    pictures, recorder = pictures_of(*captions), Recorder()
+    config = load_config(base_model=str(folder), resolution=SIDE, **changes)
+    facts, _ = train_lora.inspect_model(config)
+    models = Models.prepare(train_lora.locate_model(config, facts), CPU, torch.float32)
+    trainer = LoRATrainer(config, Emitter(recorder), StopRequest())
+    trainer.device = CPU
+    return Encoded(trainer._encode(models, pictures), models, recorder)
+
+
+def load_vae(folder: Path) -> Any:
+    """Load a VAE as any program does."""
+    return diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
+
+
+def posterior(vae: Any, pixels: Bytes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ask a VAE for mean and deviation of one picture."""
+    numbers = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        found = vae.encode(numbers).latent_dist
+    return found.mean[0], found.std[0]
+
+
+def assert_moments(image: CachedImage, form: int, wanted: tuple[torch.Tensor, ...]) -> None:
+    """Compare one form of a cached image with mean and deviation."""
+    for found, expected in zip(image.moments[form], wanted, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_every_picture_is_cached_as_the_vae_sees_it(here: Path, built: Path) -> None:
+    """Five pictures are more than one batch; names and captions stay with them."""
+    encoded, vae = encode(built / "sd1", "a", "b", "c", "d", "e"), load_vae(built / "sd1")
+    assert [image.name for image in encoded.cache.images] == [f"{n}.png" for n in range(5)]
+    assert [image.caption for image in encoded.cache.images] == list("abcde")
+    for number, image in enumerate(encoded.cache.images):
+        assert image.moments.shape == (1, 2, 4, SIDE // 8, SIDE // 8)
+        assert_moments(image, 0, posterior(vae, random_pixels(SIDE, SIDE, number)))
+
+
+def test_both_forms_of_a_picture_are_cached_where_mirroring_is_wanted(
+    here: Path, built: Path
+) -> None:
+    """A mirrored picture is encoded anew: a VAE does not mirror exactly."""
+    (image,) = encode(built / "sdxl", "a", flip=True).cache.images
+    vae, pixels = load_vae(built / "sdxl"), random_pixels(SIDE, SIDE)
+    assert image.moments.shape[0] == 2
+    assert_moments(image, 0, posterior(vae, pixels))
+    assert_moments(image, 1, posterior(vae, pixels[:, ::-1]))
+
+
+def test_the_size_numbers_are_kept_exactly(here: Path, built: Path) -> None:
+    """Half precision would round those above 256."""
+    (image,) = encode(built / "sdxl", "a").cache.images
+    assert image.sizes.dtype == torch.float32
+    assert image.sizes.tolist() == [SIDE, SIDE, 0, 0, SIDE, SIDE]
+
+
+@pytest.mark.parametrize(("family", "scale"), [("sd1", 0.18215), ("sdxl", 0.13025)])
+def test_the_scale_of_latents_is_the_vaes_own(
+    here: Path, built: Path, family: str, scale: float
+) -> None:
+    """It comes from the config beside the weights."""
+    assert encode(built / family, "a").models.latent_scale == scale
+
+
+def test_another_vae_brings_its_own_scale(here: Path, built: Path) -> None:
+    """A family's usual number would be wrong for it."""
+    path = build_tiny("sd1", here / "other") / "vae" / "config.json"
+    write_json(path, json.loads(path.read_text("utf-8")) | {"scaling_factor": 0.5})
+    assert encode(built / "sd1", "a", vae="other/vae").models.latent_scale == 0.5
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_latents_that_are_not_finite_name_the_picture(here: Path, value: float) -> None:
+    """One such picture would spoil all that was learned."""
+    path = build_tiny("sd1", here / "model") / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["quant_conv.weight"][0, 0] = value
+    save_file(weights, path)
+    with pytest.raises(TrainError) as failed:
+        encode(here / "model", "a")
+    assert failed.value.code is ErrorCode.LATENTS_NOT_FINITE
+    assert failed.value.problems[0].path == "0.png"
+
+
+def hollow_png() -> bytes:
+    """Make a PNG with sound checksums and too few pixels, which only decoding finds out."""
+    head = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        png += struct.pack(">I", len(data)) + kind + data + checksum
+    return png
+
+
+@pytest.mark.parametrize("harm", ["removed", "replaced", "hollow"])
+def test_a_picture_that_cannot_be_read_any_more_is_named(
+    here: Path, built: Path, harm: str
+) -> None:
+    """Somebody tidied up after the scan, or the damage lies too deep for the scan."""
+    config = load_config(base_model=str(built / "sd1"), resolution=SIDE)
+    (picture,) = pictures_of("a")
+    picture.path.unlink()
+    if harm != "removed":
+        picture.path.write_bytes({"replaced": b"no picture", "hollow": hollow_png()}[harm])
+    phase = train_lora.Phase("encoding images", 1, Emitter(), StopRequest())
+    with pytest.raises(TrainError, match=r"0\.png"):
+        list(train_lora.encode_images(load_vae(built / "sd1"), [picture], config, phase))
+
+
+# --- what the text encoders make of it ---
+
+CAPTION = "zkb, a photo of a cat, (dog:1.2) running in the rain!"
+
+
+def pipeline(folder: Path, family: str) -> Any:
+    """Load diffusers' own pipeline."""
+    if family == "sdxl":
+        return diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", [CAPTION, "", "of " * 100])
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_a_caption_is_read_as_by_the_pipeline(
+    here: Path, built: Path, family: str, text: str
+) -> None:
+    """Bit for bit, the empty prompt and one that is too long included."""
+    found = encode(built / family, text).cache.texts[text]
+    wanted, _ = pipeline(built / family, family).encode_prompt(text, "cpu", 1, False)
+    assert found.pooled is None
+    assert torch.equal(found.hidden, wanted)
+
+
+@pytest.mark.parametrize("text", [CAPTION, "", "of " * 100])
+def test_a_caption_is_read_as_by_the_pipeline_with_two_encoders(
+    here: Path, built: Path, text: str
+) -> None:
+    """Hidden states and their sum, bit for bit."""
+    found = encode(built / "sdxl", text).cache.texts[text]
+    encode_prompt = pipeline(built / "sdxl", "sdxl").encode_prompt
+    hidden, _, pooled, _ = encode_prompt(text, do_classifier_free_guidance=False)
+    assert found.pooled is not None
+    assert torch.equal(found.hidden, hidden)
+    assert torch.equal(found.pooled, pooled)
+
+
+def test_silence_is_what_the_pipeline_takes_for_no_negative_prompt(here: Path, built: Path) -> None:
+    """SDXL was trained with zeros there."""
+    empty = encode(built / "sdxl", "a").cache.texts[""].silenced()
+    _, hidden, _, pooled = pipeline(built / "sdxl", "sdxl").encode_prompt("a")
+    assert empty.pooled is not None
+    assert torch.equal(empty.hidden, hidden)
+    assert torch.equal(empty.pooled, pooled)
+
+
+def test_every_text_is_read_once(here: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions that are alike share one embedding; prompts of samples are read too."""
+    read: list[int] = []
+    forward = transformers.CLIPTextModel.forward
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        read.append(1)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(transformers.CLIPTextModel, "forward", counted)
+    encoded = encode(built / "sd1", "a", "b", "a", "a", sample_negative_prompt="bad")
+    assert set(encoded.cache.texts) == {"a", "b", "zkb", "bad"}
+    assert len(read) == 4
+
+
+def test_texts_are_read_by_the_encoders_as_they_are_while_these_learn(
+    here: Path, built: Path
+) -> None:
+    """Nothing is cached then but token numbers, and the answer is that of the pipeline."""
+    encoded = encode(built / "sd1", "a", train_text_encoder=True)
+    assert encoded.cache.texts == {}
+    with torch.no_grad():
+        found = encoded.cache.read(encoded.models, ["a"])
+    wanted, _ = pipeline(built / "sd1", "sd1").encode_prompt("a", "cpu", 1, False)
+    assert torch.equal(found.hidden, wanted)
+
+
+def summed_up(text: train_lora.TextInputs) -> torch.Tensor:
+    """Take the sum of the only caption of a text."""
+    assert text.pooled is not None
+    return text.pooled[0]
+
+
+def test_a_batch_of_captions_keeps_their_order(here: Path, built: Path) -> None:
+    """Every image is told its own caption."""
+    encoded = encode(built / "sdxl", "a", "b")
+    found = encoded.cache.read(encoded.models, ["b", "a", "b"])
+    texts = encoded.cache.texts
+    assert found.pooled is not None
+    for index, caption in enumerate("bab"):
+        assert torch.equal(found.hidden[index], texts[caption].hidden[0])
+        assert torch.equal(found.pooled[index], summed_up(texts[caption]))
+
+
+@pytest.mark.parametrize(("words", "codes"), [(75, []), (76, ["caption_truncated"])])
+def test_a_caption_that_is_too_long_is_warned_of(
+    here: Path, built: Path, words: int, codes: list[str]
+) -> None:
+    """75 tokens are read between the marks of start and end; `of` is one token."""
+    long = " ".join(["of"] * words)
+    recorder = encode(built / "sd2", long, long, "short").recorder
+    assert recorder.codes() == codes
+    found = [warning["data"] for warning in recorder.of_type("warning")]
+    assert found == [{"captions": 1, "first": long}] * len(codes)
+
+
+# --- memory, phases, stopping ---
+
+
+def alive(*classes: type, known: frozenset[int] = frozenset()) -> list[Any]:
+    """List the networks that hold memory, without tidying up first, beside those known."""
+    return [each for each in gc.get_objects() if type(each) in classes and id(each) not in known]
+
+
+ENCODERS = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
+
+
+def watch_calls(
+    monkeypatch: pytest.MonkeyPatch, cls: Any, method: str, see: Callable[[], object]
+) -> None:
+    """Look at something whenever a network is used."""
+    original = getattr(cls, method)
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+        see()
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(cls, method, watched)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_only_one_phase_holds_its_networks(
+    here: Path, built: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text encoders go before the VAE works, and the VAE before the denoiser does."""
+    write_image(here / "data" / "a.png", (SIDE, SIDE))
+    gc.collect()
+    seen: dict[str, list[type]] = {}
+    vae, unet = diffusers.AutoencoderKL, diffusers.UNet2DConditionModel
+    others = frozenset(map(id, alive(*ENCODERS, vae, unet)))  # of earlier tests
+
+    def look(phase: str, *kinds: type) -> None:
+        seen.setdefault(phase, [type(each) for each in alive(*kinds, known=others)])
+
+    watch_calls(monkeypatch, vae, "encode", functools.partial(look, "vae", *ENCODERS, unet))
+    watch_calls(monkeypatch, unet, "forward", functools.partial(look, "unet", *ENCODERS, vae))
+    config = load_config(
+        base_model=str(built / family), resolution=SIDE, steps=1, sample_steps=1, lora_rank=1
+    )
+    LoRATrainer(config, Emitter()).train()
+    assert seen == {"vae": [], "unet": []}
+
+
+def test_phases_are_told_with_how_far_they_are(
+    here: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most once a second: here every look at the clock is two seconds later."""
+    ticks = itertools.count(0, 2)
+    monkeypatch.setattr("time.monotonic", lambda: next(ticks))
+    told = encode(built / "sd1", "a", "b", "a", "c", "d").recorder.of_type("info")
+    phases = [record["data"] for record in told if record["topic"] == "phase"]
+    images = [(p["done"], p["total"]) for p in phases if p["name"] == "encoding images"]
+    texts = [(p["done"], p["total"]) for p in phases if p["name"] == "encoding captions"]
+    assert images == [(0, 5), (4, 5)]
+    assert texts == [(done, 6) for done in range(6)]  # four captions, a prompt, its opposite
+
+
+@pytest.mark.parametrize(
+    ("network", "method"),
+    [(diffusers.AutoencoderKL, "encode"), (transformers.CLIPTextModel, "forward")],
+)
+def test_a_stop_while_encoding_ends_the_run_before_the_next_batch(
+    here: Path, built: Path, network: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has been learned, so nothing is saved."""
+    for picture in pictures_of(*"abcde"):
+        picture.path.with_suffix(".txt").write_text(picture.caption)
+    stop, recorder = StopRequest(), Recorder()
+    calls: list[int] = []
+
+    def note() -> None:
+        calls.append(1)
+        stop.request("SIGTERM")
+
+    watch_calls(monkeypatch, network, method, note)
+    config = load_config(base_model=str(built / "sd1"), resolution=SIDE, steps=1)
+    with pytest.raises(train_lora.TrainingInterrupted):
+        LoRATrainer(config, Emitter(recorder), stop).train()
+    last = recorder.records[-1]
+    assert (last["type"], last["step"], last["reason"]) == ("interrupted", 0, "SIGTERM")
+    assert last["path"] is None
+    assert len(calls) == 1
+    assert not (here / "out" / "checkpoints").exists()

@@ -1,0 +1,494 @@
+"""Files out: LoRA files that act elsewhere as in training, whole or not there, and the history."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import getpass
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import resource
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Recorder
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_runs import FAMILIES, Ready, prepare, tiny_base, tiny_config
+
+import train_lora
+from train_lora import LossPoint
+
+PIPELINES: dict[str, Any] = {
+    "sd1": StableDiffusionPipeline,
+    "sd2": StableDiffusionPipeline,
+    "sdxl": StableDiffusionXLPipeline,
+}
+STRENGTHS = [(1.0, 4), (4.0, 4), (8.0, 4), (3.7, 8)]
+
+
+# --- the effect in diffusers and ComfyUI ---
+
+
+def trained(ground: Path, out: Path, family: str, **changes: Any) -> Ready:
+    """Make two strong updates and save, as a run does."""
+    options = {"learning_rate": 0.05, "save_precision": "fp32", "output_path": str(out)}
+    ready = prepare(tiny_config(ground, family, **options | changes))
+    ready.make_updates(2)
+    ready.finish()
+    return ready
+
+
+def load_pipeline(base: Path) -> Any:
+    """Load the base model as a user of diffusers does."""
+    kind = next(PIPELINES[name] for name in FAMILIES if base.name == name)
+    options = {"use_safetensors": True, "local_files_only": True}
+    return kind.from_pretrained(str(base), **options)
+
+
+def weights_of(network: Any) -> dict[str, torch.Tensor]:
+    """Copy a network's weights, named as without adapter and without the level left out."""
+    state = {k.replace(".base_layer", ""): v for k, v in network.state_dict().items()}
+    return {k.removeprefix("text_model."): v.clone() for k, v in state.items() if "lora_" not in k}
+
+
+def products(ready: Ready, part: str) -> dict[str, torch.Tensor]:
+    """Multiply B and A of a network in training, by weight."""
+    own = {n: p.detach() for n, p in ready.learner.parameters.items() if n.startswith(f"{part}.")}
+    found = {}
+    for name, down in own.items():
+        if ".lora_A." in name:
+            weight = name.partition(".")[2].partition(".lora_A")[0].removeprefix("text_model.")
+            found[f"{weight}.weight"] = own[name.replace(".lora_A.", ".lora_B.")] @ down
+    return found
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rank", "text"), [(8.0, 4, False), *((*pair, True) for pair in STRENGTHS)]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_adds_alpha_by_rank_times_b_a(
+    family: str, alpha: float, rank: int, text: bool, ground: Path, tmp_path: Path
+) -> None:
+    """Loaded from the output folder and fused, every adapted weight moves so, and no other."""
+    shape = {"lora_alpha": alpha, "lora_rank": rank, "train_text_encoder": text}
+    ready = trained(ground, tmp_path / "out", family, **shape)
+    pipe = load_pipeline(tiny_base(family, ground / "bases"))
+    parts = ["unet", *ready.models.base.family.text_parts]
+    before = {part: weights_of(getattr(pipe, part)) for part in parts}
+    pipe.load_lora_weights(str(tmp_path / "out"))
+    pipe.fuse_lora(components=parts if text else ["unet"])
+    pipe.unload_lora_weights()
+    for part in parts:
+        expected = products(ready, part)
+        assert bool(expected) == (part == "unet" or text)
+        for name, value in weights_of(getattr(pipe, part)).items():
+            moved = value - before[part][name]
+            change = alpha / rank * expected[name] if name in expected else torch.zeros(1)
+            assert torch.allclose(moved, change, atol=1e-6)
+        assert all(float(value.abs().max()) > 1e-4 for value in expected.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_file_answers_as_the_model_in_training(
+    family: str, precision: str, ground: Path, tmp_path: Path
+) -> None:
+    """Exactly with fp32; half precision costs what its digits cost."""
+    options = {"save_precision": precision, "lora_alpha": 3.7, "lora_rank": 8}
+    ready = trained(ground, tmp_path / "out", family, train_text_encoder=True, **options)
+    pipe = load_pipeline(tiny_base(family, ground / "bases"))
+    plain = answer(ready, pipe)
+    pipe.load_lora_weights(str(tmp_path / "out"), weight_name="lora_final.safetensors")
+    loaded, own = answer(ready, pipe), answer(ready)
+    tolerance = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2}[precision]
+    assert float((loaded - own).abs().max()) < tolerance
+    assert float((plain - own).abs().max()) > 2 * tolerance
+
+
+def answer(ready: Ready, pipe: Any = None) -> torch.Tensor:
+    """Let the model in training, or a pipeline's networks, predict for a caption they read."""
+    models = ready.models
+    if pipe:
+        encoders = [getattr(pipe, part) for part in models.base.family.text_parts]
+        models = replace(models, unet=pipe.unet, text_encoders=encoders)
+    networks = (models.unet, *models.text_encoders)
+    latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for network in networks:
+            network.eval()
+        text = ready.cache.read(models, [ready.cache.images[0].caption])
+        sizes = ready.cache.images[0].sizes[None]
+        return models.predict(latents, torch.tensor([500]), text, sizes)
+
+
+COMFY_TEXT = {"text_encoder": ["lora_te_", "lora_te1_"], "text_encoder_2": ["lora_te2_"]}
+
+
+def comfy_keys(base: Path, family: str) -> dict[str, tuple[str, str]]:
+    """Name a base's weights as ComfyUI does; A1111 wants te_ for one encoder, te1_ for two."""
+    names = {}
+    (unet,) = (base / "unet").glob("*.safetensors")
+    for key in load_file(unet):
+        if key.endswith(".weight"):
+            names["lora_unet_" + key.removesuffix(".weight").replace(".", "_")] = ("unet", key)
+    for part in sorted(base.glob("text_encoder*")):
+        prefix = COMFY_TEXT[part.name][family == "sdxl" and part.name == "text_encoder"]
+        for key in load_file(part / "model.safetensors"):
+            if key.endswith(".weight"):
+                stem = key.removesuffix(".weight").replace(".", "_")
+                names[prefix + stem] = (part.name, key)
+    return names
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["unet", "unet and text"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_names_a_module_in_comfyui(
+    family: str, text: bool, ground: Path, tmp_path: Path
+) -> None:
+    """Down, up and alpha for every module, shapes that fit its weight, and one alpha for all."""
+    ready = trained(ground, tmp_path, family, train_text_encoder=text, lora_alpha=3.7, lora_rank=8)
+    base = tiny_base(family, ground / "bases")
+    known, tensors = comfy_keys(base, family), load_file(tmp_path / "lora_final.safetensors")
+    modules = {key.partition(".")[0] for key in tensors}
+    kinds = ("alpha", "lora_down.weight", "lora_up.weight")
+    assert {f"{module}.{kind}" for module in modules for kind in kinds} == set(tensors)
+    assert modules <= known.keys()
+    assert len(modules) == len(ready.learner.parameters) / 2
+    assert {known[module][0] for module in modules} == {
+        name.partition(".")[0] for name in ready.learner.parameters
+    }
+    assert {float(tensors[f"{module}.alpha"]) for module in modules} == {float(torch.tensor(3.7))}
+    for module in modules:
+        part, key = known[module]
+        (file,) = (base / part).glob("*.safetensors")
+        with safe_open(file, framework="pt") as weights:
+            change = tensors[f"{module}.lora_up.weight"] @ tensors[f"{module}.lora_down.weight"]
+            assert tuple(weights.get_slice(key).get_shape()) == tuple(change.shape)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)],
+)
+def test_weights_are_saved_in_the_precision_asked_for(
+    precision: str, kind: torch.dtype, ground: Path, tmp_path: Path
+) -> None:
+    """Each number is the nearest of its format to the one in training."""
+    ready = trained(ground, tmp_path, "sd1", save_precision=precision)
+    tensors = load_file(tmp_path / "lora_final.safetensors")
+    assert {v.dtype for k, v in tensors.items() if not k.endswith("alpha")} == {kind}
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    own = ready.learner.parameters[f"unet.{name}.lora_B.default.weight"].detach()
+    assert torch.equal(tensors[f"lora_unet_{name.replace('.', '_')}.lora_up.weight"], own.to(kind))
+
+
+# --- the header ---
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """Read the header's own fields as they stand in the file, byte for byte by the format."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    fields = json.loads(content[8 : 8 + length])
+    header: dict[str, str] = fields["__metadata__"]
+    return header
+
+
+VERSIONS = {"sd1": ("sd_", "False"), "sd2": ("sd_v2", "True"), "sdxl": ("sdxl_", "False")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_header_tells_programs_and_people_what_the_file_is(
+    family: str, ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strings in sorted order; nothing of the machine, its user or a token."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    words: dict[str, Any] = {
+        "trigger_words": ["zkb", "blue mug"],
+        "lora_alpha": 3.7,
+        "lora_rank": 8,
+        "seed": 9,
+    }
+    trained(ground, tmp_path, family, **words)
+    header = header_of(tmp_path / "lora_final.safetensors")
+    assert list(header) == sorted(header)
+    assert all(type(value) is str for value in header.values())
+    everything = json.dumps(header)
+    for secret in ("hf_secret", str(ground), str(tmp_path), str(Path.home()) + "/"):
+        assert secret not in everything
+    assert not any(value.startswith(("/", "~")) or ":\\" in value for value in header.values())
+    assert getpass.getuser() not in header.values()
+    prefix, second = VERSIONS[family]
+    assert header["ss_base_model_version"].startswith(prefix)
+    assert (header["ss_base_model_version"][:4] == "sdxl") == (family == "sdxl")
+    assert header["ss_v2"] == second
+    expected = {"ss_network_alpha": "3.7", "ss_network_dim": "8", "ss_steps": "2", "ss_seed": "9"}
+    assert expected.items() <= header.items()
+    assert header["modelspec.trigger_phrase"] == "zkb, blue mug"
+    assert header["modelspec.resolution"] == "256x256"
+    assert header["ss_sd_model_name"] == family
+
+
+def test_the_header_names_a_model_of_the_hub_by_its_id(ground: Path) -> None:
+    """An id is no path."""
+    config = tiny_config(ground, base_model="stabilityai/sdxl-turbo")
+    base = prepare(tiny_config(ground)).models.base
+    header = train_lora.lora_header(config, base, 1)
+    assert header["ss_sd_model_name"] == "stabilityai/sdxl-turbo"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "said"),
+    [
+        ("epsilon", "stable-diffusion-v2-512/lora"),
+        ("v_prediction", "stable-diffusion-v2-768-v/lora"),
+    ],
+)
+def test_the_header_tells_the_two_kinds_of_sd2_apart(
+    prediction: str, said: str, ground: Path
+) -> None:
+    """The model spec has a name for each."""
+    config = tiny_config(ground, "sd2", prediction_type=prediction)
+    header = train_lora.lora_header(config, prepare(config).models.base, 1)
+    assert header["modelspec.architecture"] == said
+
+
+@pytest.mark.parametrize("alpha", [1e-05, 0.3333333333, 12345.678, 65504.0])
+def test_the_header_tells_alpha_as_the_tensors_do(alpha: float, ground: Path) -> None:
+    """No digit of it is lost."""
+    base = prepare(tiny_config(ground)).models.base
+    header = train_lora.lora_header(tiny_config(ground, lora_alpha=alpha), base, 1)
+    assert float(header["ss_network_alpha"]) == pytest.approx(alpha, rel=1e-9)
+
+
+def sample_tensors() -> dict[str, torch.Tensor]:
+    """Make three small tensors."""
+    return {f"lora_unet_{n}.alpha": torch.full((8, 8), float(n)) for n in range(3)}
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    """The library alone writes header fields in a new order each time."""
+    header = {f"key_{number}": "word" for number in range(30)}
+    shuffled = dict(reversed(header.items()))
+    found = {train_lora.serialize_lora(sample_tensors(), h) for h in [header, shuffled] * 5}
+    assert len(found) == 1
+    (content,) = found
+    (tmp_path / "x.safetensors").write_bytes(content)
+    (length,) = struct.unpack("<Q", content[:8])
+    assert length % 8 == 0
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in sample_tensors().items())
+    assert header_of(tmp_path / "x.safetensors") == header
+
+
+def test_a_run_saves_what_its_parts_save(ground: Path, tmp_path: Path) -> None:
+    """Three real runs and none of their bytes differs; nothing else lies at the top level."""
+    digests = set()
+    for number in range(3):
+        out = tmp_path / str(number)
+        options: dict[str, Any] = {"steps": 3, "checkpoint_steps": 2, "output_path": str(out)}
+        done = train_lora.LoRATrainer(tiny_config(ground, **options)).train()
+        content = (out / "lora_final.safetensors").read_bytes()
+        assert (done.bytes, done.final_path) == (len(content), str(out / "lora_final.safetensors"))
+        digests.add(hashlib.sha256(content).hexdigest())
+        assert [file.name for file in out.glob("*.safetensors")] == ["lora_final.safetensors"]
+        names = [file.name for file in (out / "checkpoints").iterdir()]
+        assert names == ["lora_step_2.safetensors"]
+        assert not list(out.rglob("*.tmp"))
+        assert header_of(out / "checkpoints" / names[0])["ss_steps"] == "2"
+    assert len(digests) == 1
+
+
+# --- whole or not at all ---
+
+
+def flip_byte(descriptor: int, place: int) -> None:
+    """Change one byte of an open file; none of those tested is an A before."""
+    os.pwrite(descriptor, b"A", place)
+
+
+DAMAGE: dict[str, Callable[[int, int], None]] = {
+    "a number": lambda descriptor, size: flip_byte(descriptor, size - 1),
+    "the header": lambda descriptor, _: flip_byte(descriptor, 12),
+    "the length": lambda descriptor, _: flip_byte(descriptor, 3),
+    "the end": lambda descriptor, size: os.ftruncate(descriptor, size - 10),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_disk_that_spoils_a_file_is_noticed(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is read back; one that is not sound does not keep its name."""
+    flush = os.fsync
+
+    def spoil(descriptor: int) -> None:
+        """Damage what was just written, as a broken disk does."""
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode):
+            DAMAGE[damage](descriptor, found.st_size)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spoil)
+    path = tmp_path / "lora_final.safetensors"
+    with pytest.raises(OSError, match="does not return what was written"):
+        train_lora.save_lora(path, sample_tensors(), {"format": "pt"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_none_are_not_saved(number: float, tmp_path: Path) -> None:
+    """The earlier file of that name stays, and nothing else does."""
+    path = tmp_path / "lora_final.safetensors"
+    train_lora.save_lora(path, sample_tensors(), {"format": "pt"})
+    before = path.read_bytes()
+    tensors = sample_tensors()
+    tensors["lora_unet_1.alpha"][0, 0] = number
+    with pytest.raises(OSError, match="too large for the format"):
+        train_lora.save_lora(path, tensors, {"format": "pt"})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_disk() -> Iterator[int]:
+    """Let no file grow beyond 16 KiB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
+    yield 16384
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("before", [None, b"earlier"])
+def test_a_write_that_fails_leaves_nothing_behind(
+    before: bytes | None, small_disk: int, tmp_path: Path
+) -> None:
+    """What was there stays as it was."""
+    path = tmp_path / "file"
+    if before:
+        path.write_bytes(before)
+    with pytest.raises(OSError, match="File too large"):
+        train_lora.write_whole(path, bytes(small_disk + 1))
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before] * bool(before)
+    train_lora.write_whole(path, bytes(small_disk))
+    assert path.read_bytes() == bytes(small_disk)
+
+
+def test_a_run_on_a_full_disk_ends_with_save_failed(
+    ground: Path, tmp_path: Path, small_disk: int
+) -> None:
+    """No half file has a final name."""
+    out = tmp_path / "out"
+    recorder = Recorder()
+    config = tiny_config(ground, steps=1, output_path=str(out))
+    with pytest.raises(train_lora.TrainError):
+        train_lora.LoRATrainer(config, train_lora.Emitter(recorder)).train()
+    assert recorder.records[-1]["code"] == "save_failed"
+    assert not list(out.rglob("*.safetensors"))
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o000, 0o666)])
+def test_files_have_the_mode_the_user_wants(umask: int, mode: int, tmp_path: Path) -> None:
+    """The library's own writer makes 0600, which a container's host user cannot read."""
+    former = os.umask(umask)
+    train_lora.save_lora(tmp_path / "x.safetensors", sample_tensors(), {"format": "pt"})
+    os.umask(former)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
+
+
+# --- loss_history.csv and loss_curve.png ---
+
+CURVES: dict[str, list[float | None]] = {
+    "one": [0.5],
+    "two": [0.5, 0.25],
+    "ten": [1.0 / n for n in range(1, 11)],
+    "five thousand": [0.1 + abs(math.sin(n)) / n for n in range(1, 5001)],
+    "gaps": [0.5, None, None, 0.25, 0.2, None],
+    "no number": [0.5, math.nan, math.inf, 0.25],
+    "zeros": [0.0] * 5,
+    "huge": [1e30, 1.0, 1e-30],
+}
+
+
+def history(losses: list[float | None]) -> list[LossPoint]:
+    """Make rows of a history."""
+    return [LossPoint(n, loss, 1e-4 / n, 1.0) for n, loss in enumerate(losses, start=1)]
+
+
+@functools.lru_cache
+def colours(png: bytes) -> dict[tuple[int, int, int], int]:
+    """Count the colours of a picture."""
+    counted: Any = Image.open(io.BytesIO(png)).convert("RGB").getcolors(10**6)
+    return {colour: count for count, colour in counted}
+
+
+def blue(png: bytes) -> int:
+    """Count the pixels of the curve: clearly more blue than red."""
+    return sum(count for (r, _, b), count in colours(png).items() if b > r + 40)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_history_is_written_as_a_table_and_a_curve(name: str, tmp_path: Path) -> None:
+    """Every update has its row, a gap is an empty cell, and the curve can be seen."""
+    points = history(CURVES[name])
+    train_lora.write_history(tmp_path, points)
+    rows = list(csv.DictReader((tmp_path / "loss_history.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [point.step for point in points]
+    finite = [None if p.loss is None or not math.isfinite(p.loss) else p.loss for p in points]
+    assert [float(row["loss"]) if row["loss"] else None for row in rows] == finite
+    for row, point in zip(rows, points, strict=True):
+        assert float(row["learning_rate"]) == pytest.approx(point.learning_rate, rel=1e-9)
+    png = (tmp_path / "loss_curve.png").read_bytes()
+    assert Image.open(io.BytesIO(png)).size == (1200, 600)
+    assert blue(png) > 20
+    assert len(png) < 500_000
+
+
+@pytest.mark.parametrize("losses", [[], [None, None], [math.nan]])
+def test_a_history_without_a_loss_has_an_empty_picture(
+    losses: list[float | None], tmp_path: Path
+) -> None:
+    """Nothing to draw is no error."""
+    train_lora.write_history(tmp_path, history(losses))
+    png = (tmp_path / "loss_curve.png").read_bytes()
+    assert Image.open(io.BytesIO(png)).size == (1200, 600)
+    assert blue(png) == 0
+
+
+def test_the_curve_falls_where_the_loss_falls() -> None:
+    """The height of the strong line follows the losses, scaled from zero."""
+    image = train_lora.draw_curve(history([1.0 - n / 200 for n in range(100)])).convert("RGB")
+    heights = [height(image, x) for x in (200, 400, 600, 800, 1000)]
+    falls = [lower - upper for upper, lower in itertools.pairwise(heights)]
+    assert min(falls) > 20
+    assert max(falls) - min(falls) < 5
+
+
+def height(image: Image.Image, x: int) -> float:
+    """Find the middle of the strong line in a column."""
+    pixels: list[Any] = [image.getpixel((x, y)) for y in range(image.height)]
+    rows = [y for y, (red, _, strong) in enumerate(pixels) if strong > red + 80]
+    return sum(rows) / len(rows)
+
+
+@pytest.mark.parametrize(
+    ("high", "ticks"),
+    [(1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.11, [0, 0.05, 0.1, 0.15]), (7.0, [0, 2, 4, 6, 8])],
+)
+def test_axes_are_divided_at_round_numbers(high: float, ticks: list[float]) -> None:
+    """Few of them, from zero to the highest value or beyond."""
+    assert train_lora.round_ticks(high) == pytest.approx(ticks)

