@@ -405,7 +405,7 @@ class CheckpointEvent(Event):
 class CompleteEvent(Event):
     """Last line of a finished run."""
 
-    says: ClassVar[str] = "Complete: {step} steps in {total_time:.0f} s"
+    says: ClassVar[str] = "Complete: {step} steps in {total_time} s"
     ends_run: ClassVar[bool] = True
     step: Annotated[int, "updates done"]
     percent: Annotated[int, "100"]
@@ -533,8 +533,9 @@ def plain(value: Any) -> Any:
 
 
 def fill(template: str, values: Record) -> str:
-    """Put values into a sentence, where nobody wants to read None."""
-    return template.format_map({k: "unknown" if v is None else v for k, v in values.items()})
+    """Put values into a sentence, where nobody wants to read None or a dozen digits."""
+    words = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
+    return template.format_map({k: "unknown" if v is None else v for k, v in words.items()})
 
 
 def utc_now() -> str:
@@ -1198,9 +1199,10 @@ class StopRequest:
                     for number in ear.recv(4096):
                         self._hear(number)
                 waited = time.monotonic() - self.requested_at
-                if self.end and waited > (SAVE_SECONDS if self.noticed else NOTICE_SECONDS):
-                    self._end_late(self.end)
-                    return
+                late = waited > (SAVE_SECONDS if self.noticed else NOTICE_SECONDS)
+                if self.end and late:
+                    end, self.end = self.end, None
+                    self._end_late(end)
 
     def _hear(self, number: int) -> None:
         """Note a signal; a second one that comes later is meant: end at once."""
@@ -3059,6 +3061,11 @@ class SavedState:
 def write_state(output: Path, contents: Mapping[str, bytes], manifest: Record) -> SavedState:
     """Write a state that is there complete or not at all, whenever the power fails."""
     target = output / "state" / f"step_{manifest['step']}"
+    with contextlib.suppress(ValueError):
+        # Saved a moment ago: to write it anew, it would have to be away for an instant.
+        sound = read_state(target)
+        sync_folder(target.parent)
+        return sound
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     described = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -3176,11 +3183,12 @@ class Earlier:
 def remove_leftovers(output: Path) -> None:
     """Remove what a killed run was writing; nothing under such a name is ever announced."""
     for folder in (output, *(output / name for name in ("checkpoints", "samples", "state"))):
-        for path in folder.glob(".*.tmp"):
+        for path in folder.glob(".*.[0-9]*.tmp"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def pack_learner(learner: Learner) -> tuple[dict[str, bytes], Record]:
@@ -3559,14 +3567,17 @@ class Run:
 
     def go(self) -> None:
         """Step until done."""
+        import torch
+
         config, state = self.config, self.state
-        while state.step < self.total_steps:
-            self.update()
-            self.report()
-            if due(config.checkpoint_steps, state.step):
-                self.checkpoint()
-            if due(config.validation_steps, state.step) or state.step == self.total_steps:
-                self.preview()
+        with torch.random.fork_rng():  # dropout sets torch's global source of chance
+            while state.step < self.total_steps:
+                self.update()
+                self.report()
+                if due(config.checkpoint_steps, state.step):
+                    self.checkpoint()
+                if due(config.validation_steps, state.step) or state.step == self.total_steps:
+                    self.preview()
 
     def update(self) -> None:
         """Make one update from one window of images, a batch at a time."""
@@ -3682,8 +3693,12 @@ class Run:
         output = self.config.output_path
         manifest = {"step": self.state.step, **self.origin, **numbers}
         self.saved = write_state(output, contents, manifest).folder
-        for folder in state_folders(output)[self.config.keep_checkpoints :]:
-            discard(folder)
+        # What cannot be removed goes after the next save; the new state counts all the same.
+        for leftover in output.glob("state/.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in state_folders(output)[self.config.keep_checkpoints :]:
+                discard(folder)
 
     def save_lora(self, reason: CheckpointReason) -> None:
         """Write the adapter of this moment as a file that can be used."""
@@ -3806,9 +3821,7 @@ class LoRATrainer:
         config, events = self.config, self.events
         with reporting(events), self._in_output_folder() as earlier:
             # Look at everything before anything heavy is loaded.
-            self.stop.wait_for(import_libraries)
-            import torch
-
+            quiet_libraries()
             download_model(config, events)
             plan = Preflight.make(config, inspect_model(config), events, self.stop)
             base = locate_model(config, plan.model)
@@ -3818,6 +3831,7 @@ class LoRATrainer:
                 return self._say_again(earlier)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
+            self.stop.wait_for(import_libraries)
             models = self._load(base)
             cache = self._encode(models, plan.dataset.pictures)
 
@@ -3837,8 +3851,7 @@ class LoRATrainer:
             )
             self.stop.save = self.save_before_stop
             try:
-                with torch.random.fork_rng():  # dropout sets torch's global source of chance
-                    self.run.go()
+                self.run.go()
             except TrainingInterrupted as stopped:
                 self.save_before_stop(stopped)
                 raise
@@ -3849,6 +3862,9 @@ class LoRATrainer:
     def save_before_stop(self, stopped: TrainingInterrupted) -> None:
         """Save what was learned, if anything, and let the last line tell where."""
         if self.run:
+            # What is true already, in case saving does not end.
+            path = self.run.saved
+            stopped.step, stopped.path = self.run.state.step, str(path) if path else None
             path = self.run.save_before_stop()
             stopped.step, stopped.path = self.run.state.step, str(path) if path else None
 
@@ -4037,13 +4053,17 @@ def due(every: int, step: int) -> bool:
     return step % every == 0
 
 
-def import_libraries() -> None:
-    """Load what is heavy, quietly: no bars, no notices, no foreign code."""
+def quiet_libraries() -> None:
+    """Ask libraries, before they are imported, for no bars, no notices and no foreign code."""
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
     for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+
+def import_libraries() -> None:
+    """Import what is heavy; this takes seconds."""
     import diffusers
     import peft  # noqa: F401, takes long, and is needed later
     import transformers
@@ -4276,6 +4296,7 @@ def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupte
     if tell_interruption(events, stopped):
         deadline = time.monotonic() + 0.5
         writer.close(lambda: time.monotonic() < deadline)
+        time.sleep(0.1)  # for the thread that writes events.jsonl
         os._exit(EXIT_CODES[stopped.reason])
 
 

@@ -1,0 +1,69 @@
+"""What only a CUDA device can show. Skipped elsewhere."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import FAMILIES, prepare, tiny_config
+
+import train_lora
+from train_lora import LoRATrainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_in_every_precision(
+    ground: Path, tmp_path: Path, family: str, precision: str
+) -> None:
+    """The loss is finite, and every layer has learned something."""
+    choices = {"device": "cuda", "mixed_precision": precision, "output_path": str(tmp_path)}
+    done = LoRATrainer(tiny_config(ground, family, steps=8, **choices)).train()
+    learned = load_file(done.final_path)
+    assert done.final_loss is not None
+    assert math.isfinite(done.final_loss)
+    assert all(value.any() for name, value in learned.items() if "lora_up" in name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_stopped_run_goes_on_with_scaler_and_moments(
+    ground: Path, tmp_path: Path, precision: str
+) -> None:
+    """The file of a run in two parts is that of a run in one, but for the last bits."""
+    choices = {"device": "cuda", "mixed_precision": precision}
+    whole = tiny_config(ground, steps=8, output_path=str(tmp_path / "whole"), **choices)
+    parts = tiny_config(ground, steps=4, output_path=str(tmp_path / "parts"), **choices)
+    expected = load_file(LoRATrainer(whole).train().final_path)
+    LoRATrainer(parts).train()
+    longer = tiny_config(ground, steps=8, output_path=str(tmp_path / "parts"), **choices)
+    found = load_file(LoRATrainer(longer).train().final_path)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.02, atol=1e-3)
+
+
+def test_an_update_never_waits_for_the_device(ground: Path) -> None:
+    """Nothing in an update reads a number back; the first ones warm the libraries up."""
+    ready = prepare(tiny_config(ground, device="cuda", mixed_precision="bf16"))
+    ready.update()
+    ready.update()
+    torch.cuda.set_sync_debug_mode("error")
+    ready.update()
+    torch.cuda.set_sync_debug_mode("default")
+    assert ready.state.step == 3
+
+
+def test_memory_is_that_of_the_device(ground: Path) -> None:
+    """What is told is less than the device has, and more than the adapter needs."""
+    ready = prepare(tiny_config(ground, device="cuda"))
+    ready.make_updates(1)
+    used = train_lora.memory_in_use(ready.models.device)
+    assert used is not None
+    assert 0 < used < torch.cuda.get_device_properties(0).total_memory
