@@ -289,8 +289,9 @@ class MemoryFacts(Facts):
 class ResumeFacts(Facts):
     """Where the run begins."""
 
-    says: ClassVar[str] = "Beginning at step {step}"
+    says: ClassVar[str] = "Going on after step {step}; the earlier start aimed at {aimed_at}"
     step: Annotated[int, "updates done by earlier starts"]
+    aimed_at: Annotated[int | None, "updates that the earlier start was to make in all"]
     set_aside: Annotated[str | None, "where `--fresh` moved the earlier run"]
 
 
@@ -335,7 +336,7 @@ class StartEvent(Event):
     says: ClassVar[str] = "train_lora {version}, protocol {protocol}"
     protocol: Annotated[str, "version of this event protocol"]
     version: Annotated[str, "version of the program"]
-    run_id: Annotated[str, "names this start of the program"]
+    run_id: Annotated[str, "names the run, over all its starts"]
     pid: Annotated[int, "process to send a stop signal to"]
     resumed_step: Annotated[int, "updates done by earlier starts"]
     total_steps: Annotated[int | None, "updates in all; null until the images are counted"]
@@ -3007,7 +3008,9 @@ def encode_png(image: Image.Image) -> bytes:
 # --- states: one folder each, complete or absent ---
 
 STATE_VERSION = 1
-EDGE_BYTES = 64 * 1024
+PIECE_BYTES = 64 * 1024
+PIECES = 64  # a file of up to 4 MiB is read whole
+STATE_FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json"}
 # What may not change between two starts of one run, besides the model and the data.
 FIXED_KNOBS = (
     *("resolution", "lora_rank", "lora_alpha", "lora_dropout", "train_text_encoder"),
@@ -3015,14 +3018,14 @@ FIXED_KNOBS = (
 )
 
 
-def identify(config: TrainingConfig, plan: Preflight, prediction_type: str) -> dict[str, str]:
+def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str]:
     """Sum up what makes a run this run and no other, in words that can be compared."""
     pictures = plan.dataset.pictures
-    shapes = {name: list(shape) for name, shape in (plan.shapes or {}).items()}
-    images = fingerprint([edges_of(picture.path) for picture in pictures])
+    weights = fingerprint([gist_of(path) for path in weight_files(base)])
+    images = fingerprint([gist_of(picture.path) for picture in pictures])
     return {
-        "base_model": f"{plan.model.weights_bytes} bytes of structure {fingerprint(shapes)}",
-        "prediction_type": prediction_type,
+        "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
+        "prediction_type": base.prediction_type,
         "images": f"{len(pictures)} images with fingerprint {images}",
         "captions": f"captions with fingerprint {fingerprint([p.caption for p in pictures])}",
         "effective_batch": str(config.effective_batch),
@@ -3030,19 +3033,31 @@ def identify(config: TrainingConfig, plan: Preflight, prediction_type: str) -> d
     }
 
 
+def weight_files(base: BaseModel) -> list[Path]:
+    """List the files that a run loads weights from."""
+    if base.file:
+        files = [base.file]
+    else:
+        files = find_weights(base.folder / "unet", "diffusion_pytorch_model")
+        files += find_weights(base.folder / "vae", "diffusion_pytorch_model")
+        for part in base.family.text_parts:
+            files += find_weights(base.folder / part, "model")
+    return files + (sorted(base.vae.rglob("*.safetensors")) if base.vae else [])
+
+
 def fingerprint(value: object) -> str:
     """Reduce anything to a few letters that change when it does."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def edges_of(path: Path) -> list[object]:
-    """Tell a picture by its size, its beginning and its end; reading all of it takes too long."""
-    size = path.stat().st_size
+def gist_of(path: Path) -> list[object]:
+    """Tell a file by its size and by pieces of it; reading gigabytes would take too long."""
+    size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        edges = file.read(EDGE_BYTES)
-        file.seek(max(0, size - EDGE_BYTES))
-        edges += file.read(EDGE_BYTES)
-    return [size, hashlib.sha256(edges).hexdigest()]
+        for begin in range(0, size, max(PIECE_BYTES, size // PIECES)):
+            file.seek(begin)
+            digest.update(file.read(PIECE_BYTES))
+    return [size, digest.hexdigest()]
 
 
 @dataclass(frozen=True)
@@ -3072,6 +3087,7 @@ def write_state(output: Path, contents: Mapping[str, bytes], manifest: Record) -
         for name, content in contents.items()
     }
     manifest = {"version": STATE_VERSION, **manifest, "files": described}
+    manifest["checksum"] = fingerprint(manifest)
     try:
         for name, content in contents.items():
             write_whole(staging / name, content)
@@ -3097,10 +3113,13 @@ def read_state(folder: Path) -> SavedState:
     """Hold a state's files against its manifest; raise ValueError with what is wrong."""
     try:
         manifest, problems = parse_json((folder / "manifest.json").read_text(encoding="utf-8"))
-        if problems or manifest["version"] != STATE_VERSION:
-            raise ValueError("its manifest is of another version")
-        if folder.name != f"step_{manifest['step']}":
-            raise ValueError("its manifest is of another step")
+        checksum = manifest.pop("checksum", "")
+        if problems or checksum != fingerprint(manifest):
+            raise ValueError("its manifest is not what was written")
+        if manifest["version"] != STATE_VERSION or folder.name != f"step_{manifest['step']}":
+            raise ValueError("its manifest is of another version or another step")
+        if manifest["files"].keys() < STATE_FILES:
+            raise ValueError("its manifest lacks a file")
         for name, entry in manifest["files"].items():
             content = (folder / name).read_bytes()
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
@@ -3135,9 +3154,13 @@ class Earlier:
         said = self.state.manifest if self.state else self.complete
         return str(said["run_id"]) if said else None
 
-    def complete_at(self, total_steps: int | None) -> bool:
-        """Tell whether the run was finished with so many updates; None asks for no number."""
-        return self.complete is not None and total_steps in (None, self.complete["event"]["step"])
+    def complete_at(self, total_steps: int) -> bool:
+        """Tell whether the run was finished with so many updates."""
+        return self.complete is not None and total_steps <= self.complete["event"]["step"]
+
+    def same_wish(self, config: TrainingConfig) -> bool:
+        """Tell whether a finished run is asked for exactly what it has done."""
+        return bool(self.complete) and self.complete["asked"] == [config.steps, config.epochs]
 
     @classmethod
     def find(cls, output: Path) -> Earlier:
@@ -3169,7 +3192,8 @@ class Earlier:
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Refuse to go on with another run's state; list all that differs."""
-        said = self.state.manifest["identity"] if self.state else identity
+        known = self.state.manifest if self.state else self.complete
+        said = known["identity"] if known else identity
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
         problems = [
             Problem(path=key, expected=str(said.get(key)), found=str(identity.get(key)), hint=hint)
@@ -3691,13 +3715,15 @@ class Run:
         contents, numbers = pack_learner(self.learner)
         contents["state.json"] = json.dumps(self.state.to_json(), allow_nan=False).encode()
         output = self.config.output_path
-        manifest = {"step": self.state.step, **self.origin, **numbers}
+        aim = {"step": self.state.step, "total_steps": self.total_steps}
+        manifest = {**aim, **self.origin, **numbers}
         self.saved = write_state(output, contents, manifest).folder
         # What cannot be removed goes after the next save; the new state counts all the same.
         for leftover in output.glob("state/.*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for folder in state_folders(output)[self.config.keep_checkpoints :]:
+            folders = [f for f in state_folders(output) if int(f.name[5:]) <= self.state.step]
+            for folder in folders[self.config.keep_checkpoints :]:
                 discard(folder)
 
     def save_lora(self, reason: CheckpointReason) -> None:
@@ -3766,7 +3792,8 @@ class Run:
                     images_per_second=self.images_per_second(),
                     peak_memory_bytes=peak_memory(self.models.device),
                 )
-                said = {**self.origin, "event": plain(done)}
+                asked = [config.steps, config.epochs]
+                said = {**self.origin, "asked": asked, "event": plain(done)}
                 write_whole(
                     config.output_path / "state" / "complete.json", json.dumps(said).encode()
                 )
@@ -3825,10 +3852,12 @@ class LoRATrainer:
             download_model(config, events)
             plan = Preflight.make(config, inspect_model(config), events, self.stop)
             base = locate_model(config, plan.model)
-            identity = identify(config, plan, base.prediction_type)
+            identity = identify(config, plan, base)
             earlier.check(identity)
             if earlier.complete_at(plan.total_steps):
                 return self._say_again(earlier)
+            if earlier.complete and not earlier.state:  # there is nothing to extend it from
+                refuse_to_overwrite(config.output_path)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(import_libraries)
@@ -3881,13 +3910,17 @@ class LoRATrainer:
                 refuse_to_overwrite(output)
             self.run_id = earlier.run_id or self.run_id
             # A finished run is left as it is, to the last byte.
-            again = earlier.complete_at(config.steps)
+            again = earlier.same_wish(config)
             mirroring = contextlib.nullcontext() if again else mirrored(self.events, output)
             with mirroring as mirror, reporting(self.events):
                 self._start(earlier.step)
                 self._tell_circumstances(mirror, aside, earlier)
                 try:
                     yield earlier
+                except TrainingInterrupted as stopped:
+                    if earlier.state and not self.run:
+                        stopped.step, stopped.path = earlier.step, str(earlier.state.folder)
+                    raise
                 except Exception as error:
                     short = is_out_of_memory(error)
                     failure = self._out_of_memory(error) if short else explain(error)
@@ -4000,7 +4033,8 @@ class LoRATrainer:
             self.events.warn(WarningCode.STATE_IGNORED, message, path=str(folder), reason=reason)
         if aside or earlier.step:
             moved = str(aside) if aside else None
-            self.events.info(ResumeFacts(step=earlier.step, set_aside=moved))
+            aim = earlier.state.manifest.get("total_steps") if earlier.state else None
+            self.events.info(ResumeFacts(step=earlier.step, aimed_at=aim, set_aside=moved))
 
     def _causes(self) -> dict[StopReason, Callable[[], bool]]:
         """List what asks for a stop besides signals; a stop file from an earlier run is none."""

@@ -131,7 +131,7 @@ FACTS: list[Facts] = [
     DatasetFacts(**COUNTS),
     PhaseFacts(name="checking images", done=1, total=2),
     MemoryFacts(phase="encoding", in_use_bytes=1, peak_bytes=2),
-    ResumeFacts(step=0, set_aside=None),
+    ResumeFacts(step=0, aimed_at=None, set_aside=None),
     VALID,
 ]
 EXAMPLES: list[Event] = [
