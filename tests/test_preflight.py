@@ -363,7 +363,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_graphics_card_is_described_by_its_driver(answer: Path) -> None:
     """Name, memory and version, without loading torch."""
     answer.write_text("NVIDIA GeForce RTX 4090, 24564, 23950, 580.95.05\n", encoding="utf-8")
-    assert train_lora.inspect_device() == train_lora.DeviceFacts(
+    assert train_lora.inspect_device("auto") == train_lora.DeviceFacts(
         kind="cuda",
         name="NVIDIA GeForce RTX 4090",
         memory_total_bytes=24564 * 2**20,
@@ -376,7 +376,7 @@ def test_a_graphics_card_is_described_by_its_driver(answer: Path) -> None:
 def test_a_card_that_shares_the_main_memory_is_still_a_card(answer: Path) -> None:
     """Such a driver does not tell the memory: unknown is null, and the card trains."""
     answer.write_text("NVIDIA GB10, [N/A], [N/A], 580.95.05\n", encoding="utf-8")
-    device = train_lora.inspect_device()
+    device = train_lora.inspect_device("auto")
     assert (device.kind, device.name, device.memory_total_bytes) == ("cuda", "NVIDIA GB10", None)
 
 
@@ -387,14 +387,14 @@ def test_a_card_that_shares_the_main_memory_is_still_a_card(answer: Path) -> Non
 def test_a_driver_that_answers_nonsense_means_no_card(answer: Path, text: str) -> None:
     """A broken driver trains nothing, and is no reason to fail."""
     answer.write_text(text, encoding="utf-8")
-    assert train_lora.inspect_device().kind in ("cpu", "mps")
+    assert train_lora.inspect_device("auto").kind in ("cpu", "mps")
 
 
 @POSIX
 def test_a_driver_that_answers_in_no_known_letters_means_no_card(answer: Path) -> None:
     """Bytes that are no text are an answer like any other nonsense."""
     answer.write_bytes(b"\xff\xfe\x00")
-    assert train_lora.inspect_device().kind in ("cpu", "mps")
+    assert train_lora.inspect_device("auto").kind in ("cpu", "mps")
 
 
 @POSIX
@@ -402,7 +402,7 @@ def test_a_driver_that_answers_in_no_known_letters_means_no_card(answer: Path) -
 def test_a_driver_that_fails_means_no_card(answer: Path, script: str) -> None:
     """Installed tools without hardware are common in containers."""
     write_program(answer.parent / "bin" / "nvidia-smi", script)
-    assert train_lora.inspect_device().kind in ("cpu", "mps")
+    assert train_lora.inspect_device("auto").kind in ("cpu", "mps")
 
 
 @POSIX
@@ -413,7 +413,7 @@ def test_a_hidden_card_is_not_seen(
     """CUDA_VISIBLE_DEVICES rules here as it does in torch."""
     answer.write_text("NVIDIA GeForce RTX 4090, 24564, 23950, 580.95.05\n", encoding="utf-8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert train_lora.inspect_device().kind in ("cpu", "mps")
+    assert train_lora.inspect_device("auto").kind in ("cpu", "mps")
 
 
 @POSIX
@@ -427,7 +427,7 @@ def test_the_first_visible_card_is_asked_for(
     answer.write_text("x, 1, 1, 1\n", encoding="utf-8")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    train_lora.inspect_device()
+    train_lora.inspect_device("auto")
     arguments = (answer.parent / "arguments").read_text(encoding="utf-8").split()
     assert f"--id={asked}" in arguments
 
@@ -437,7 +437,7 @@ def test_without_a_card_the_processor_is_described(
 ) -> None:
     """Its name and main memory, as far as the system tells."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    device = train_lora.inspect_device()
+    device = train_lora.inspect_device("auto")
     assert device.kind in ("cpu", "mps")
     assert device.name
     assert device.driver is None

@@ -409,7 +409,8 @@ def test_every_start_says_where_it_begins(parted: Parted) -> None:
     assert [line["resumed_step"] for line in starts] == [0, 3, 8]
     assert len({line["run_id"] for line in starts}) == 1
     facts = [r["data"] for h in told for r in h.records if r.get("topic") == "resume"]
-    assert facts == [{"step": 3, "set_aside": None}, {"step": 8, "set_aside": None}]
+    ahead = {"aimed_at": 12, "set_aside": None}
+    assert facts == [{"step": 3, **ahead}, {"step": 8, **ahead}]
 
 
 def test_no_step_is_told_twice_or_left_out(parted: Parted) -> None:
@@ -685,7 +686,8 @@ def test_fresh_sets_the_earlier_run_aside(half: Place, halfway: Place) -> None:
     assert first[0]["resumed_step"] == 0
     assert first[0]["run_id"] != halfway.events()[0]["run_id"]
     facts = [record["data"] for record in first if record.get("topic") == "resume"]
-    assert facts == [{"step": 0, "set_aside": str(half.out / "earlier_1")}]
+    moved = str(half.out / "earlier_1")
+    assert facts == [{"step": 0, "aimed_at": None, "set_aside": moved}]
     assert read_state(half.out / "earlier_1" / "state" / "step_6").step == 6
     assert not half.states()
 
