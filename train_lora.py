@@ -2422,7 +2422,7 @@ def encode_images(
     import torch
 
     # Four at 512 pixels, one at 1024: full precision takes 2 GiB for each such layer there.
-    size = max(1, (1024 // config.resolution) ** 2)
+    size = min(4, max(1, (1024 // config.resolution) ** 2))
     for begin in range(0, len(pictures), size):
         phase.at(begin)
         batch = pictures[begin : begin + size]
