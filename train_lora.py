@@ -278,7 +278,7 @@ class PhaseFacts(Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFacts(Facts):
-    """What a phase needed at most."""
+    """Memory in use when a phase ends, and the most since the start."""
 
     says: ClassVar[str] = "Memory: {peak_bytes} bytes at most after {phase}"
     phase: Annotated[str, "`encoding`, `loading`, …"]
@@ -1402,6 +1402,7 @@ def inspect_image(path: Path, root: Path) -> tuple[int, int]:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             # Phones write JPEGs with further pictures behind the first; only that one counts.
+            # Single pictures of some formats do not have the attribute at all.
             if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
                 raise Unusable("an animation")
             width, height = image.size
@@ -2254,7 +2255,7 @@ class Models:
         import torch
 
         ids = [numbers.to(self.device) for numbers in tokens]
-        half = self.dtype != torch.float32
+        half = self.text_encoders[0].dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=half):
             return TextInputs(*self.base.family.read_text(self.text_encoders, ids))
 
@@ -2674,7 +2675,7 @@ class Learner:
             # What GradScaler sets too: the fused kernel does nothing where this is not 0.
             vars(self.optimizer)["found_inf"] = (~finite).float()
             self.optimizer.step()
-        elif finite:
+        elif finite:  # waits for the device; the other optimizers know no better
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -2826,6 +2827,9 @@ def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int
         + state * (config.keep_checkpoints + 1)  # the next is written before the oldest goes
         + pictures * 3 * config.resolution**2  # a PNG is never larger than its pixels by much
     )
+
+
+# === LoRA files ==============================================================
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -3029,7 +3033,7 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-# --- states: one folder each, complete or absent ---
+# === Checkpoints and resume ==================================================
 
 STATE_VERSION = 1
 PIECE_BYTES = 64 * 1024
@@ -4020,6 +4024,7 @@ class LoRATrainer:
 
         config, base = self.config, models.base
         self.phase = "encoding"
+        # Read once, text can have the better precision; read in every step, it has the usual one.
         dtype = models.dtype if config.train_text_encoder else torch.float32
         parts = base.family.text_parts
         models.text_encoders = [load_part(base, p, dtype).to(models.device) for p in parts]
