@@ -7,7 +7,7 @@ READY := .venv/.ready
 # Two test processes share the cores; torch's own threads would only get in their way.
 export OMP_NUM_THREADS := 1
 
-.PHONY: check fix test test-slow docs clean
+.PHONY: check fix test test-slow docs demo clean
 
 check: $(READY)
 	$(BIN)/ruff format --check
@@ -27,6 +27,9 @@ test-slow: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m tools.docs
+
+demo:
+	@echo "There is no bundled model yet; train with: python train_lora.py --config example_config.json"
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Needs Python 3.11: make PYTHON=python3.11")'
