@@ -1,0 +1,46 @@
+# A slim Python is base enough: the torch wheels bring CUDA and cuDNN, the host brings the driver.
+# The tag fixes Python's and Debian's release and still gets their security rebuilds.
+FROM python:3.13-slim-trixie
+
+LABEL org.opencontainers.image.title="train_lora" \
+      org.opencontainers.image.description="Trains LoRA adapters for Stable Diffusion" \
+      org.opencontainers.image.licenses="MIT"
+
+# tini hands signals on and reaps; PID 1 without it ignores SIGTERM while Python starts.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends tini=0.19.* \
+ && rm -rf /var/lib/apt/lists/*
+
+# The base has no bytecode of the standard library; without it, each start would compile it anew.
+RUN python -m compileall -q -x site-packages /usr/local/lib/python3.*
+
+WORKDIR /app
+
+# The packages, gigabytes of them, stay a cached layer while only the program changes.
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --root-user-action=ignore --requirement requirements.txt
+
+# Modes are set here, as a checkout under a strict umask would be unreadable for other users.
+COPY --chmod=644 train_lora.py config_schema.json LICENSE ./
+
+# Open to every user like /tmp, so that --user works; a new named volume inherits that.
+RUN install --directory --mode=1777 /data /output /cache
+VOLUME ["/data", "/output", "/cache"]
+
+# HOME and HF_HOME are the one cache volume: models, and kernels compiled by the driver.
+ENV HOME=/cache \
+    HF_HOME=/cache \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    NVIDIA_VISIBLE_DEVICES=all \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+
+USER 1000:1000
+STOPSIGNAL SIGTERM
+
+# A job is healthy while it runs, and its exit code and last line tell the rest. A probe knows
+# no more, and costs a process each time.
+HEALTHCHECK NONE
+
+ENTRYPOINT ["/usr/bin/tini", "--", "python", "/app/train_lora.py"]
+CMD ["--help"]

@@ -1,0 +1,93 @@
+"""What is shipped around the program: pinned packages, the header for uv, the container."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+
+from conftest import ROOT
+
+# The reference expression of PEP 723.
+HEADER = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+
+
+def read(name: str) -> str:
+    """Read a file of the project."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def requirements() -> list[str]:
+    """List what requirements.txt asks for."""
+    lines = read("requirements.txt").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def arguments(instruction: str) -> list[str]:
+    """List what follows each use of an instruction in the Dockerfile, its lines joined."""
+    joined = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", read("Dockerfile")))
+    return re.findall(rf"(?m)^{instruction} +(.*)$", joined)
+
+
+def copied() -> list[str]:
+    """List the files that go into the image."""
+    words = [word for line in arguments("COPY") for word in line.split()[:-1]]
+    return sorted(word for word in words if not word.startswith("--"))
+
+
+def test_every_package_is_pinned() -> None:
+    """Another version of a package would be another program."""
+    loose = [line for line in requirements() if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
+
+    assert requirements()
+    assert loose == []
+
+
+def test_uv_installs_what_pip_installs() -> None:
+    """The header of the program, read as PEP 723 reads it, repeats requirements.txt."""
+    (found,) = [m for m in re.finditer(HEADER, read("train_lora.py")) if m["type"] == "script"]
+    lines = found["content"].splitlines(keepends=True)
+    header = tomllib.loads("".join(line[2 if line.startswith("# ") else 1 :] for line in lines))
+
+    assert header == {"requires-python": ">=3.11", "dependencies": requirements()}
+
+
+def test_the_context_of_the_image_holds_what_is_copied_and_nothing_else() -> None:
+    """No photo, model or secret beside the program travels into the image."""
+    refused, *admitted = read(".dockerignore").split()
+
+    assert refused == "*"
+    assert sorted(line.removeprefix("!") for line in admitted) == copied()
+
+
+def test_every_file_of_the_image_exists() -> None:
+    """A file that is renamed is renamed in the Dockerfile too."""
+    assert "train_lora.py" in copied()
+    assert [name for name in copied() if not (ROOT / name).is_file()] == []
+
+
+def test_the_image_takes_files_from_nowhere_else() -> None:
+    """Nothing is fetched past the package managers and their checksums."""
+    assert arguments("ADD") == []
+    assert re.findall(r"\b(?:curl|wget|git clone)\b|https?://", " ".join(arguments("RUN"))) == []
+
+
+def test_the_program_runs_under_an_init_process_that_passes_signals_on() -> None:
+    """Without a shell between, docker stop reaches the program."""
+    (entrypoint,) = arguments("ENTRYPOINT")
+
+    assert json.loads(entrypoint) == ["/usr/bin/tini", "--", "python", "/app/train_lora.py"]
+    assert arguments("STOPSIGNAL") == ["SIGTERM"]
+
+
+def test_the_program_does_not_run_as_root() -> None:
+    """The user is a number, as Kubernetes cannot tell from a name that it is not root."""
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", arguments("USER")[-1])
+
+
+def test_packages_are_installed_before_the_program_is_copied() -> None:
+    """A changed program does not install gigabytes anew."""
+    text = read("Dockerfile")
+
+    assert arguments("COPY")[0] == "requirements.txt ./"
+    assert text.index("pip install") < text.rindex("COPY")
