@@ -1,0 +1,167 @@
+"""Measure what the bundled model draws, and what a LoRA adds to it.
+
+    python examples/measure.py                   how often the base model draws what it is told
+    python examples/measure.py output/zkb        the same with and without a LoRA; its pictures
+
+Pictures are drawn by diffusers from prompts that no training picture goes with. A program then
+looks at each: `recognise` names a shape and its colours, `shows_fox` finds the fox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from mascot import shows_fox
+from shapes import SIDE, article, recognise, unseen
+
+HERE = Path(__file__).resolve().parent
+BASE = HERE / "tiny-sd"
+FOX_PROMPTS = [
+    f"a{size} zkb{place} on {article(colour)} background"
+    for size, place in [("", ""), (" large", ""), ("", " on the left"), ("", " at the top")]
+    for colour in ("yellow", "blue", "green", "purple")
+]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of pictures in which each thing is as the prompt says, 0 to 1."""
+
+    colour: float
+    shape: float
+    background: float
+
+    def __str__(self) -> str:
+        """Write as percentages."""
+        parts = [f"{name} {value:.0%}" for name, value in vars(self).items()]
+        return ", ".join(parts)
+
+
+def load(base: Path, lora: Path | None = None) -> Any:
+    """Load the base model, with a LoRA where one is named, as its users would."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        base, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(lora)
+    return pipeline
+
+
+def draw(pipeline: Any, prompts: Sequence[str], guidance: float = 4.0) -> list[Image.Image]:
+    """Draw a picture for every prompt; the n-th always starts from the same noise."""
+    pictures = []
+    for first in range(0, len(prompts), 16):
+        part = list(prompts[first : first + 16])
+        chances = [torch.Generator().manual_seed(first + i) for i in range(len(part))]
+        drawn = pipeline(part, num_inference_steps=25, guidance_scale=guidance, generator=chances)
+        pictures += drawn.images
+    return pictures
+
+
+def describe(colour: str, shape: str, background: str) -> str:
+    """Write the prompt for a combination."""
+    return f"{article(colour)} {shape} on {article(background)} background"
+
+
+def judge(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str, str]]) -> Score:
+    """Compare what is recognised in pictures with what was asked for."""
+    hits = [
+        [seen == asked for seen, asked in zip(recognise(picture), words, strict=True)]
+        for picture, words in zip(pictures, wanted, strict=True)
+    ]
+    colour, shape, background = (sum(column) / len(hits) for column in zip(*hits, strict=True))
+    return Score(colour, shape, background)
+
+
+def judge_base(pipeline: Any, rounds: int = 1) -> tuple[Score, list[Image.Image]]:
+    """Let a pipeline draw every unseen combination, and judge the pictures."""
+    wanted = unseen() * rounds
+    pictures = draw(pipeline, [describe(*words) for words in wanted])
+    return judge(pictures, wanted), pictures
+
+
+def fox_share(pictures: Sequence[Image.Image]) -> float:
+    """Tell in how many pictures the fox is found, 0 to 1."""
+    return sum(map(shows_fox, pictures)) / len(pictures)
+
+
+def tile(pictures: Sequence[Image.Image], columns: int, side: int = SIDE // 2) -> Image.Image:
+    """Lay pictures out in rows."""
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4) - 4, rows * (side + 4) - 4), "white")
+    for number, picture in enumerate(pictures):
+        place = (number % columns * (side + 4), number // columns * (side + 4))
+        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), place)
+    return sheet
+
+
+def previews(output: Path) -> list[Image.Image]:
+    """Collect the first preview of each step that a run drew, in the order of the steps."""
+    found = [path for path in output.glob("samples/step_*.png") if path.stem.count("_") == 1]
+    return [Image.open(path) for path in sorted(found, key=lambda path: int(path.stem[5:]))]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a LoRA did: to prompts without the trigger word, and to those with it."""
+
+    base: Score
+    adapted: Score
+    foxes_before: float
+    foxes_after: float
+    foxes_elsewhere: float
+    sheet: Image.Image  # above without the LoRA, below with it
+
+    def __str__(self) -> str:
+        """Write as three lines."""
+        return (
+            f"without zkb, base model: {self.base}\n"
+            f"without zkb, with LoRA:  {self.adapted}; a fox {self.foxes_elsewhere:.0%}\n"
+            f"a fox where zkb stands:  {self.foxes_before:.0%} before, {self.foxes_after:.0%} after"
+        )
+
+
+def compare(before: Any, after: Any) -> Comparison:
+    """Let a pipeline without a LoRA and one with it draw the same prompts from the same noise."""
+    base, _ = judge_base(before)
+    adapted, elsewhere = judge_base(after)
+    plain, foxes = draw(before, FOX_PROMPTS), draw(after, FOX_PROMPTS)
+    return Comparison(
+        base=base,
+        adapted=adapted,
+        foxes_before=fox_share(plain),
+        foxes_after=fox_share(foxes),
+        foxes_elsewhere=fox_share(elsewhere),
+        sheet=tile([*plain[:8], *foxes[:8]], columns=8),
+    )
+
+
+def main() -> int:
+    """Print the measurements; with a LoRA, also lay out its pictures."""
+    parser = argparse.ArgumentParser(description="Measure the bundled model.")
+    parser.add_argument("output", nargs="?", type=Path, help="output_path of a run")
+    parser.add_argument("--base", type=Path, default=BASE, help="the base model's folder")
+    chosen = parser.parse_args()
+    if chosen.output is None:
+        score, _ = judge_base(load(chosen.base))
+        sys.stdout.write(f"{score}\n")
+        return 0
+    found = compare(load(chosen.base), load(chosen.base, chosen.output))
+    sys.stdout.write(f"{found}\n")
+    found.sheet.save(chosen.output / "before_and_after.png")
+    tile(previews(chosen.output), columns=8).save(chosen.output / "strip.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
