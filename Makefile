@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # Two test processes share the cores; torch's own threads would only get in their way.
-export OMP_NUM_THREADS := 1
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .PHONY: check fix test test-slow docs demo clean
 
@@ -13,17 +13,17 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 fix: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 docs: $(READY)
 	$(BIN)/python -m tools.docs

@@ -1,4 +1,17 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0",
+#   "diffusers==0.42.1",
+#   "transformers==5.23.0",
+#   "peft==0.21.2",
+#   "accelerate==1.15.0",
+#   "safetensors==0.8.0",
+#   "pillow==13.0.0",
+#   "jsonschema==4.26.0",
+# ]
+# ///
 """Train a LoRA for Stable Diffusion from a JSON config and report in JSON lines.
 
     python train_lora.py --config config.json                    train, or continue
@@ -57,10 +70,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +89,8 @@ PROTOCOL = "1.0"
 SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 
 Record = dict[str, Any]  # one JSON object, coming in or going out
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 # === Errors ==================================================================
@@ -149,6 +164,7 @@ class WarningCode(Code):
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
     STATE_IGNORED = "A saved state is damaged; an older one is used.", "Look at the disk."
+    CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
 
 
@@ -234,7 +250,7 @@ class DeviceFacts(Facts):
     name: Annotated[str, "as its maker calls it"]
     memory_total_bytes: Annotated[int | None, "memory of the device"]
     memory_free_bytes: Annotated[int | None, "memory free at the moment"]
-    driver: Annotated[str | None, "driver version"]
+    driver: Annotated[str | None, "driver version"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +306,7 @@ class MemoryFacts(Facts):
 class ResumeFacts(Facts):
     """Where the run begins."""
 
-    says: ClassVar[str] = "Going on after step {step}; the earlier start aimed at {aimed_at}"
+    says: ClassVar[str] = "The run begins after step {step}"
     step: Annotated[int, "updates done by earlier starts"]
     aimed_at: Annotated[int | None, "updates that the earlier start was to make in all"]
     set_aside: Annotated[str | None, "where `--fresh` moved the earlier run"]
@@ -542,7 +558,7 @@ def fill(template: str, values: Record) -> str:
 
 def utc_now() -> str:
     """Tell the time as RFC 3339 in UTC with milliseconds."""
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
     return now.replace("+00:00", "Z")
 
 
@@ -931,7 +947,8 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
 
 def resolve(document: Record) -> tuple[Record, list[WarningEvent]]:
     """Merge defaults, top level and training_params, each winning over the one before."""
-    flat = {k: v for k, v in document.items() if k not in ("$schema", "training_params")}
+    no_knobs = ("$schema", "$comment", "training_params")
+    flat = {k: v for k, v in document.items() if k not in no_knobs}
     nested = document.get("training_params", {})
     values = {name: knob["default"] for name, knob in knobs().items()} | flat | nested
     if "steps" not in flat | nested and "epochs" in flat | nested:
@@ -961,12 +978,9 @@ def absolute(path: str) -> Path:
 # From JSON to the types of the fields; draft-07 takes 1e3 for a whole number.
 FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     "Path": absolute,
-    "Path | None": absolute,
     "tuple[str, ...]": tuple,
     "float": float,
-    "float | None": float,
     "int": int,
-    "int | None": int,
 }
 
 
@@ -998,6 +1012,7 @@ class TrainingConfig:
     prediction_type: str
     model_config_path: Path | None
     vae: str | None
+    cache_dir: Path | None
     device: str
     mixed_precision: str
     gradient_checkpointing: bool
@@ -1012,6 +1027,7 @@ class TrainingConfig:
     flip: bool
     sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
+    sample_at_start: bool
     sample_steps: int
     sample_guidance: float
     save_precision: str
@@ -1031,10 +1047,11 @@ class TrainingConfig:
         check_schema(document)
         values, remarks = resolve(document)
         for name, value in values.items():
-            convert = FIELD_TYPES.get(cls.__annotations__[name])
+            convert = FIELD_TYPES.get(cls.__annotations__[name].removesuffix(" | None"))
             values[name] = convert(value) if convert and value is not None else value
         config = cls(**values)
-        check_rules(config)
+        if problems := list(conflicts_in(config)):
+            raise TrainError.listing(ErrorCode.CONFIG_CONFLICT, problems)
         return dataclasses.replace(config, remarks=(*remarks, *remark_on(config)))
 
     @property
@@ -1057,28 +1074,22 @@ class TrainingConfig:
         return record
 
 
-def check_rules(config: TrainingConfig) -> None:
+def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     """List values that are fine alone but do not go together."""
-    rate, output = config.learning_rate, config.output_path
-    rules = [
-        (
-            rate <= HIGH_LEARNING_RATE,
-            *("learning_rate", f"at most {HIGH_LEARNING_RATE} with this optimizer", show(rate)),
-            "1e-4 suits most runs.",
-        ),
-        (
-            os.path.realpath(output) != os.path.realpath(config.dataset_path),
-            *("output_path", "a folder other than dataset_path", show(str(output))),
-            "Samples would become training images.",
-        ),
-    ]
-    problems = [
-        Problem(path=path, expected=expected, found=found, hint=hint)
-        for holds, path, expected, found, hint in rules
-        if not holds
-    ]
-    if problems:
-        raise TrainError.listing(ErrorCode.CONFIG_CONFLICT, problems)
+    if config.learning_rate > HIGH_LEARNING_RATE:
+        yield Problem(
+            path="learning_rate",
+            expected=f"at most {HIGH_LEARNING_RATE} with this optimizer",
+            found=show(config.learning_rate),
+            hint="1e-4 suits most runs.",
+        )
+    if os.path.realpath(config.output_path) == os.path.realpath(config.dataset_path):
+        yield Problem(
+            path="output_path",
+            expected="a folder other than dataset_path",
+            found=show(str(config.output_path)),
+            hint="Samples would become training images.",
+        )
 
 
 def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
@@ -1314,7 +1325,7 @@ def reader_gone(descriptor: int) -> bool:
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # no other decoder ever sees a user's bytes
 EXIF_ORIENTATION = 0x0112
-CAPTION_BYTES = 64 * 1024  # a text encoder reads 77 tokens of it
+CAPTION_BYTES = 64 * 1024  # a text encoder reads a few hundred of them
 METADATA_BYTES = 64 * 2**20
 
 
@@ -1544,16 +1555,15 @@ def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
     longest_first = sorted(words, key=len, reverse=True)
     front: list[str] = []
     for word in longest_first:
-        if not any(stands_in(word, text) for text in (caption, *front)):
+        if not stands_in(word, (caption, *front)):
             front.append(word)
-    text = ", ".join([*sorted(front, key=words.index), *([caption] if caption else [])])
+    text = ", ".join(filter(None, [*sorted(front, key=words.index), caption]))
     seen: list[str] = []
 
     def keep_first(match: re.Match[str]) -> str:
-        if any(stands_in(match[0], other) for other in seen):
-            return ""
+        repeated = stands_in(match[0], seen)
         seen.append(match[0])
-        return match[0]
+        return "" if repeated else match[0]
 
     any_word = "|".join(map(re.escape, longest_first)) or "(?!)"
     kept = re.sub(rf"(?<!\w)(?:{any_word})(?!\w)", keep_first, text, flags=re.IGNORECASE)
@@ -1562,9 +1572,10 @@ def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
     return " ".join(re.sub(r"\s*(,\s*)+", ", ", kept).split()).strip(" ,")
 
 
-def stands_in(word: str, text: str) -> bool:
+def stands_in(word: str, texts: Iterable[str]) -> bool:
     """Tell whether a word stands in a text as a word of its own, whatever the case."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+    alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    return any(map(alone.search, texts))
 
 
 def scan_dataset(config: TrainingConfig, events: Emitter, stop: StopRequest) -> Dataset:
@@ -1621,6 +1632,8 @@ def check_pictures(pictures: Sequence[Picture], config: TrainingConfig, events: 
 
 HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+SD1_LATENT_SCALE = 0.18215  # what the first configs take for granted
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shapes = dict[str, tuple[int, ...]]
 
@@ -1640,7 +1653,7 @@ class Structure:
     micro_conditioning: bool  # image size and crop are told to the denoiser
     linear_projection: bool  # into the attention blocks; SD 1 has convolutions there
     text_encoders: tuple[bool, bool]  # whether the first and the second are there
-    sample_size: int | None  # side of the latent image it was made for
+    native_resolution: int | None  # pixels, where the configs say
     prediction_type: str | None
 
 
@@ -1826,8 +1839,9 @@ def read_json_file(path: Path) -> Record:
     return document
 
 
-def find_weights(component: Path, stem: str) -> list[Path]:
+def find_weights(component: Path) -> list[Path]:
     """Find a component's safetensors: whole, in half precision, or in shards."""
+    stem = "model" if component.name.startswith("text_") else "diffusion_pytorch_model"
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (component / name).is_file():
             return [component / name]
@@ -1845,11 +1859,9 @@ def find_weights(component: Path, stem: str) -> list[Path]:
 
 def read_folder(folder: Path) -> Structure:
     """Read the structure of a model in diffusers layout."""
-    if (folder / "transformer").is_dir() and not (folder / "unet").is_dir():
-        raise unsupported("a transformer (DiT) model such as SD 3 or FLUX")
-    if not (folder / "unet").exists() and (files := sorted(folder.glob("*.safetensors"))):
-        raise unsupported(f"a folder that is no model; did you mean {files[0].name} in it?")
+    refuse_other_folder(folder)
     unet = read_json_file(folder / "unet" / "config.json")
+    vae = read_json_file(folder / "vae" / "config.json")
     schedule = read_json_file(folder / "scheduler" / "scheduler_config.json")
     channels, prediction = unet.get("in_channels", 4), schedule.get("prediction_type", "epsilon")
     if type(channels) is not int or not isinstance(prediction, str):
@@ -1857,58 +1869,89 @@ def read_folder(folder: Path) -> Structure:
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise unsupported(f"a model with {show(unet['_class_name'])}")
     encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
-    files = find_weights(folder / "unet", "diffusion_pytorch_model")
-    denoiser = len(files)
-    files += find_weights(folder / "vae", "diffusion_pytorch_model")
-    for name in encoders:
-        files += find_weights(folder / name, "model")
-    headers = [read_header(file) for file in files]
+    files = [file for part in ("unet", "vae", *encoders) for file in find_weights(folder / part)]
+    headers = {file: read_header(file) for file in files}
+    denoiser = [header for file, header in headers.items() if file.parent.name == "unet"]
     return Structure(
         source="folder",
-        shapes={name: shape for header in headers[:denoiser] for name, shape in header.items()},
-        parameters=sum(math.prod(shape) for header in headers for shape in header.values()),
+        shapes={name: shape for header in denoiser for name, shape in header.items()},
+        parameters=sum(math.prod(s) for header in headers.values() for s in header.values()),
         weights_bytes=sum(file.stat().st_size for file in files),
         input_channels=channels,
         micro_conditioning=unet.get("addition_embed_type") == "text_time",
         linear_projection=bool(unet.get("use_linear_projection")),
         text_encoders=("text_encoder" in encoders, "text_encoder_2" in encoders),
-        sample_size=unet.get("sample_size"),
+        native_resolution=native_resolution(unet, vae),
         prediction_type=prediction,
     )
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Tell by what lies in it when a folder is something else than a base model."""
+    if (folder / "unet").exists():
+        return
+    if (folder / "transformer").is_dir():
+        raise unsupported("a transformer (DiT) model such as SD 3 or FLUX")
+    if files := sorted(folder.glob("*.safetensors")):
+        raise unsupported(f"a folder that is no model; did you mean {files[0].name} in it?")
+
+
+def native_resolution(unet: Record, vae: Record) -> int | None:
+    """Tell the side of the pictures a model was made for, where its configs say."""
+    size, levels = unet.get("sample_size"), vae.get("block_out_channels")
+    if not isinstance(size, int) or not isinstance(levels, list):
+        return None
+    return size * pixels_per_latent(levels[:16])
+
+
+def pixels_per_latent(levels: Sequence[object]) -> int:
+    """Tell how far a VAE reduces a side: between two of its levels it halves it."""
+    return 1 << max(0, len(levels) - 1)
 
 
 def read_file(path: Path) -> Structure:
     """Read the structure of a single file in the original layout."""
     if path.suffix.lower() in PICKLES:
         raise unsupported("a pickle file, which can run code when loaded")
-    everything = read_header(path)
-    if any(name.startswith(("lora_", "unet.")) and "lora" in name for name in everything):
-        raise unsupported("a LoRA, not a base model")
-    prefix = "model.diffusion_model."
-    shapes = {n.removeprefix(prefix): s for n, s in everything.items() if n.startswith(prefix)}
-    if any("joint_blocks" in name or "double_blocks" in name for name in everything):
-        raise unsupported("a transformer (DiT) model such as SD 3 or FLUX")
-    if len(shapes.get("input_blocks.0.0.weight", ())) != 4:
-        raise unsupported("no checkpoint in the original Stable Diffusion layout")
-    encoders = ("cond_stage_model.", "conditioner.embedders.0.transformer.")
+    weights = read_header(path)
+    denoiser = [name for name in weights if name.startswith(UNET_PREFIX)]
+    shapes = {name.removeprefix(UNET_PREFIX): weights[name] for name in denoiser}
+    refuse_other_file(weights, shapes)
+    first = ("cond_stage_model.", "conditioner.embedders.0.transformer.")
     second = ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")  # or a refiner's
     projection = next((s for n, s in shapes.items() if n.endswith("proj_in.weight")), ())
     return Structure(
         source="file",
         shapes=shapes,
-        parameters=sum(math.prod(shape) for shape in everything.values()),
+        parameters=sum(map(math.prod, weights.values())),
         weights_bytes=path.stat().st_size,
         input_channels=shapes["input_blocks.0.0.weight"][1],
         micro_conditioning="label_emb.0.0.weight" in shapes,
         linear_projection=len(projection) == 2,
         text_encoders=(
-            any(name.startswith(encoders) for name in everything),
-            any(name.startswith(second) for name in everything),
+            any(name.startswith(first) for name in weights),
+            any(name.startswith(second) for name in weights),
         ),
-        sample_size=None,
+        native_resolution=None,
         # Checkpoints trained for velocity carry an empty tensor that says so.
-        prediction_type="v_prediction" if "v_pred" in everything else None,
+        prediction_type="v_prediction" if "v_pred" in weights else None,
     )
+
+
+def refuse_other_file(weights: Shapes, shapes: Shapes) -> None:
+    """Tell by its names when a safetensors file is something else than a base model."""
+    if any(name.startswith(("lora_", "unet.")) and "lora" in name for name in weights):
+        raise unsupported("a LoRA, not a base model")
+    if any("joint_blocks" in name or "double_blocks" in name for name in weights):
+        raise unsupported("a transformer (DiT) model such as SD 3 or FLUX")
+    if len(shapes.get("input_blocks.0.0.weight", ())) != 4:
+        raise unsupported("no checkpoint in the original Stable Diffusion layout")
+
+
+def is_local(model: str) -> bool:
+    """Tell a path from a Hugging Face id."""
+    path = expand_home(model)
+    return os.path.isdir(path) or os.path.isfile(path)  # noqa: PTH112, PTH113, take long names
 
 
 def cached_snapshot(hub_id: str) -> Path | None:
@@ -1917,7 +1960,8 @@ def cached_snapshot(hub_id: str) -> Path | None:
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface"
     hub = os.environ.get("HF_HOME", home) + "/hub"
     hub = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", hub))
-    folder = expand_home(os.path.expandvars(hub)) / f"models--{hub_id.replace('/', '--')}"
+    name = living_copy(hub_id).replace("/", "--")
+    folder = expand_home(os.path.expandvars(hub)) / f"models--{name}"
     try:
         revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -1937,25 +1981,24 @@ def holds_weights(snapshot: Path) -> bool:
     )
 
 
+def find_model(model: str) -> Path | None:
+    """Find a model on this machine: a path, or a finished download from the hub."""
+    if is_local(model):
+        return expand_home(model)
+    snapshot = cached_snapshot(model)
+    return snapshot if snapshot and holds_weights(snapshot) else None
+
+
 def read_structure(config: TrainingConfig) -> Structure | None:
     """Find the base model and read its headers; None stands for one that must be downloaded."""
-    path = expand_home(config.base_model)
-    if os.path.isdir(path):  # noqa: PTH112, Path's own raises when a name is too long
-        return read_folder(path)
-    if os.path.isfile(path):  # noqa: PTH113
-        return read_file(path)
-    if not HUB_ID.fullmatch(config.base_model) or path.suffix in (".safetensors", *PICKLES):
-        expected, found = "a folder, a .safetensors file or a Hugging Face id", config.base_model
-        raise TrainError.at(
-            ErrorCode.MODEL_NOT_FOUND, "base_model", expected, f"{found}, which is none"
-        )
-    snapshot = cached_snapshot(living_copy(config.base_model))
-    return read_folder(snapshot) if snapshot and holds_weights(snapshot) else None
-
-
-def is_local(model: str) -> bool:
-    """Tell a path from a Hugging Face id."""
-    return os.path.exists(expand_home(model))  # noqa: PTH110, Path's own raises for long names
+    model, path = config.base_model, find_model(config.base_model)
+    if path:
+        return read_folder(path) if path.is_dir() else read_file(path)
+    if not HUB_ID.fullmatch(model) or model.endswith((".safetensors", *PICKLES)):
+        expected = "a folder, a .safetensors file or a Hugging Face id"
+        found = f"{model}, which is none"
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "base_model", expected, found)
+    return None
 
 
 UNSUPPORTED_INPUTS = {5: "a depth model", 8: "an instruct-pix2pix model", 9: "an inpainting model"}
@@ -1977,21 +2020,20 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]
         raise unsupported("an SDXL refiner")
     family = next(family for family in FAMILIES.values() if family.recognises(structure))
     family = FAMILIES.get(config.model_family, family)
-    size, local = structure.sample_size, is_local(config.base_model)
+    local = is_local(config.base_model)
     facts = ModelFacts(
         source=structure.source if local else "hub",
         cached=True,
         hub_id=None if local else living_copy(config.base_model),
         family=family.name,
         prediction_type=structure.prediction_type,
-        native_resolution=size * 8 if isinstance(size, int) else family.native_resolution,
+        native_resolution=structure.native_resolution or family.native_resolution,
         parameters=structure.parameters,
         weights_bytes=structure.weights_bytes,
     )
     return facts, structure
 
 
-UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 CONFIG_FILES = ["*/config.json", "*/scheduler_config.json", "tokenizer*/*", "model_index.json"]
 WEIGHT_FILES = [
     *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
@@ -2010,32 +2052,29 @@ class BaseModel:
     prediction_type: str
     folder: Path  # configs and tokenizers, and the weights unless they stand in `file`
     file: Path | None  # a single file in the original layout
-    vae: Path | None  # a folder with another VAE
+    vae: Path | None  # the folder of another VAE
 
 
 def download_model(config: TrainingConfig, events: Emitter) -> None:
     """Fetch what a run needs from the hub, unless it is on this machine already."""
-    path, hub_id = expand_home(config.base_model), living_copy(config.base_model)
-    if not path.exists() and read_structure(config) is None:
+    path, hub_id = find_model(config.base_model), living_copy(config.base_model)
+    if path is None:
         events.info(PhaseFacts(name="downloading base model", done=0, total=None))
         folder = fetch(hub_id, [*CONFIG_FILES, *WEIGHT_FILES])
         if not list(folder.glob("unet/*.safetensors")):
             fetch(hub_id, [*CONFIG_FILES, *HALF_FILES])
-        if read_structure(config) is None:
+        if find_model(hub_id) is None:
             raise not_fetched("base_model", hub_id, "a part of it")
-    elif path.is_file() and (reference := missing_reference(config)):
+    elif path.is_file() and (reference := missing_reference(config, inspect_model(config)[0])):
         fetch(reference, CONFIG_FILES)
     if config.vae and not is_local(config.vae):
         fetch(config.vae, VAE_FILES, "vae")
 
 
-def missing_reference(config: TrainingConfig) -> str | None:
+def missing_reference(config: TrainingConfig, facts: ModelFacts) -> str | None:
     """Name the model whose configs a single file needs, if they are not on this machine."""
-    if config.model_config_path:
-        return None
-    facts, _ = inspect_model(config)
     reference = FAMILIES[str(facts.family)].reference
-    return None if cached_snapshot(reference) else reference
+    return None if config.model_config_path or cached_snapshot(reference) else reference
 
 
 def not_fetched(knob: str, hub_id: str, found: str) -> TrainError:
@@ -2058,22 +2097,32 @@ def fetch(hub_id: str, patterns: list[str], knob: str = "base_model") -> Path:
 def locate_model(config: TrainingConfig, facts: ModelFacts) -> BaseModel:
     """Say where each part of a base model on this machine lies."""
     family = FAMILIES[str(facts.family)]
-    path = expand_home(config.base_model)
-    file = path if path.is_file() else None
+    folder = find_model(config.base_model) or expand_home(config.base_model)
+    file, vae = folder if folder.is_file() else None, None
     if file:
-        path = config.model_config_path or cached_snapshot(family.reference) or path
-    elif not path.exists():
-        path = cached_snapshot(living_copy(config.base_model)) or path
-    vae = config.vae and expand_home(config.vae)
-    if vae and not vae.exists():
-        vae = fetch(str(config.vae), VAE_FILES, "vae")
+        folder = config.model_config_path or cached_snapshot(family.reference) or file
+    if config.vae:
+        local = is_local(config.vae)
+        vae = expand_home(config.vae) if local else fetch(config.vae, VAE_FILES, "vae")
+        vae = vae / "vae" if (vae / "vae").is_dir() else vae
     prediction = config.prediction_type
     if prediction == "auto":
-        schedule = read_json_file(path / "scheduler" / "scheduler_config.json")
+        schedule = read_json_file(folder / "scheduler" / "scheduler_config.json")
         prediction = facts.prediction_type or schedule.get("prediction_type", "epsilon")
-    return BaseModel(
-        family=family, prediction_type=prediction, folder=path, file=file, vae=vae or None
-    )
+    return BaseModel(family=family, prediction_type=prediction, folder=folder, file=file, vae=vae)
+
+
+def part_files(base: BaseModel, part: str) -> list[Path]:
+    """List the files that one network's weights lie in."""
+    if part == "vae" and base.vae:
+        return find_weights(base.vae)
+    return [base.file] if base.file else find_weights(base.folder / part)
+
+
+def read_part_config(base: BaseModel, part: str) -> Record:
+    """Read how one network is built."""
+    folder = base.vae if part == "vae" and base.vae else base.folder / part
+    return read_json_file(folder / "config.json")
 
 
 def load_part(base: BaseModel, part: str, dtype: torch.dtype) -> Any:
@@ -2089,11 +2138,8 @@ def load_part(base: BaseModel, part: str, dtype: torch.dtype) -> Any:
     }
     place = base.vae if part == "vae" and base.vae else base.file or base.folder / part
     try:
-        if part == "vae" and base.vae:
-            own = (base.vae / "vae").is_dir()
-            model, missing = load_from_folder(classes[part], base.vae, part if own else "", dtype)
-        elif base.file is None:
-            model, missing = load_from_folder(classes[part], base.folder, part, dtype)
+        if place != base.file:
+            model, missing = load_from_folder(classes[part], place, dtype)
         elif part.startswith("text"):
             model, missing = load_text_from_file(classes[part], base, part, dtype)
         else:
@@ -2107,14 +2153,11 @@ def load_part(base: BaseModel, part: str, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def load_from_folder(
-    cls: Any, folder: Path, part: str, dtype: torch.dtype
-) -> tuple[Any, Sequence[str]]:
-    """Load a part of a diffusers folder, in half precision where it exists only so."""
-    plain_files = [p for p in (folder / part).glob("*.safetensors") if ".fp16" not in p.name]
+def load_from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Sequence[str]]:
+    """Load one network in diffusers layout, in half precision where it exists only so."""
+    plain_files = [p for p in folder.glob("*.safetensors") if ".fp16" not in p.name]
     model, report = cls.from_pretrained(
         folder,
-        subfolder=part,
         variant=None if plain_files else "fp16",
         torch_dtype=dtype,
         use_safetensors=True,
@@ -2124,84 +2167,50 @@ def load_from_folder(
     return model, list(report["missing_keys"])
 
 
-def read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of one part of a single file, without the part's prefix."""
+def read_tensors(base: BaseModel, prefix: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of one part of a single file."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in list(file.keys()) if name.startswith(prefix)]
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    with safe_open(base.file, framework="pt") as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
 
 
 def load_from_file(
     cls: Any, base: BaseModel, part: str, dtype: torch.dtype
 ) -> tuple[Any, Sequence[str]]:
     """Load UNet or VAE from a single file; diffusers knows the original names."""
-    from accelerate import init_empty_weights
-    from diffusers.loaders import single_file_utils as original
-
-    prefix = UNET_PREFIX if part == "unet" else VAE_PREFIX
-    convert: Any = original.convert_ldm_unet_checkpoint
-    if part == "vae":
-        convert = original.convert_ldm_vae_checkpoint
-    config = cls.load_config(base.folder, subfolder=part, local_files_only=True)
-    with init_empty_weights():
-        model = cls.from_config(config)
-    weights = {prefix + k: v for k, v in read_tensors(base.file or base.folder, prefix).items()}
-    state = {name: value.to(dtype) for name, value in convert(weights, config=config).items()}
-    missing, _ = model.load_state_dict(state, strict=False, assign=True)
-    return model, missing
+    model = cls.from_single_file(
+        read_tensors(base, UNET_PREFIX if part == "unet" else VAE_PREFIX),
+        config=str(base.folder),
+        subfolder=part,
+        torch_dtype=dtype,
+        local_files_only=True,
+    )
+    # What the file lacks was never given memory.
+    return model, [name for name, value in model.named_parameters() if value.is_meta]
 
 
 def load_text_from_file(
     cls: Any, base: BaseModel, part: str, dtype: torch.dtype
 ) -> tuple[Any, Sequence[str]]:
     """Load a text encoder from a single file; transformers knows the published names."""
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
     from transformers import CLIPTextConfig
 
     prefix = base.family.original_text[part == "text_encoder_2"]
-    weights = read_tensors(base.file or base.folder, prefix)
-    # OpenAI's encoder has the published names, but some merges lost their first word.
-    state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in weights.items()}
-    if prefix.endswith(".model."):
-        state = rename_open_clip(weights)
+    config = CLIPTextConfig.from_pretrained(base.folder / part, local_files_only=True)
+    weights = read_tensors(base, prefix)
+    if prefix.endswith(".model."):  # OpenCLIP keeps q, k and v in one, under names of its own
+        model_like = types.SimpleNamespace(config=config)
+        state = convert_open_clip_checkpoint(model_like, weights, prefix)
+    else:  # OpenAI's has the published names, but some merges lost their first word
+        names = {name: name.removeprefix(prefix).removeprefix("text_model.") for name in weights}
+        state = {f"text_model.{names[name]}": value for name, value in weights.items()}
     model, report = cls.from_pretrained(
-        None,
-        config=CLIPTextConfig.from_pretrained(base.folder / part, local_files_only=True),
-        state_dict=state,
-        dtype=dtype,
-        output_loading_info=True,
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     return model, list(report["missing_keys"])
-
-
-OPEN_CLIP_NAMES = (
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"^text_projection$", "text_projection.weight"),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.c_fc\.", ".fc1."),
-    (r"\.c_proj\.", ".fc2."),
-    (r"\.attn\.", ".self_attn."),
-)
-
-
-def rename_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Undo what OpenCLIP does differently: q, k and v in one, the projection turned round."""
-    state: dict[str, torch.Tensor] = {}
-    for key, value in weights.items():
-        name = key
-        for pattern, published in OPEN_CLIP_NAMES:
-            name = re.sub(pattern, published, name)
-        stem, fused, kind = name.partition(".in_proj_")
-        if fused:
-            parts = zip("qkv", value.chunk(3), strict=True)
-            state |= {f"{stem}.{letter}_proj.{kind}": part for letter, part in parts}
-        else:
-            state[name] = value.T.contiguous() if key == "text_projection" else value
-    return state
 
 
 def load_tokenizers(base: BaseModel) -> list[Any]:
@@ -2239,7 +2248,9 @@ class Models:
     schedule: Any
     signal_shares: torch.Tensor  # the schedule's cumulative alphas, [time steps]
     tokenizers: list[Any]
-    latent_scale: float = 1.0
+    text_length: int  # tokens that a caption has room for, both ends included
+    latent_scale: float
+    pixels_per_latent: int  # along a side
     text_encoders: list[Any] = field(default_factory=list)
     unet: Any = None
 
@@ -2247,11 +2258,31 @@ class Models:
     def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Models:
         """Load what is small and always needed."""
         schedule = load_schedule(base)
-        shares = schedule.alphas_cumprod.to(device)
-        return cls(base, device, dtype, schedule, shares, load_tokenizers(base))
+        texts = [read_part_config(base, part) for part in base.family.text_parts]
+        lengths = [text.get("max_position_embeddings", 77) for text in texts]
+        vae = read_part_config(base, "vae")
+        scale = vae.get("scaling_factor", SD1_LATENT_SCALE)
+        levels = vae.get("block_out_channels")
+        if not isinstance(scale, (int, float)) or not isinstance(levels, list):
+            place = base.vae or base.folder / "vae"
+            raise damaged(place, "no scaling_factor or block_out_channels that make sense")
+        if not all(isinstance(length, int) for length in lengths):
+            raise damaged(base.folder, "a max_position_embeddings that is no number")
+        return cls(
+            *(base, device, dtype, schedule, schedule.alphas_cumprod.to(device)),
+            tokenizers=load_tokenizers(base),
+            text_length=min(lengths),
+            latent_scale=scale,
+            pixels_per_latent=pixels_per_latent(levels),
+        )
+
+    def load_text_encoders(self, dtype: torch.dtype) -> None:
+        """Load the networks that read captions."""
+        parts = self.base.family.text_parts
+        self.text_encoders = [load_part(self.base, p, dtype).to(self.device) for p in parts]
 
     def read_text(self, tokens: Sequence[torch.Tensor]) -> TextInputs:
-        """Let the text encoders read token numbers, [batch, 77] for each of them."""
+        """Let the text encoders read token numbers, [batch, tokens] for each of them."""
         import torch
 
         ids = [numbers.to(self.device) for numbers in tokens]
@@ -2290,31 +2321,26 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
     """Take the precision that was asked for where the device is good at it."""
     import torch
 
-    kinds = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    wanted = config.mixed_precision
     if device.type != "cuda":
-        if config.mixed_precision in ("fp16", "bf16"):
-            message = f"mixed_precision {config.mixed_precision} is for CUDA; using fp32"
+        if wanted in ("fp16", "bf16"):
+            message = f"mixed_precision {wanted} is for CUDA; using fp32"
             events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
         return torch.float32
-    if config.mixed_precision == "auto":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    return kinds[config.mixed_precision]
+    if wanted == "auto":
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if real else torch.float16
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[wanted]
 
 
 # === Text and latent cache ===================================================
-
-TOKENS = 77
 
 
 @dataclass(frozen=True)
 class TextInputs:
     """What the denoiser is told about a caption."""
 
-    hidden: torch.Tensor  # [batch, 77, width]
+    hidden: torch.Tensor  # [batch, tokens, width]
     pooled: torch.Tensor | None  # [batch, width], where the family has it
 
     def to(self, device: torch.device) -> TextInputs:
@@ -2343,7 +2369,7 @@ class CachedImage:
 
     name: str
     caption: str
-    moments: torch.Tensor  # [forms, 2 (mean, deviation), channels, height / 8, width / 8]
+    moments: torch.Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
     sizes: torch.Tensor  # [6]: original height and width, crop top and left, target both
 
 
@@ -2352,7 +2378,7 @@ class Cache:
     """Everything about the dataset that no update changes, with the texts keyed by themselves."""
 
     images: tuple[CachedImage, ...]
-    tokens: dict[str, list[torch.Tensor]]  # [1, 77] for every text encoder
+    tokens: dict[str, list[torch.Tensor]]  # [1, tokens] for every text encoder
     texts: dict[str, TextInputs]  # empty while text encoders learn
 
     def read(self, models: Models, captions: Sequence[str]) -> TextInputs:
@@ -2363,6 +2389,64 @@ class Cache:
             return TextInputs.stack([self.texts[caption] for caption in captions])
         tokens = [torch.cat(ids) for ids in zip(*(self.tokens[c] for c in captions), strict=True)]
         return models.read_text(tokens)
+
+
+Kept = dict[str, "torch.Tensor"]
+
+# Part of every name on the shelf; a change in what is computed needs another.
+SHELF_VERSION = 1
+
+
+@dataclass
+class Shelf:
+    """A folder where later runs find what encoders computed, each thing under all it depends on.
+
+    What comes from there is mapped into memory, and takes none before it is read.
+    """
+
+    folder: Path | None  # None keeps nothing
+    device: torch.device
+    events: Emitter
+
+    def origin(self, base: BaseModel, parts: Iterable[str]) -> list[object]:
+        """Tell what everything that some networks compute depends on."""
+        import torch
+
+        if self.folder is None:
+            return []
+        weights = [gist_of(file) for part in parts for file in part_files(base, part)]
+        return [SHELF_VERSION, torch.__version__, self.device.type, weights]
+
+    def place(self, *key: object) -> Path | None:
+        """Name the file for a thing."""
+        if self.folder is None:
+            return None
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def find(self, place: Path | None) -> Kept | None:
+        """Look for a thing. One that is torn counts as missing, and is made again."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(place) if place and place.is_file() else None
+        except (OSError, SafetensorError):
+            return None
+
+    def keep(self, place: Path | None, made: Kept) -> Kept:
+        """Keep a thing and return it. A folder that fails is not asked again."""
+        from safetensors.torch import save
+
+        if place is None or self.folder is None:
+            return made
+        try:
+            write_whole(place, save(made))
+        except OSError as error:
+            self.folder, reason = None, error.strerror or str(error)
+            message = f"Nothing more is kept in cache_dir: {reason}"
+            self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
+        return self.find(place) or made
 
 
 def load_picture(path: Path) -> Image.Image:
@@ -2416,45 +2500,97 @@ def to_pixels(picture: Image.Image) -> torch.Tensor:
     return pixels.float() / 127.5 - 1  # [3, height, width]
 
 
-def encode_images(
-    vae: Any, pictures: Sequence[Picture], config: TrainingConfig, phase: Phase
-) -> Iterator[CachedImage]:
-    """Let the VAE see every picture, in batches."""
-    import torch
-
-    # Four at 512 pixels, one at 1024: full precision takes 2 GiB for each such layer there.
-    size = min(4, max(1, (1024 // config.resolution) ** 2))
-    for begin in range(0, len(pictures), size):
-        phase.at(begin)
-        batch = pictures[begin : begin + size]
-        fitted = [fit_picture(load_checked(p), config.resolution) for p in batch]
-        pixels = torch.stack([to_pixels(picture) for picture, _ in fitted]).to(vae.device)
-        forms = [pixels, pixels.flip(-1)] if config.flip else [pixels]
-        with torch.no_grad():
-            found = [vae.encode(form).latent_dist for form in forms]
-        moments = torch.stack([torch.stack([d.mean, d.std], 1) for d in found], 1).cpu()
-        for picture, (_, sizes), values in zip(batch, fitted, moments, strict=True):
-            if not values.isfinite().all():
-                code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
-                raise TrainError.at(code, picture.name, "finite latents", bad)
-            numbers = torch.tensor(sizes, dtype=torch.float32)
-            yield CachedImage(picture.name, picture.caption, values.clone(), numbers)
-
-
 def tokenize(
-    texts: Iterable[str], tokenizers: Sequence[Any], events: Emitter
+    texts: Iterable[str], models: Models, events: Emitter
 ) -> dict[str, list[torch.Tensor]]:
     """Turn texts into token numbers; tell which ones are too long to be read to the end."""
-    known = dict.fromkeys(texts)
-    long = [t for t in known if len(tokenizers[0](t, verbose=False).input_ids) > TOKENS]
+    known, tokenizers, most = dict.fromkeys(texts), models.tokenizers, models.text_length
+    long = [t for t in known if len(tokenizers[0](t, verbose=False).input_ids) > most]
     if long:
-        message = f"{len(long)} captions have more than {TOKENS - 2} tokens; the rest is not read"
+        message = f"{len(long)} captions have more than {most - 2} tokens; the rest is not read"
         events.warn(WarningCode.CAPTION_TRUNCATED, message, captions=len(long), first=long[0])
-    options = {"padding": "max_length", "max_length": TOKENS, "truncation": True}
+    options = {"padding": "max_length", "max_length": most, "truncation": True}
     return {
         text: [t(text, return_tensors="pt", **options).input_ids for t in tokenizers]
         for text in known
     }
+
+
+def read_texts(
+    models: Models, tokens: Mapping[str, list[torch.Tensor]], shelf: Shelf, phase: Phase
+) -> Iterator[tuple[str, TextInputs]]:
+    """Let the text encoders read what is new to the shelf; they are loaded for the first of it."""
+    import torch
+
+    weights = shelf.origin(models.base, models.base.family.text_parts)
+    for done, (text, ids) in enumerate(tokens.items()):
+        phase.at(done)
+        place = shelf.place(weights, [numbers.tolist() for numbers in ids])
+        kept = shelf.find(place)
+        if kept is None:
+            if not models.text_encoders:
+                # Read once, text can have the better precision.
+                models.load_text_encoders(torch.float32)
+            # One by one, because the last bits depend on the size of a batch.
+            with torch.no_grad():
+                read = models.read_text(ids).to(torch.device("cpu"))
+            made = {"hidden": read.hidden, "pooled": read.pooled}
+            kept = shelf.keep(place, {k: v.contiguous() for k, v in made.items() if v is not None})
+        yield text, TextInputs(kept["hidden"], kept.get("pooled"))
+
+
+def encode_images(
+    models: Models, pictures: Sequence[Picture], config: TrainingConfig, shelf: Shelf, phase: Phase
+) -> Iterator[CachedImage]:
+    """Let the VAE see what is new to the shelf; it is loaded for the first of it."""
+    import torch
+
+    weights = shelf.origin(models.base, ["vae"])
+
+    def look(picture: Picture) -> tuple[Path | None, Kept | None, Any]:
+        gist = None
+        with contextlib.suppress(OSError):  # is told of below
+            gist = gist_of(picture.path) if shelf.folder else None
+        place = shelf.place(weights, gist, config.resolution, config.flip)
+        kept = shelf.find(place)
+        return place, kept, None if kept else fit_picture(load_checked(picture), config.resolution)
+
+    vae: Any = None
+    for done, (picture, (place, found, fitted)) in enumerate(ahead(look, pictures)):
+        phase.at(done)
+        if found is None:
+            vae = vae or load_part(models.base, "vae", torch.float32).to(models.device)
+            made = encode_image(vae, *fitted, flip=config.flip)
+            if not made["moments"].isfinite().all():
+                code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
+                raise TrainError.at(code, picture.name, "finite latents", bad)
+        kept = found or shelf.keep(place, made)
+        yield CachedImage(picture.name, picture.caption, kept["moments"], kept["sizes"])
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Work on the next few items in other threads while the caller is busy with one."""
+    with ThreadPoolExecutor(2) as pool:
+        pending: deque[tuple[T, Future[R]]] = deque()
+        for item in items:
+            pending.append((item, pool.submit(work, item)))
+            if len(pending) > 4:
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+
+
+def encode_image(vae: Any, picture: Image.Image, sizes: list[int], *, flip: bool) -> Kept:
+    """Let the VAE see one picture. Alone, because the last bits depend on the size of a batch."""
+    import torch
+
+    pixels = to_pixels(picture)[None].to(vae.device)
+    forms = [pixels, pixels.flip(-1)] if flip else [pixels]
+    with torch.no_grad():
+        found = [vae.encode(form).latent_dist for form in forms]
+    moments = torch.stack([torch.cat([d.mean, d.std]) for d in found]).cpu()
+    return {"moments": moments, "sizes": torch.tensor(sizes, dtype=torch.float32)}
 
 
 # === Objective ===============================================================
@@ -2466,7 +2602,7 @@ class Batch:
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
-    clean: torch.Tensor  # latents, [batch, channels, height / 8, width / 8]
+    clean: torch.Tensor  # latents, [batch, channels, latent height, latent width]
     noise: torch.Tensor  # the same shape
     timesteps: torch.Tensor  # [batch]
     sizes: torch.Tensor  # [batch, 6]
@@ -2821,7 +2957,8 @@ def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int
         numbers *= 2  # at most: text encoders have fewer layers than the denoiser
     lora = numbers * (4 if config.save_precision == "fp32" else 2)
     state = 3 * 4 * numbers  # the adapter and two moments of the optimizer, full precision
-    pictures = len(preview_prompts(config)) * (1 + steps // config.validation_steps)
+    rounds = 1 + config.sample_at_start + steps // config.validation_steps
+    pictures = rounds * len(preview_prompts(config))
     return (
         lora * (1 + steps // config.checkpoint_steps)
         + state * (config.keep_checkpoints + 1)  # the next is written before the oldest goes
@@ -2954,48 +3091,34 @@ class LossPoint:
     grad_norm: float | None
 
 
-CURVE_SIZE = (1200, 600)
-CURVE_INK, CURVE_GRID, CURVE_RAW, CURVE_SMOOTH = "#333333", "#e6e6e6", "#b9cdea", "#2457a6"
-
-
 def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
     """Draw the loss over the steps: the single values pale, their running mean strong."""
     from PIL import Image, ImageDraw, ImageFont
 
-    points = [point for point in history if point.loss is not None and math.isfinite(point.loss)]
-    factor = 2  # drawn large and reduced, so that the lines are smooth
-    width, height = (factor * side for side in CURVE_SIZE)
-    image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=16 * factor)
-    left, right, top, bottom = 90 * factor, width - 30 * factor, 50 * factor, height - 60 * factor
-    draw.text((left, 14 * factor), "Training loss", CURVE_INK, font)
-    draw.text((right, height - 12 * factor), "step", CURVE_INK, font, anchor="rb")
-    if not points:
-        return image.resize(CURVE_SIZE, Image.Resampling.LANCZOS)
-    losses = sorted(point.loss for point in points if point.loss is not None)
-    ticks = round_ticks(losses[min(len(losses) - 1, int(0.99 * len(losses)))] * 1.05)
-    steps = round_ticks(points[-1].step, smallest=1)
+    points = [(p.step, p.loss) for p in history if p.loss is not None and math.isfinite(p.loss)]
+    steps = [step for step, _ in points] or [1]
+    losses = [loss for _, loss in points] or [1.0]
+    image = Image.new("RGB", (2400, 1200), "white")  # reduced in the end: the lines get smooth
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=32)
+    draw.text((180, 28), "Training loss over steps", "black", font)
+    # The highest hundredth may leave the picture: a few outliers would flatten all the rest.
+    across = round_ticks(steps[-1], smallest=1)
+    up = round_ticks(sorted(losses)[int(0.99 * len(losses))] * 1.05)
 
     def place(step: float, loss: float) -> tuple[float, float]:
-        x = left + (right - left) * step / steps[-1]
-        return x, bottom - (bottom - top) * min(loss, ticks[-1]) / ticks[-1]
+        return 180 + 2160 * step / across[-1], 1080 - 980 * min(loss, up[-1]) / up[-1]
 
-    for tick in ticks:
-        y = place(0, tick)[1]
-        draw.line([(left, y), (right, y)], CURVE_GRID, factor)
-        draw.text((left - 10 * factor, y), f"{tick:g}", CURVE_INK, font, anchor="rm")
-    for tick in steps:
-        x = place(tick, 0)[0]
-        draw.text((x, bottom + 10 * factor), f"{tick:g}", CURVE_INK, font, anchor="mt")
-    raw = [place(point.step, point.loss or 0.0) for point in points]
-    draw.line(raw, CURVE_RAW, 2 * factor, joint="curve")
-    smooth = [
-        place(point.step, mean) for point, mean in zip(points, running_mean(points), strict=True)
-    ]
-    draw.line(smooth, CURVE_SMOOTH, 4 * factor, joint="curve")
-    if len(smooth) == 1:
-        draw.circle(smooth[0], 4 * factor, CURVE_SMOOTH)
-    return image.resize(CURVE_SIZE, Image.Resampling.LANCZOS)
+    for tick in up:
+        draw.line([place(0, tick), place(across[-1], tick)], "#e6e6e6", 2)
+        draw.text(place(0, tick), f"{tick:g} ", "black", font, anchor="rm")
+    for tick in across:
+        draw.text(place(tick, -0.02 * up[-1]), f"{tick:g}", "black", font, anchor="mt")
+    if points:
+        draw.line(list(map(place, steps, losses)), "#b9cdea", 4, joint="curve")
+        smooth = list(map(place, steps, running_mean(losses)))
+        draw.line(smooth, "#2457a6", 8, joint="curve")
+        draw.circle(smooth[-1], 8, "#2457a6")
+    return image.resize((1200, 600), Image.Resampling.LANCZOS)
 
 
 def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
@@ -3006,20 +3129,19 @@ def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
     return [width * n for n in range(max(1, math.ceil(high / width)) + 1)]
 
 
-def running_mean(points: Sequence[LossPoint]) -> Iterator[float]:
+def running_mean(losses: Sequence[float]) -> Iterator[float]:
     """Smooth the losses over a tenth of the run."""
-    sums = [0.0, *itertools.accumulate(point.loss or 0.0 for point in points)]
-    reach = len(points) // 20
-    for index in range(len(points)):
-        begin, end = max(0, index - reach), min(len(points), index + reach + 1)
+    sums, reach = [0.0, *itertools.accumulate(losses)], len(losses) // 20
+    for index in range(len(losses)):
+        begin, end = max(0, index - reach), min(len(losses), index + reach + 1)
         yield (sums[end] - sums[begin]) / (end - begin)
 
 
 def write_history(output: Path, history: Sequence[LossPoint]) -> None:
     """Write loss_history.csv and loss_curve.png."""
-    losses = ["" if p.loss is None or not math.isfinite(p.loss) else p.loss for p in history]
     rows = [
-        f"{p.step},{loss},{p.learning_rate:.10g}" for p, loss in zip(history, losses, strict=True)
+        f"{p.step},{'' if plain(p.loss) is None else p.loss},{p.learning_rate:.10g}"
+        for p in history
     ]
     table = "\n".join(["step,loss,learning_rate", *rows, ""])
     write_whole(output / "loss_history.csv", table.encode())
@@ -3063,14 +3185,8 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
 
 def weight_files(base: BaseModel) -> list[Path]:
     """List the files that a run loads weights from."""
-    if base.file:
-        files = [base.file]
-    else:
-        files = find_weights(base.folder / "unet", "diffusion_pytorch_model")
-        files += find_weights(base.folder / "vae", "diffusion_pytorch_model")
-        for part in base.family.text_parts:
-            files += find_weights(base.folder / part, "model")
-    return files + (sorted(base.vae.rglob("*.safetensors")) if base.vae else [])
+    parts = ("unet", "vae", *base.family.text_parts)
+    return list(dict.fromkeys(file for part in parts for file in part_files(base, part)))
 
 
 def fingerprint(value: object) -> str:
@@ -3182,14 +3298,10 @@ class Earlier:
         said = self.state.manifest if self.state else self.complete
         return str(said["run_id"]) if said else None
 
-    def complete_at(self, total_steps: int) -> bool:
-        """Tell whether the run was finished with so many updates."""
-        return self.complete is not None and total_steps <= self.complete["event"]["step"]
-
-    def same_wish(self, config: TrainingConfig) -> bool:
-        """Tell whether a finished run is asked for exactly what it has done."""
-        asked = self.complete["asked"] if self.complete else None
-        return bool(asked == [config.steps, config.epochs])
+    def completion(self, total_steps: int) -> CompleteEvent | None:
+        """Recall the last line of a run that was finished with so many updates."""
+        said = CompleteEvent(**self.complete["event"]) if self.complete else None
+        return said if said and total_steps <= said.step else None
 
     @classmethod
     def find(cls, output: Path) -> Earlier:
@@ -3312,7 +3424,7 @@ def sample_latents(
     trained = {name: models.schedule.config[name] for name in TRAINED_SCHEDULE}
     solver: Any = DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing")
     solver.set_timesteps(config.sample_steps, device=models.device)
-    side = config.resolution // 8
+    side = config.resolution // models.pixels_per_latent
     chance = torch.Generator().manual_seed(seed)
     latents = torch.randn((1, 4, side, side), generator=chance).to(models.device)
     latents = latents * solver.init_noise_sigma
@@ -3410,12 +3522,11 @@ def check_extras(config: TrainingConfig) -> None:
 
 def check_dataset_folder(path: Path) -> None:
     """Refuse a dataset that is no folder or may not be read."""
-    found = f"{path}, which does not exist"
     try:
         if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
             return
-        if path.exists():
-            found = f"{path}, which is no readable folder"
+        kind = "is no readable folder" if path.exists() else "does not exist"
+        found = f"{path}, which {kind}"
     except OSError as error:
         found = str(error)
     expected = "a folder with images"
@@ -3432,7 +3543,6 @@ def inspect_device(wanted: str) -> DeviceFacts:
         name=processor_name(),
         memory_total_bytes=memory_bytes("SC_PHYS_PAGES"),
         memory_free_bytes=memory_bytes("SC_AVPHYS_PAGES"),
-        driver=None,
     )
 
 
@@ -3476,19 +3586,17 @@ def device_facts(device: torch.device) -> DeviceFacts:
             name=torch.cuda.get_device_name(device),
             memory_total_bytes=total,
             memory_free_bytes=free,
-            driver=None,
         )
     return facts
 
 
 def processor_name() -> str:
     """Name the CPU as its maker calls it, where the system tells."""
-    try:
+    with contextlib.suppress(OSError):
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.machine()
-    found = re.search(r"model name\s*: (.+)", cpuinfo)
-    return found.group(1) if found else platform.machine()
+        if found := re.search(r"model name\s*: (.+)", cpuinfo):
+            return found.group(1)
+    return platform.machine()
 
 
 def memory_bytes(pages: str) -> int | None:
@@ -3505,7 +3613,6 @@ class Preflight:
     dataset: Dataset
     device: DeviceFacts
     model: ModelFacts
-    shapes: Shapes  # of the denoiser's weights
     total_steps: int
     disk_needed_bytes: int | None
     disk_free_bytes: int
@@ -3523,9 +3630,8 @@ class Preflight:
         facts, structure = model
         report_model(config, facts, events)
         dataset = scan_dataset(config, events, stop)
-        device = stop.wait_for(
-            functools.partial(inspect_device, config.device)
-        )  # a driver in trouble can take very long
+        # A driver in trouble can take very long.
+        device = stop.wait_for(lambda: inspect_device(config.device))
         events.info(device)
         total_steps = config.total_steps(len(dataset.pictures))
         needed = disk_needed(config, structure, total_steps - done) if structure else None
@@ -3534,7 +3640,6 @@ class Preflight:
             dataset=dataset,
             device=device,
             model=facts,
-            shapes=structure.shapes if structure else {},
             total_steps=total_steps,
             disk_needed_bytes=needed,
             disk_free_bytes=free,
@@ -3568,7 +3673,7 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
     if not model.cached:
         message = f"{config.base_model} is not in the local cache; training will download it"
         events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=config.base_model)
-    elif model.source == "file" and (reference := missing_reference(config)):
+    elif model.source == "file" and (reference := missing_reference(config, model)):
         message = f"The configs of {reference} are not in the local cache; training will fetch them"
         events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=reference)
     silent = model.cached and model.prediction_type is None and config.prediction_type == "auto"
@@ -3657,6 +3762,8 @@ class Run:
         import torch
 
         config, state = self.config, self.state
+        if config.sample_at_start and state.step == 0:
+            self.preview()
         with torch.random.fork_rng():  # dropout sets torch's global source of chance
             while state.step < self.total_steps:
                 self.update()
@@ -3711,17 +3818,17 @@ class Run:
         losses = [point.loss for point in state.history[state.told :] if point.loss is not None]
         state.told = len(state.history)
         state.loss = sum(losses) / len(losses) if losses else None
-        pace, batch = state.seconds_per_step, self.config.effective_batch
+        pace = state.seconds_per_step
         self.events.emit(
             ProgressEvent(
                 step=state.step,
                 total_steps=self.total_steps,
                 percent=min(99, 100 * state.step // self.total_steps),
-                epoch=state.step * batch // len(self.cache.images),
+                epoch=state.step * self.config.effective_batch // len(self.cache.images),
                 loss=state.loss,
                 learning_rate=state.history[-1].learning_rate,
                 grad_norm=state.history[-1].grad_norm,
-                images_per_second=batch / pace if pace else None,
+                images_per_second=self.images_per_second(),
                 seconds_per_step=pace,
                 elapsed_seconds=self.events.elapsed_seconds(),
                 eta_seconds=pace * (self.total_steps - state.step) if pace else None,
@@ -3739,10 +3846,9 @@ class Run:
             values = [torch.stack([c.loss, c.grad_norm]) for c in unread]
             numbers = torch.stack(values).tolist() if values else []
             for computed, (loss, norm) in zip(unread, numbers, strict=True):
-                state.probes = (
-                    state.probes + 1 if computed.probing and not math.isfinite(norm) else 0
-                )
-                finite = math.isfinite(loss) and (math.isfinite(norm) or computed.probing)
+                probe = computed.probing and not math.isfinite(norm)
+                state.probes = state.probes + 1 if probe else 0
+                finite = math.isfinite(loss) and (math.isfinite(norm) or probe)
                 kept = loss if finite else None
                 state.history.append(LossPoint(computed.step, kept, computed.learning_rate, norm))
                 state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
@@ -3825,8 +3931,10 @@ class Run:
             message, reason = f"No sample at step {step}: {error}", type(error).__name__
             self.events.warn(WarningCode.SAMPLE_FAILED, message, step=step, reason=reason)
 
-    def save_before_stop(self) -> Path | None:
-        """Save what was done, the most important first; return what a restart continues from."""
+    def save_before_stop(self, stopped: TrainingInterrupted) -> None:
+        """Save what was done, the most important first, and let the last line tell where."""
+        # What is true already, in case saving does not end.
+        stopped.step, stopped.path = self.state.step, str(self.saved) if self.saved else None
         with self.lock:
             try:
                 if self.state.step >= self.state.first_step:
@@ -3835,7 +3943,7 @@ class Run:
                     self.save_lora("interrupted")
             except OSError as error:
                 self.warn_unsaved(error)
-        return self.saved
+        stopped.step, stopped.path = self.state.step, str(self.saved) if self.saved else None
 
     def finish(self) -> CompleteEvent:
         """Write the final file and the history, and say so."""
@@ -3858,10 +3966,8 @@ class Run:
                     peak_memory_bytes=peak_memory(self.models.device),
                 )
                 asked = [config.steps, config.epochs]
-                said = {**self.origin, "asked": asked, "event": plain(done)}
-                write_whole(
-                    config.output_path / "state" / "complete.json", json.dumps(said).encode()
-                )
+                said = json.dumps({**self.origin, "asked": asked, "event": plain(done)})
+                write_whole(config.output_path / "state" / "complete.json", said.encode())
         except OSError as error:
             expected, found = "a final file on disk", str(error)
             raise TrainError.at(ErrorCode.SAVE_FAILED, path, expected, found) from error
@@ -3921,8 +4027,9 @@ class LoRATrainer:
             base = locate_model(config, plan.model)
             identity = identify(config, plan, base)
             earlier.check(identity)
-            if earlier.complete_at(plan.total_steps):
-                return self._say_again(earlier)
+            if done := earlier.completion(plan.total_steps):
+                events.emit(done)
+                return done
             if earlier.complete and not earlier.state:  # there is nothing to extend it from
                 refuse_to_overwrite(config.output_path)
             plan.check_space()
@@ -3946,24 +4053,15 @@ class LoRATrainer:
                 origin={"run_id": self.run_id, "identity": identity},
                 saved=earlier.state.folder if earlier.state else None,
             )
-            self.stop.save = self.save_before_stop
+            self.stop.save = self.run.save_before_stop
             try:
                 self.run.go()
             except TrainingInterrupted as stopped:
-                self.save_before_stop(stopped)
+                self.run.save_before_stop(stopped)
                 raise
 
             # Save.
             return self.run.finish()
-
-    def save_before_stop(self, stopped: TrainingInterrupted) -> None:
-        """Save what was learned, if anything, and let the last line tell where."""
-        if self.run:
-            # What is true already, in case saving does not end.
-            path = self.run.saved
-            stopped.step, stopped.path = self.run.state.step, str(path) if path else None
-            path = self.run.save_before_stop()
-            stopped.step, stopped.path = self.run.state.step, str(path) if path else None
 
     @contextlib.contextmanager
     def _in_output_folder(self) -> Iterator[Earlier]:
@@ -3977,12 +4075,10 @@ class LoRATrainer:
             if config.resume == "never" or not (earlier.state or earlier.complete):
                 refuse_to_overwrite(output)
             self.run_id = earlier.run_id or self.run_id
-            # A finished run is left as it is, to the last byte.
-            again = earlier.same_wish(config)
-            mirroring = (
-                contextlib.nullcontext() if again else mirrored(self.events, output, earlier.step)
-            )
-            with mirroring as mirror, reporting(self.events):
+            # A finished run that is asked for what it has done is left as it is, to the last byte.
+            again = earlier.complete and earlier.complete["asked"] == [config.steps, config.epochs]
+            mirroring = mirrored(self.events, output, earlier.step)
+            with contextlib.nullcontext() if again else mirroring as mirror, reporting(self.events):
                 self._start(earlier.step)
                 self._tell_circumstances(mirror, aside, earlier)
                 try:
@@ -3996,12 +4092,6 @@ class LoRATrainer:
                     failure = self._out_of_memory(error) if short else explain(error)
                     failure.step = self.run.state.step if self.run else None
                     raise failure from (None if failure is error else error)
-
-    def _say_again(self, earlier: Earlier) -> CompleteEvent:
-        """Repeat the last line of a finished run."""
-        done = CompleteEvent(**(earlier.complete or {})["event"])
-        self.events.emit(done)
-        return done
 
     def _out_of_memory(self, error: Exception) -> TrainError:
         """Say what ran out of memory, and what would help most."""
@@ -4020,32 +4110,21 @@ class LoRATrainer:
 
     def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
-        import torch
-
-        config, base = self.config, models.base
+        config = self.config
         self.phase = "encoding"
-        # Read once, text can have the better precision; read in every step, it has the usual one.
-        dtype = models.dtype if config.train_text_encoder else torch.float32
-        parts = base.family.text_parts
-        models.text_encoders = [load_part(base, p, dtype).to(models.device) for p in parts]
+        shelf = Shelf(config.cache_dir, models.device, self.events)
         wanted = [p.caption for p in pictures]
         wanted += [*preview_prompts(config), config.sample_negative_prompt]
-        tokens = tokenize(wanted, models.tokenizers, self.events)
+        tokens = tokenize(wanted, models, self.events)
         texts: dict[str, TextInputs] = {}
-        if not config.train_text_encoder:
+        if config.train_text_encoder:
+            models.load_text_encoders(models.dtype)
+        else:
             phase = Phase("encoding captions", len(tokens), self.events, self.stop)
-            for done, (text, ids) in enumerate(tokens.items()):
-                phase.at(done)
-                # One by one, because the last bits depend on the size of a batch.
-                with torch.no_grad():
-                    texts[text] = models.read_text(ids).to(torch.device("cpu"))
+            texts = dict(read_texts(models, tokens, shelf, phase))
             models.text_encoders = []
-        vae = load_part(base, "vae", torch.float32).to(models.device)
-        models.latent_scale = vae.config.scaling_factor
-        if not isinstance(models.latent_scale, (int, float)):
-            raise damaged(base.vae or base.folder / "vae", "a scaling_factor that is no number")
         phase = Phase("encoding images", len(pictures), self.events, self.stop)
-        images = tuple(encode_images(vae, pictures, config, phase))
+        images = tuple(encode_images(models, pictures, config, shelf, phase))
         self._tell_memory(models.device)
         return Cache(images, tokens, texts)
 
@@ -4057,8 +4136,12 @@ class LoRATrainer:
 
     def _adapt(self, models: Models, facts: ModelFacts) -> Learner:
         """Load the denoiser and put the adapters in."""
+        import torch
+
         self.phase = "loading"
-        free_memory(models.device)
+        gc.collect()  # the networks that were dropped
+        if models.device.type == "cuda":
+            torch.cuda.empty_cache()
         models.unet = load_part(models.base, "unet", models.dtype).to(models.device)
         if self.config.gradient_checkpointing:
             models.unet.enable_gradient_checkpointing()
@@ -4112,9 +4195,8 @@ class LoRATrainer:
         """List what asks for a stop besides signals; a stop file from an earlier run is none."""
         stop_file = self.config.output_path / "stop"
         take_stop_file(stop_file)
-        causes: dict[StopReason, Callable[[], bool]] = {
-            "stop_file": functools.partial(take_stop_file, stop_file)
-        }
+        causes: dict[StopReason, Callable[[], bool]] = {}
+        causes["stop_file"] = lambda: take_stop_file(stop_file)
         if self.config.stop_with_parent:
             causes["host_gone"] = self.stop.parent_ended
         return causes
@@ -4128,22 +4210,22 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def remedies(config: TrainingConfig, activations: int) -> list[Problem]:
     """Rank what would help when memory is short, by the share of the activations it saves."""
-    side, batch = config.resolution, config.batch_size
+    side, given = config.resolution, vars(config)
     offers = [
-        (not config.gradient_checkpointing, "gradient_checkpointing", False, True, 0.5),
-        (batch > 1, "batch_size", batch, max(1, batch // 2), 0.5),
-        (side > 512, "resolution", side, 512, 1 - (512 / side) ** 2),
+        (0.5, "gradient_checkpointing", True),
+        (0.5, "batch_size", max(1, config.batch_size // 2)),
+        (1 - (512 / side) ** 2, "resolution", min(512, side)),
         # Shares that are small and depend on the model; asked for last.
-        (config.train_text_encoder, "train_text_encoder", True, False, 0.1),
-        (config.lora_rank > 16, "lora_rank", config.lora_rank, 16, 0.05),
+        (0.1, "train_text_encoder", False),
+        (0.05, "lora_rank", min(16, config.lora_rank)),
     ]
     problems = []
-    for possible, knob, given, better, share in sorted(offers, key=lambda offer: -offer[-1]):
+    for share, knob, better in sorted(offers, key=lambda offer: -offer[0]):
         saving = f"; saves about {share * activations / 2**20:,.0f} MiB" if activations else ""
         hint = f"Set {knob} to {show(better)}{saving}."
-        if possible:
-            problem = Problem(path=knob, expected=show(better), found=show(given), hint=hint)
-            problems.append(problem)
+        if better != given[knob]:
+            found = show(given[knob])
+            problems.append(Problem(path=knob, expected=show(better), found=found, hint=hint))
     return problems
 
 
@@ -4169,15 +4251,6 @@ def import_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
-
-def free_memory(device: torch.device) -> None:
-    """Give memory of dropped networks back to the device."""
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def memory_in_use(device: torch.device) -> int | None:
@@ -4226,6 +4299,12 @@ def forget_steps(path: Path, resumed_step: int) -> None:
         write_whole(path, b"".join(kept))
 
 
+def deadline_in(seconds: float) -> Callable[[], bool]:
+    """Have patience for some seconds."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() < end
+
+
 @contextlib.contextmanager
 def mirrored(events: Emitter, output: Path, resumed_step: int) -> Iterator[OSError | None]:
     """Append all events to events.jsonl; yield what kept that file from being opened."""
@@ -4244,8 +4323,7 @@ def mirrored(events: Emitter, output: Path, resumed_step: int) -> Iterator[OSErr
         with events.heard_by(writer):
             yield None
     finally:
-        patience = time.monotonic() + MIRROR_SECONDS
-        writer.close(lambda: time.monotonic() < patience)
+        writer.close(deadline_in(MIRROR_SECONDS))
 
 
 def warn_mirror(events: Emitter, error: OSError) -> None:
@@ -4368,8 +4446,8 @@ def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> in
             if arguments.debug:
                 for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
                     os.environ[f"{library}_VERBOSITY"] = "debug"
-            load = functools.partial(TrainingConfig.from_json, arguments.config)
-            config = stop.wait_for(functools.partial(load, dict(arguments.set)))
+            overrides = dict(arguments.set)
+            config = stop.wait_for(lambda: TrainingConfig.from_json(arguments.config, overrides))
             trainer = LoRATrainer(config, events, stop, fresh=arguments.fresh)
             if arguments.validate_only:
                 trainer.validate()
@@ -4405,19 +4483,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if os.isatty(2):
                 person = LineWriter(os.dup(2), lambda _: None, draw_bar)
                 audience.enter_context(events.heard_by(person))
-                audience.callback(person.close, deadline_in(0.5))
+                audience.callback(lambda: person.close(deadline_in(0.5)))
             try:
                 return run(arguments, events, stop)
             finally:
-                deadline = time.monotonic() + STALL_SECONDS
-                writer.close(functools.partial(worth_waiting, stop, deadline))
+                in_time, stalled = deadline_in(STALL_SECONDS), STOPPED_STALL_SECONDS
+                writer.close(lambda: in_time() and time.monotonic() < stop.requested_at + stalled)
 
 
 def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupted) -> None:
     """End the process in the main thread's place, unless that has said its last line."""
     if tell_interruption(events, stopped):
-        deadline = time.monotonic() + 0.5
-        writer.close(lambda: time.monotonic() < deadline)
+        writer.close(deadline_in(0.5))
         time.sleep(0.1)  # for the thread that writes events.jsonl
         os._exit(EXIT_CODES[stopped.reason])
 
@@ -4444,22 +4521,6 @@ def draw_bar(record: Record) -> bytes:
         done = 24 * step // total
         text = f"{'█' * done}{'░' * (24 - done)} {step}/{total}{loss}{speed}"
     return f"\r\x1b[K{text}".encode()
-
-
-def deadline_in(seconds: float) -> Callable[[], bool]:
-    """Have patience for some seconds from the first time it is asked for."""
-    began: list[float] = []
-
-    def patient() -> bool:
-        began.append(time.monotonic())
-        return began[-1] - began[0] < seconds
-
-    return patient
-
-
-def worth_waiting(stop: StopRequest, deadline: float) -> bool:
-    """Tell whether a host that does not read its last lines still deserves patience."""
-    return time.monotonic() < min(deadline, stop.requested_at + STOPPED_STALL_SECONDS)
 
 
 def settle_streams() -> None:

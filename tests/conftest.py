@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ def write_model(folder: Path, family: str = "sd1", **unet: Any) -> Path:
     prediction = "v_prediction" if family == "sd2" else "epsilon"
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     write_json(folder / "unet" / "config.json", config | unet)
+    write_json(folder / "vae" / "config.json", {"block_out_channels": [8, 8, 8, 8]})
     write_json(folder / "scheduler" / "scheduler_config.json", {"prediction_type": prediction})
     write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", shapes)
     write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"w": (4, 4)})
@@ -220,3 +222,26 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
         turned = Image.radial_gradient("L").rotate(10 * number)
         Image.merge("RGB", (upright, lying, turned)).resize(size).save(path)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: networks this small only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Provide one folder and one single file for every family; nobody may change them."""
+    from tiny_models import build_tiny, write_single_file
+
+    root = tmp_path_factory.mktemp("models")
+    for family in ("sd1", "sd2", "sdxl"):
+        build_tiny(family, root / family)
+        write_single_file(root / family, root / f"{family}.safetensors", family)
+    return root

@@ -9,7 +9,7 @@ import itertools
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,18 @@ from train_lora import (
     LoRATrainer,
     Models,
     Picture,
+    Record,
+    Shelf,
     StopRequest,
     TrainError,
+    TrainingConfig,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-FAMILIES = ("sd1", "sd2", "sdxl")
 SIDE = 256
 Bytes = NDArray[np.uint8]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: networks this small only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Provide a folder for every family; nobody may change them."""
-    root = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
-        build_tiny(family, root / family)
-    return root
 
 
 @pytest.fixture
@@ -267,12 +253,17 @@ class Encoded:
     recorder: Recorder
 
 
+def models_of(config: TrainingConfig) -> Models:
+    """Prepare the networks of a config."""
+    facts, _ = train_lora.inspect_model(config)
+    return Models.prepare(train_lora.locate_model(config, facts), CPU, torch.float32)
+
+
 def encode(folder: Path, *captions: str, **changes: Any) -> Encoded:
     """Let a trainer fill its cache from pictures with these captions."""
     pictures, recorder = pictures_of(*captions), Recorder()
-    config = load_config(base_model=str(folder), resolution=SIDE, **changes)
-    facts, _ = train_lora.inspect_model(config)
-    models = Models.prepare(train_lora.locate_model(config, facts), CPU, torch.float32)
+    config = load_config(**{"base_model": str(folder), "resolution": SIDE, **changes})
+    models = models_of(config)
     trainer = LoRATrainer(config, Emitter(recorder), StopRequest())
     trainer.device = CPU
     return Encoded(trainer._encode(models, pictures), models, recorder)
@@ -375,8 +366,108 @@ def test_a_picture_that_cannot_be_read_any_more_is_named(
     if harm != "removed":
         picture.path.write_bytes({"replaced": b"no picture", "hollow": hollow_png()}[harm])
     phase = train_lora.Phase("encoding images", 1, Emitter(), StopRequest())
+    models, shelf = models_of(config), Shelf(None, CPU, Emitter())
     with pytest.raises(TrainError, match=r"0\.png"):
-        list(train_lora.encode_images(load_vae(built / "sd1"), [picture], config, phase))
+        list(train_lora.encode_images(models, [picture], config, shelf, phase))
+
+
+# --- what is kept for later runs ---
+
+
+def kept_files(folder: Path) -> set[str]:
+    """List what lies in a cache folder."""
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_later_run_finds_what_was_encoded(
+    here: Path, built: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers come from the disk, and no encoder is loaded."""
+    first = encode(built / family, "a", "b", flip=True, cache_dir="kept").cache
+    for library in (diffusers.AutoencoderKL, transformers.CLIPTextModel):
+        monkeypatch.setattr(library, "from_pretrained", None)
+    second = encode(built / family, "a", "b", flip=True, cache_dir="kept").cache
+
+    for one, other in zip(first.images, second.images, strict=True):
+        assert torch.equal(one.moments, other.moments)
+        assert torch.equal(one.sizes, other.sizes)
+    for text in ("a", "b", ""):
+        assert torch.equal(first.texts[text].hidden, second.texts[text].hidden)
+        assert (first.texts[text].pooled is None) == (family == "sd1")
+
+
+def test_what_is_kept_equals_what_is_not(here: Path, built: Path) -> None:
+    """A folder for the cache changes no bit of the result."""
+    kept, made = (encode(built / "sd1", "a", cache_dir=folder).cache for folder in ("kept", None))
+
+    assert torch.equal(kept.images[0].moments, made.images[0].moments)
+    assert torch.equal(kept.texts["a"].hidden, made.texts["a"].hidden)
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts", "images"),
+    [
+        ({}, 0, 0),
+        ({"lora_rank": 2, "steps": 7, "trigger_words": ["other"]}, 0, 0),
+        ({"resolution": SIDE + 64}, 0, 1),
+        ({"flip": True}, 0, 1),
+        ({"sample_prompts": ["another"]}, 1, 0),
+    ],
+)
+def test_only_what_changes_the_result_is_encoded_anew(
+    here: Path, built: Path, changes: Record, texts: int, images: int
+) -> None:
+    """Each thing is known by all that it depends on, and by nothing else."""
+    prompts = {"sample_prompts": ["a prompt"]}
+    encode(built / "sd1", "a", cache_dir="kept", **prompts)
+    before = kept_files(here / "kept")
+    encode(built / "sd1", "a", cache_dir="kept", **{**prompts, **changes})
+
+    assert len(kept_files(here / "kept") - before) == texts + images
+
+
+def test_another_picture_under_the_same_name_is_encoded_anew(here: Path, built: Path) -> None:
+    """Bytes count, names do not."""
+    (first,) = encode(built / "sd1", "a", cache_dir="kept").cache.images
+    pictures = pictures_of("a", "b")
+    pictures[1].path.rename(pictures[0].path)
+    config = load_config(base_model=str(built / "sd1"), resolution=SIDE, cache_dir="kept")
+    trainer = LoRATrainer(config, Emitter(), StopRequest())
+    trainer.device = CPU
+    (second,) = trainer._encode(models_of(config), pictures[:1]).images
+
+    assert not torch.equal(first.moments, second.moments)
+
+
+def test_models_share_what_is_the_same(here: Path, built: Path) -> None:
+    """Weights are part of the name: another text encoder reads anew, the same VAE does not."""
+    encode(built / "sd1", "a", cache_dir="kept")
+    before = kept_files(here / "kept")
+    encode(built / "sd2", "a", cache_dir="kept")
+    vaes = [train_lora.gist_of(file) for file in built.glob("sd[12]/vae/*.safetensors")]
+
+    assert vaes[0] == vaes[1]
+    assert len(kept_files(here / "kept")) == 2 * len(before) - 1
+
+
+def test_a_torn_file_is_made_again(here: Path, built: Path) -> None:
+    """A full disk or a power cut costs the time to encode, and nothing else."""
+    first = encode(built / "sd1", "a", cache_dir="kept").cache
+    for path in (here / "kept").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-7])
+    second = encode(built / "sd1", "a", cache_dir="kept").cache
+
+    assert torch.equal(first.images[0].moments, second.images[0].moments)
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_a_warning(here: Path, built: Path) -> None:
+    """The run goes on in memory, and says so once."""
+    (here / "kept").write_text("a file stands in the way")
+    encoded = encode(built / "sd1", "a", "b", cache_dir="kept")
+
+    assert encoded.recorder.codes().count("cache_failed") == 1
+    assert len(encoded.cache.images) == 2
 
 
 # --- what the text encoders make of it ---
@@ -481,6 +572,17 @@ def test_a_caption_that_is_too_long_is_warned_of(
     assert found == [{"captions": 1, "first": long}] * len(codes)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_as_many_tokens_are_read_as_the_text_encoders_have_places(here: Path, family: str) -> None:
+    """A smaller model has fewer; what is too long for it is warned of."""
+    base, long = build_tiny(family, here / "model", tokens=16), " ".join(["of"] * 15)
+    found = encode(base, long)
+    assert {ids.shape for ids in found.cache.tokens[long]} == {(1, 16)}
+    assert found.cache.texts[long].hidden.shape[1] == 16
+    (warning,) = found.recorder.of_type("warning")
+    assert warning["message"].startswith("1 captions have more than 14 tokens")
+
+
 # --- memory, phases, stopping ---
 
 
@@ -538,7 +640,7 @@ def test_phases_are_told_with_how_far_they_are(
     phases = [record["data"] for record in told if record["topic"] == "phase"]
     images = [(p["done"], p["total"]) for p in phases if p["name"] == "encoding images"]
     texts = [(p["done"], p["total"]) for p in phases if p["name"] == "encoding captions"]
-    assert images == [(0, 5), (4, 5)]
+    assert images == [(n, 5) for n in range(5)]
     assert texts == [(done, 6) for done in range(6)]  # four captions, a prompt, its opposite
 
 

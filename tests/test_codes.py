@@ -298,6 +298,7 @@ WARNINGS: dict[WarningCode, Scene] = {
         obstruct("checkpoints", by_folder=False), steps=2, checkpoint_steps=1
     ),
     WarningCode.STATE_IGNORED: again(damage_newest_state, steps=2, checkpoint_steps=1),
+    WarningCode.CACHE_FAILED: trained(cache_dir="/dev/null"),
     WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),
 }
 

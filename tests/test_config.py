@@ -122,7 +122,7 @@ def test_examples_and_defaults_are_valid(name: str) -> None:
 
 def test_the_flat_form_refers_to_the_nested_form() -> None:
     """Each knob stands once: flat, it is a reference to the one definition."""
-    others = {"$schema", "training_params", *TOP}
+    others = {"$schema", "$comment", "training_params", *TOP}
     flat = {name: knob for name, knob in SCHEMA["properties"].items() if name not in others}
     where = "#/definitions/training_params/properties/"
     assert flat == {name: {"$ref": where + name} for name in NESTED}
@@ -137,7 +137,8 @@ def test_both_forms_refuse_unknown_keys() -> None:
 def test_knobs_that_hold_a_path_say_so() -> None:
     """A host can tell from the schema for which knobs to offer a picker."""
     paths = {name for name, knob in KNOBS.items() if knob.get("format") == "path"}
-    assert paths == {"dataset_path", "base_model", "output_path", "model_config_path", "vae"}
+    required = {"dataset_path", "base_model", "output_path"}
+    assert paths == required | {"model_config_path", "vae", "cache_dir"}
 
 
 def test_the_contract_and_the_schema_name_the_same_knobs() -> None:
@@ -264,6 +265,25 @@ def test_trigger_words_are_a_short_list_of_texts(words: Any) -> None:
 def test_the_schema_key_is_for_editors() -> None:
     """$schema is allowed at the top and leaves no trace."""
     assert load_config(**{"$schema": "./config_schema.json"}) == load_config()
+
+
+def test_a_comment_is_for_readers() -> None:
+    """$comment is allowed at the top and leaves no trace, not even in what `start` repeats."""
+    config = load_config(**{"$comment": "For a card of 8 GB."})
+    assert config == load_config()
+    assert "$comment" not in config.as_record()
+
+
+def test_a_comment_stands_at_the_top_alone() -> None:
+    """Among the knobs it is an unknown key, as $schema is."""
+    error = refusal_with(training_params={"$comment": "For a card of 8 GB."})
+    assert [problem.path for problem in error.problems] == ["training_params.$comment"]
+
+
+@pytest.mark.parametrize("key", ["comment", "_comment"])
+def test_who_means_a_comment_is_told_its_name(key: str) -> None:
+    """The usual spellings of other programs lead to the one that is allowed."""
+    assert refusal_with(**{key: "For a card of 8 GB."}).problems[0].hint == "Did you mean $comment?"
 
 
 def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,6 +474,7 @@ PROBLEMS: dict[str, Record] = {
     "too many items": {"trigger_words": [str(number) for number in range(33)]},
     "no object": {"training_params": 5},
     "schema no text": {"$schema": 5},
+    "comment no text": {"$comment": ["One.", "Two."]},
     "conflict": {"learning_rate": 0.5},
 }
 

@@ -381,12 +381,14 @@ def test_a_stop_survives_a_full_disk_at_every_call(
     """A stop just after a checkpoint does not put that at risk, and names a state that is there."""
 
     def stop(run: Ready) -> None:
-        told.append(run.save_before_stop())
+        stopped = TrainingInterrupted("SIGTERM")
+        run.save_before_stop(stopped)
+        told.append(stopped.path)
 
-    told: list[Path | None] = []
+    told: list[str | None] = []
     for run, _ in struck(after, tmp_path, stop, run_out_of_space):
         check_sound(run, contents, {2})
-        assert told[-1] == run.config.output_path / "state" / "step_2"
+        assert told[-1] == str(run.config.output_path / "state" / "step_2")
 
 
 def test_a_disk_that_turns_read_only_keeps_the_old_state(
@@ -597,7 +599,8 @@ def notice_in_time(trainer: LoRATrainer) -> None:
         trainer.stop.check()
     except TrainingInterrupted as stopped:
         compute(2.0)
-        trainer.save_before_stop(stopped)
+        assert trainer.run
+        trainer.run.save_before_stop(stopped)
         raise
 
 
@@ -609,7 +612,7 @@ def linger(run: Ready, pause: Pause) -> int:
     events = Emitter(writer)
     trainer = LoRATrainer(run.config, events, stop)
     trainer.run = replace(run, events=events, stop=stop)
-    stop.save = trainer.save_before_stop
+    stop.save = trainer.run.save_before_stop
     stop.end = functools.partial(train_lora.end_at_once, events, writer)
     mirroring = train_lora.mirrored(events, run.config.output_path, 0)
     try:

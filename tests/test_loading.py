@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import pytest
 import torch
 from conftest import Recorder, load_config, write_image, write_json
 from safetensors.torch import load_file, save_file
-from tiny_models import build_tiny, write_single_file
+from tiny_models import build_tiny
 
 import train_lora
 from train_lora import BaseModel, ErrorCode, LoRATrainer, Models, TrainError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -32,25 +34,6 @@ REFERENCES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: networks this small only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Provide one folder and one single file for every family; nobody may change them."""
-    root = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
-        build_tiny(family, root / family)
-        write_single_file(root / family, root / f"{family}.safetensors", family)
-    return root
 
 
 @pytest.fixture
@@ -504,6 +487,7 @@ def test_a_damaged_other_vae_is_named(here: Path, built: Path, harm: str) -> Non
         ("text_encoder/config.json", {"hidden_size": "wide"}),
         ("text_encoder/config.json", {"num_attention_heads": 0}),
         ("text_encoder/config.json", {"hidden_act": "evil"}),
+        ("text_encoder/config.json", {"max_position_embeddings": "many"}),
         ("scheduler/scheduler_config.json", {"beta_schedule": "steep"}),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
         ("tokenizer/vocab.json", {"a": "b"}),

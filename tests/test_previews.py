@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +29,15 @@ from train_lora import (
     TrainingInterrupted,
 )
 
-# diffusers' solver turns a tensor into an array in the way of older NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # diffusers' solver turns a tensor into an array in the way of older NumPy.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 SIDE = 256
 SMALL = {"resolution": SIDE, "sample_steps": 2, "lora_rank": 2, "learning_rate": 0.01}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: networks this small only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Provide a folder for every family; nobody may change them."""
-    root = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
-        build_tiny(family, root / family)
-    return root
 
 
 @pytest.fixture
@@ -113,6 +98,17 @@ def test_the_last_step_is_drawn_once(here: Path, built: Path, recorder: Recorder
     assert [record["step"] for record in recorder.of_type("sample")] == [1, 2]
 
 
+def test_the_base_model_is_drawn_first_where_that_is_asked_for(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """Before the first update, and with the same noise as ever after."""
+    run(built / "sd1", recorder, steps=2, learning_rate=1e-6, sample_at_start=True)
+    first, last = (pixels(r["image_path"]) for r in recorder.of_type("sample"))
+
+    assert [r["step"] for r in recorder.of_type("sample")] == [0, 2]
+    assert np.abs(first.astype(int) - last.astype(int)).max() <= 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_preview_is_a_whole_picture_of_the_right_size(
     here: Path, built: Path, family: str, recorder: Recorder
@@ -130,6 +126,19 @@ def test_a_preview_is_a_whole_picture_of_the_right_size(
     assert picture.shape == (264, 264, 3)
     assert picture.std() > 1
     assert remarks(recorder) == []
+
+
+@pytest.mark.parametrize(("resolution", "side"), [(256, 256), (264, 256)])
+def test_the_vae_tells_how_many_pixels_a_latent_stands_for(
+    here: Path, recorder: Recorder, resolution: int, side: int
+) -> None:
+    """Sixteen to a side in a VAE of five levels; what is left over has no latent."""
+    base = build_tiny("sd1", here / "model", vae_levels=5)
+    run(base, recorder, steps=1, resolution=resolution)
+    (sample,) = recorder.of_type("sample")
+    (fact, *_) = (r["data"] for r in recorder.of_type("info") if r["topic"] == "model")
+    assert pixels(sample["image_path"]).shape == (side, side, 3)
+    assert fact["native_resolution"] == 8 * 16
 
 
 def test_without_prompts_the_trigger_words_are_drawn(

@@ -43,6 +43,7 @@ from train_lora import CompleteEvent, Emitter, ErrorCode, LoRATrainer, StopReque
 # diffusers' solver converts tensors in a way that numpy 2 is going to change.
 ARRAY_WARNING = "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings(ARRAY_WARNING),
     pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals, reads /proc"),
 ]
@@ -65,15 +66,6 @@ SHORT: Record = {
 NO_EXTRAS: Record = {"checkpoint_steps": 10**6, "validation_steps": 10**6}
 
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: tiny tensors gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -61,13 +61,13 @@ PIPELINES = {
 # --- a complete diffusers folder ---------------------------------------------------------------
 
 
-def build_tiny(family: str, folder: Path) -> Path:
+def build_tiny(family: str, folder: Path, tokens: int = 77, vae_levels: int = 4) -> Path:
     """Write a complete diffusers folder of tiny random models; the same bytes every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         _unet(family).save_pretrained(folder / "unet")
-        _vae(family).save_pretrained(folder / "vae")
-        for suffix, encoder in _text_encoders(family).items():
+        _vae(family, vae_levels).save_pretrained(folder / "vae")
+        for suffix, encoder in _text_encoders(family, tokens).items():
             _save_text_encoder(encoder, folder / f"text_encoder{suffix}")
             pad = EOS if family == "sd1" or (family == "sdxl" and not suffix) else "!"
             write_tokenizer(folder / f"tokenizer{suffix}", pad)
@@ -93,30 +93,30 @@ def _unet(family: str) -> Any:
     )
 
 
-def _vae(family: str) -> Any:
-    """Four levels, so that 64 pixels become 8 latents."""
+def _vae(family: str, levels: int) -> Any:
+    """Four levels make 8 latents of 64 pixels, as in the real families."""
     return AutoencoderKL(
         sample_size=64,
-        block_out_channels=(8, 8, 16, 16),
+        block_out_channels=(8, 8, 16, 16, 16)[:levels],
         norm_num_groups=4,
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         scaling_factor=0.13025 if family == "sdxl" else 0.18215,
         force_upcast=family == "sdxl",
     )
 
 
-def _text_encoders(family: str) -> dict[str, Any]:
+def _text_encoders(family: str, tokens: int) -> dict[str, Any]:
     """The text encoders by folder suffix: one, or two for SDXL."""
     act = "gelu" if family == "sd2" else "quick_gelu"
-    encoders: dict[str, Any] = {"": CLIPTextModel(_text_config(HIDDEN, act))}
+    encoders: dict[str, Any] = {"": CLIPTextModel(_text_config(HIDDEN, act, tokens))}
     if family == "sdxl":
-        encoders["_2"] = CLIPTextModelWithProjection(_text_config(HIDDEN_2, "gelu"))
+        encoders["_2"] = CLIPTextModelWithProjection(_text_config(HIDDEN_2, "gelu", tokens))
     return encoders
 
 
-def _text_config(hidden: int, act: str) -> CLIPTextConfig:
+def _text_config(hidden: int, act: str, tokens: int) -> CLIPTextConfig:
     """A two-layer CLIP text config; eos id 2 is what every real SD config says."""
     return CLIPTextConfig(
         vocab_size=len(_vocabulary()),
@@ -125,7 +125,7 @@ def _text_config(hidden: int, act: str) -> CLIPTextConfig:
         projection_dim=hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=77,
+        max_position_embeddings=tokens,
         hidden_act=act,
         bos_token_id=0,
         eos_token_id=2,

@@ -7,6 +7,7 @@ python -m tools.docs --check    only tell whether they are up to date
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,6 +42,31 @@ def config_table() -> str:
     return table(["knob", "default", "values", "meaning"], rows)
 
 
+def by_number(path: Path) -> list[str | int]:
+    """Order names as people do: a card of 8 GB before one of 12."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
+
+
+def examples_table() -> str:
+    """List the ready-made configs by what sets them apart."""
+    rows = []
+    for path in sorted((ROOT / "examples" / "configs").glob("*.json"), key=by_number):
+        config = train_lora.TrainingConfig.from_json(path)
+        rows.append(
+            [
+                f"[{path.stem}]({path.relative_to(ROOT).as_posix()})",
+                config.base_model.rpartition("/")[2],
+                str(config.resolution),
+                f"{config.batch_size} × {config.gradient_accumulation_steps}",
+                str(config.lora_rank),
+                str(config.steps),
+                json.loads(path.read_text(encoding="utf-8"))["$comment"],
+            ]
+        )
+    head = ["config", "base model", "pixels", "batch × accumulation", "rank", "steps", "for what"]
+    return table(head, rows)
+
+
 def describe_fields(cls: type) -> str:
     """List the fields of an event or of a topic with their meanings."""
     fields = train_lora.payload_types(cls)
@@ -65,10 +91,12 @@ def topic_table() -> str:
 
 
 def code_table(codes: type[train_lora.Code]) -> str:
-    """List every code with its meaning and what to do."""
-    return table(
-        ["code", "meaning", "what to do"], [[f"`{c.word}`", c.meaning, c.hint] for c in codes]
-    )
+    """List every code with its meaning, two in a row; what to do stands in the event itself."""
+    cells = [[f"`{code.word}`", code.meaning] for code in codes]
+    half = (len(cells) + 1) // 2
+    right = [*cells[half:], ["", ""]]
+    rows = [a + b for a, b in zip(cells[:half], right, strict=False)]
+    return table(["code", "meaning", "code", "meaning"], rows)
 
 
 def exit_table() -> str:
@@ -91,6 +119,7 @@ def exit_table() -> str:
 def blocks() -> dict[str, str]:
     """Make every generated block of the README."""
     return {
+        "examples": examples_table(),
         "config": config_table(),
         "events": event_table(),
         "topics": topic_table(),
