@@ -5,13 +5,17 @@ python examples/mascot.py      writes examples/images
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-from shapes import PALETTE, SIDE, name_colours
+from shapes import PALETTE, SIDE, bounds, name_colours
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HERE = Path(__file__).resolve().parent
 # Background, place, size, and where the middle lies as a share of the room. No yellow, so that
@@ -74,7 +78,7 @@ def draw_pictures(folder: Path) -> None:
 
 def shows_fox(picture: Image.Image) -> bool:
     """Tell whether a picture shows the fox: head, muzzle and eyes lie where they should."""
-    seen, known = cut_out(picture), cut_out(draw_fox(PALETTE["blue"], 128, 128, 90))
+    seen, known = cut_out(picture), known_fox()
     if seen is None or known is None:
         return False
     overlap: list[float] = []
@@ -90,11 +94,17 @@ def cut_out(picture: Image.Image) -> np.ndarray | None:
     """Name the colours within the orange part's bounds, stretched to 64 x 64."""
     numbers = name_colours(picture)
     orange = numbers == list(PALETTE).index("orange")
-    rows, columns = (np.flatnonzero(orange.sum(axis=axis) > 2) for axis in (1, 0))
-    if orange.sum() < 500 or not rows.size or not columns.size:
+    box = bounds(orange)
+    if orange.sum() < 500 or box is None:
         return None
-    cut = picture.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    cut = picture.crop(box)
     return name_colours(cut.convert("RGB").resize((64, 64), Image.Resampling.BOX))
+
+
+@functools.cache
+def known_fox() -> np.ndarray | None:
+    """Cut out the fox as it is drawn."""
+    return cut_out(draw_fox(PALETTE["blue"], 128, 128, 90))
 
 
 if __name__ == "__main__":

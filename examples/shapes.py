@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -216,12 +217,20 @@ def recognise(picture: Image.Image) -> tuple[str, str, str]:
     return names[colour], nearest_shape(numbers == colour), names[background]
 
 
-def nearest_shape(mask: np.ndarray) -> str:
-    """Find the shape that overlaps a mask best, each stretched to the same square."""
+def bounds(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Find left, top, right and bottom of what is set, but for stray pixels."""
     rows, columns = (np.flatnonzero(mask.sum(axis=axis) > 2) for axis in (1, 0))
     if not rows.size or not columns.size:
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def nearest_shape(mask: np.ndarray) -> str:
+    """Find the shape that overlaps a mask best, each stretched to the same square."""
+    box = bounds(mask)
+    if box is None:
         return ""
-    cut = Image.fromarray(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    cut = Image.fromarray(mask).crop(box)
     seen = np.asarray(cut.convert("L").resize((48, 48), Image.Resampling.BILINEAR)) > 127
     overlap = {}
     for shape in SHAPES:
@@ -230,6 +239,7 @@ def nearest_shape(mask: np.ndarray) -> str:
     return max(overlap, key=lambda shape: overlap[shape])
 
 
+@functools.cache
 def template(shape: str) -> np.ndarray:
     """Draw a shape alone and cut it out, as a mask of 48 x 48."""
     canvas = Image.new("RGB", (SIDE, SIDE), 0)
