@@ -7,7 +7,7 @@ READY := .venv/.ready
 # Two test processes share the cores; torch's own threads would only get in their way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: check fix test test-slow docs demo clean
+.PHONY: check fix test test-slow docs demo bench clean
 
 check: $(READY)
 	$(BIN)/ruff format --check
@@ -28,8 +28,12 @@ test-slow: $(READY)
 docs: $(READY)
 	$(BIN)/python -m tools.docs
 
-demo:
-	@echo "There is no bundled model yet; train with: python train_lora.py --config example_config.json"
+demo: $(READY)
+	$(BIN)/python train_lora.py --config example_config.json
+	$(BIN)/python examples/measure.py output/zkb
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Needs Python 3.11: make PYTHON=python3.11")'

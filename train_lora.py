@@ -164,6 +164,11 @@ class WarningCode(Code):
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
     STATE_IGNORED = "A saved state is damaged; an older one is used.", "Look at the disk."
+    COMPILE_FAILED = "The denoiser cannot be compiled; it runs as it is.", "Set compile to off."
+    MEMORY_SPILLED = (
+        "Updates became slow while the card's memory is full: the driver swaps.",
+        "Lower batch_size or resolution, or close other programs.",
+    )
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
 
@@ -294,12 +299,16 @@ class PhaseFacts(Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFacts(Facts):
-    """Memory in use when a phase ends, and the most since the start."""
+    """What a run will need, told before anything is loaded; then what each phase did need."""
 
-    says: ClassVar[str] = "Memory: {peak_bytes} bytes at most after {phase}"
-    phase: Annotated[str, "`encoding`, `loading`, …"]
+    says: ClassVar[str] = "Memory: {phase}, {peak_bytes} bytes at most, {planned_bytes} planned"
+    phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
     in_use_bytes: Annotated[int | None, "held by training at the end of the phase"]
     peak_bytes: Annotated[int | None, "most that was ever held"]
+    planned_bytes: Annotated[int | None, "most that the plan foresees; null without headers"]
+    free_bytes: Annotated[int | None, "what the plan counts on"] = None
+    parts: Annotated[dict[str, int] | None, "bytes by what they hold, in planning"] = None
+    choices: Annotated[dict[str, str] | None, "what was chosen and why, in planning"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -877,10 +886,10 @@ TYPE_WORDS = {
 
 def describe_values(knob: Record) -> str:
     """Say which values a knob takes, for problems and for the README."""
-    if isinstance(knob["type"], list):
-        return describe_values(knob | {"type": knob["type"][0]}) + ", or null"
     if "enum" in knob:
         return "one of " + ", ".join(json.dumps(value) for value in knob["enum"])
+    if isinstance(knob["type"], list):
+        return describe_values(knob | {"type": knob["type"][0]}) + ", or null"
     if knob["type"] == "array":
         item = describe_values(knob["items"]).removeprefix("text ")
         return f"a list of at most {knob['maxItems']} texts, {item} each"
@@ -1015,7 +1024,9 @@ class TrainingConfig:
     cache_dir: Path | None
     device: str
     mixed_precision: str
-    gradient_checkpointing: bool
+    base_precision: str
+    gradient_checkpointing: bool | str
+    compile: str
     train_text_encoder: bool
     text_encoder_learning_rate: float | None
     optimizer: str
@@ -1089,6 +1100,13 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
             expected="a folder other than dataset_path",
             found=show(str(config.output_path)),
             hint="Samples would become training images.",
+        )
+    if config.mixed_precision == "no" and config.base_precision in ("bf16", "fp16"):
+        yield Problem(
+            path="base_precision",
+            expected="fp32, auto or a packed one where mixed_precision is no",
+            found=show(config.base_precision),
+            hint="Set mixed_precision to auto, or base_precision to auto.",
         )
 
 
@@ -1267,21 +1285,26 @@ class StopRequest:
         """Tell whether the process that started this one is gone."""
         return os.getppid() != self._parent
 
-    def wait_for(self, work: Callable[[], Any]) -> Any:
-        """Do what may hang where no request is heard, in a thread that can be left behind."""
-        outcome: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(work())
-            except BaseException as error:  # noqa: BLE001, handed to whoever waits
-                outcome.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
+    def wait_for(self, outcome: Future[Any]) -> Any:
+        """Wait for what may hang, in a thread that can be left behind."""
         while not outcome.done():
             self.check()
             wait([outcome], timeout=0.05)
         return outcome.result()
+
+
+def beside(work: Callable[[], Any]) -> Future[Any]:
+    """Begin something in a thread that does not keep the process alive."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001, handed to whoever waits
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
 class Phase:
@@ -1632,8 +1655,16 @@ def check_pictures(pictures: Sequence[Picture], config: TrainingConfig, events: 
 
 HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+QUANTISED = ("int8", "nf4")  # precisions for which weights are packed by bitsandbytes
 SD1_LATENT_SCALE = 0.18215  # what the first configs take for granted
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+# Where a single file keeps each part; the last one named is a refiner's.
+FILE_PREFIXES = {
+    "unet": (UNET_PREFIX,),
+    "vae": (VAE_PREFIX,),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer."),
+    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+}
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shapes = dict[str, tuple[int, ...]]
 
@@ -1646,8 +1677,7 @@ class Structure:
     """What a base model's headers give away about how it is built."""
 
     source: Literal["folder", "file"]
-    shapes: Shapes  # of the weights of the denoiser, without prefix
-    parameters: int  # of all components
+    parts: dict[str, Shapes]  # the weights of `unet`, `vae` and the text encoders, without prefix
     weights_bytes: int
     input_channels: int
     micro_conditioning: bool  # image size and crop are told to the denoiser
@@ -1655,6 +1685,45 @@ class Structure:
     text_encoders: tuple[bool, bool]  # whether the first and the second are there
     native_resolution: int | None  # pixels, where the configs say
     prediction_type: str | None
+
+    @property
+    def shapes(self) -> Shapes:
+        """List the weights of the denoiser."""
+        return self.parts["unet"]
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Tell how far the VAE reduces a side; its encoder halves it a few times."""
+        halving = re.compile(r"encoder\.down.*downsample.*conv\.weight")
+        return 1 << (sum(bool(halving.match(name)) for name in self.parts["vae"]) or 3)
+
+    @property
+    def vae_width(self) -> int:
+        """Tell how many channels the VAE has where the picture is largest."""
+        return self.parts["vae"].get("decoder.conv_out.weight", (3, 128))[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tell how many tokens a caption has room for."""
+        found = [s for n, s in self.parts.get("text_encoder", {}).items() if "position" in n]
+        return max((shape[0] for shape in found if len(shape) == 2), default=77)
+
+    @property
+    def text_width(self) -> int:
+        """Tell how many numbers the denoiser is told per token."""
+        return max(
+            (s[1] for n, s in self.shapes.items() if n.endswith("attn2.to_k.weight")), default=768
+        )
+
+    @property
+    def text_shapes(self) -> Shapes:
+        """List the weights of all text encoders."""
+        texts = ((p, s) for p, shapes in self.parts.items() for s in shapes.items())
+        return {f"{part}.{name}": shape for part, (name, shape) in texts if part[:4] == "text"}
+
+    def numbers(self, *parts: str) -> int:
+        """Count the numbers in the weights of some parts."""
+        return sum(math.prod(shape) for part in parts for shape in self.parts[part].values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1870,12 +1939,12 @@ def read_folder(folder: Path) -> Structure:
         raise unsupported(f"a model with {show(unet['_class_name'])}")
     encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
     files = [file for part in ("unet", "vae", *encoders) for file in find_weights(folder / part)]
-    headers = {file: read_header(file) for file in files}
-    denoiser = [header for file, header in headers.items() if file.parent.name == "unet"]
+    parts: dict[str, Shapes] = {"unet": {}, "vae": {}, **{name: {} for name in encoders}}
+    for file in files:
+        parts[file.parent.name] |= read_header(file)
     return Structure(
         source="folder",
-        shapes={name: shape for header in denoiser for name, shape in header.items()},
-        parameters=sum(math.prod(s) for header in headers.values() for s in header.values()),
+        parts=parts,
         weights_bytes=sum(file.stat().st_size for file in files),
         input_channels=channels,
         micro_conditioning=unet.get("addition_embed_type") == "text_time",
@@ -1914,24 +1983,26 @@ def read_file(path: Path) -> Structure:
     if path.suffix.lower() in PICKLES:
         raise unsupported("a pickle file, which can run code when loaded")
     weights = read_header(path)
-    denoiser = [name for name in weights if name.startswith(UNET_PREFIX)]
-    shapes = {name.removeprefix(UNET_PREFIX): weights[name] for name in denoiser}
+    parts = {
+        part: {
+            name.removeprefix(prefix): shape
+            for name, shape in weights.items()
+            for prefix in prefixes
+            if name.startswith(prefix)
+        }
+        for part, prefixes in FILE_PREFIXES.items()
+    }
+    shapes = parts["unet"]
     refuse_other_file(weights, shapes)
-    first = ("cond_stage_model.", "conditioner.embedders.0.transformer.")
-    second = ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")  # or a refiner's
     projection = next((s for n, s in shapes.items() if n.endswith("proj_in.weight")), ())
     return Structure(
         source="file",
-        shapes=shapes,
-        parameters=sum(map(math.prod, weights.values())),
+        parts=parts,
         weights_bytes=path.stat().st_size,
         input_channels=shapes["input_blocks.0.0.weight"][1],
         micro_conditioning="label_emb.0.0.weight" in shapes,
         linear_projection=len(projection) == 2,
-        text_encoders=(
-            any(name.startswith(first) for name in weights),
-            any(name.startswith(second) for name in weights),
-        ),
+        text_encoders=(bool(parts["text_encoder"]), bool(parts["text_encoder_2"])),
         native_resolution=None,
         # Checkpoints trained for velocity carry an empty tensor that says so.
         prediction_type="v_prediction" if "v_pred" in weights else None,
@@ -2028,7 +2099,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]
         family=family.name,
         prediction_type=structure.prediction_type,
         native_resolution=structure.native_resolution or family.native_resolution,
-        parameters=structure.parameters,
+        parameters=structure.numbers(*structure.parts),
         weights_bytes=structure.weights_bytes,
     )
     return facts, structure
@@ -2167,6 +2238,31 @@ def load_from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, S
     return model, list(report["missing_keys"])
 
 
+def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
+    """Replace linear layers by packed ones, which bitsandbytes fills when they are moved."""
+    import torch
+    from bitsandbytes import nn as packed
+
+    four = precision == "nf4"
+    linears = [(n, m) for n, m in network.named_modules() if type(m) is torch.nn.Linear]
+    for name, layer in linears:
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        if four:
+            slim = packed.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
+            slim.weight = packed.Params4bit(
+                layer.weight.data, quant_type="nf4", requires_grad=False
+            )
+        else:
+            slim = packed.Linear8bitLt(*sizes, has_fp16_weights=False)
+            slim.weight = packed.Int8Params(
+                layer.weight.data, has_fp16_weights=False, requires_grad=False
+            )
+        slim.bias = layer.bias
+        network.set_submodule(name, slim.requires_grad_(False))
+    # PEFT asks for these before it puts an adapter beside such a layer.
+    network.is_loaded_in_4bit, network.is_loaded_in_8bit = four, not four
+
+
 def read_tensors(base: BaseModel, prefix: str) -> dict[str, torch.Tensor]:
     """Read the tensors of one part of a single file."""
     from safetensors import safe_open
@@ -2253,6 +2349,7 @@ class Models:
     pixels_per_latent: int  # along a side
     text_encoders: list[Any] = field(default_factory=list)
     unet: Any = None
+    tiling: bool = False  # whether the VAE decodes previews in pieces
 
     @classmethod
     def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Models:
@@ -2280,6 +2377,20 @@ class Models:
         """Load the networks that read captions."""
         parts = self.base.family.text_parts
         self.text_encoders = [load_part(self.base, p, dtype).to(self.device) for p in parts]
+
+    def load_denoiser(self, precision: str) -> None:
+        """Load the network that is adapted, in a precision of its own where that was asked for."""
+        import torch
+
+        if self.device.type != "cuda":
+            self.unet = load_part(self.base, "unet", self.dtype).to(self.device)
+            return
+        kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        unet = load_part(self.base, "unet", kinds.get(precision, self.dtype))
+        if precision in QUANTISED:
+            pack_linears(unet, precision, self.dtype)
+        # Convolutions in half precision read this order of numbers, and else convert to it.
+        self.unet = unet.to(self.device, memory_format=torch.channels_last)
 
     def read_text(self, tokens: Sequence[torch.Tensor]) -> TextInputs:
         """Let the text encoders read token numbers, [batch, tokens] for each of them."""
@@ -2323,9 +2434,10 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
 
     wanted = config.mixed_precision
     if device.type != "cuda":
-        if wanted in ("fp16", "bf16"):
-            message = f"mixed_precision {wanted} is for CUDA; using fp32"
-            events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
+        for knob in ("mixed_precision", "base_precision"):
+            if vars(config)[knob] in ("fp16", "bf16"):
+                message = f"{knob} {vars(config)[knob]} is for CUDA; using fp32"
+                events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
         return torch.float32
     if wanted == "auto":
         real = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -2334,6 +2446,13 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
 
 
 # === Text and latent cache ===================================================
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move to a device without waiting for it, which takes memory that cannot be swapped out."""
+    if device.type != "cuda":  # on the way back, what is not awaited would be read too early
+        return tensor.to(device)
+    return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -2345,8 +2464,8 @@ class TextInputs:
 
     def to(self, device: torch.device) -> TextInputs:
         """Move to a device."""
-        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)
-        return TextInputs(self.hidden.to(device, non_blocking=True), pooled)
+        pooled = None if self.pooled is None else send(self.pooled, device)
+        return TextInputs(send(self.hidden, device), pooled)
 
     @classmethod
     def stack(cls, texts: Sequence[TextInputs]) -> TextInputs:
@@ -2673,13 +2792,11 @@ def velocity(clean: torch.Tensor, noise: torch.Tensor, signal_share: torch.Tenso
 
 def batch_losses(models: Models, batch: Batch, text: TextInputs) -> torch.Tensor:
     """Compare the denoiser's answer with what was added; one loss per image, [batch]."""
-    import torch
-
-    to = functools.partial(torch.Tensor.to, device=models.device, non_blocking=True)
-    clean, noise, timesteps = to(batch.clean), to(batch.noise), to(batch.timesteps)
+    numbers = (batch.clean, batch.noise, batch.timesteps, batch.sizes)
+    clean, noise, timesteps, sizes = (send(each, models.device) for each in numbers)
     clean = clean * models.latent_scale
     share = models.signal_shares[timesteps]
-    answer = models.predict(add_noise(clean, noise, share), timesteps, text, to(batch.sizes))
+    answer = models.predict(add_noise(clean, noise, share), timesteps, text, sizes)
     wanted = noise
     if models.base.prediction_type == "v_prediction":
         wanted = velocity(clean, noise, share)
@@ -2946,15 +3063,20 @@ def set_aside(output: Path) -> Path | None:
     return target
 
 
-def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int:
-    """Add up, from shapes alone, what so many updates write at most."""
+def adapter_numbers(config: TrainingConfig, structure: Structure) -> int:
+    """Count, from shapes alone, the numbers that will learn."""
     numbers = sum(
         config.lora_rank * (shape[0] + shape[1])
         for name, shape in structure.shapes.items()
         if ATTENTION.search(name) and len(shape) >= 2
     )
-    if config.train_text_encoder:
-        numbers *= 2  # at most: text encoders have fewer layers than the denoiser
+    # At most: text encoders have fewer layers than the denoiser.
+    return 2 * numbers if config.train_text_encoder else numbers
+
+
+def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int:
+    """Add up, from shapes alone, what so many updates write at most."""
+    numbers = adapter_numbers(config, structure)
     lora = numbers * (4 if config.save_precision == "fp32" else 2)
     state = 3 * 4 * numbers  # the adapter and two moments of the optimizer, full precision
     rounds = 1 + config.sample_at_start + steps // config.validation_steps
@@ -3446,6 +3568,10 @@ def decode_latents(models: Models, latents: torch.Tensor) -> Image.Image:
     from PIL import Image
 
     vae = load_part(models.base, "vae", torch.float32).to(models.device)
+    if models.tiling:
+        vae.enable_tiling()  # in pieces of the size it was made for, which may be the whole
+        vae.tile_sample_min_size = TILE_PIXELS
+        vae.tile_latent_min_size = TILE_PIXELS // models.pixels_per_latent
     pixels = vae.decode(latents / models.latent_scale).sample[0]  # [3, height, width]
     if not pixels.isfinite().all():
         raise ArithmeticError("the picture is not finite")
@@ -3473,6 +3599,269 @@ def draw_preview(
     finally:
         for network in networks:
             network.train()
+
+
+# === Memory plan =============================================================
+
+# Measured, see benchmarks/README.md.
+LIBRARIES_BYTES = 560 * 2**20  # what the imported packages take of main memory
+CONTEXT_BYTES = 500 * 2**20  # what a CUDA process takes beside all tensors
+ENCODE_MAPS, DECODE_MAPS = 5.0, 8.0  # of the VAE's widest, full precision, alive at once
+TILE_PIXELS = 512  # side of the pieces in which a VAE decodes where memory is short
+SLACK = 1.15  # a plan may be wrong by so much; a run is refused only beyond
+
+# A packed number comes with a share of its group's scale.
+NUMBER_BYTES = {"nf4": 0.5625, "int8": 1.0, "fp16": 2.0, "bf16": 2.0, "fp32": 4.0}
+# Layers whose activations are computed anew together, with gradient checkpointing.
+BLOCK = re.compile(
+    r".*transformer_blocks\.\d+|.*resnets\.\d+|\w+put_blocks\.\d+\.0|middle_.*\.[02]"
+)
+STAGE = re.compile(r"(down|up|input|output)_blocks\.(\d+)\.")
+
+
+def halvings(shapes: Shapes) -> Callable[[str], int]:
+    """Tell how often the picture was halved on its way to a layer of the denoiser."""
+    found = [(m[1], int(m[2]), name) for name in shapes if (m := STAGE.match(name))]
+    doubling = re.compile(r"output_blocks\.\d+\.\d\.conv\.weight|.*upsamplers")
+    halved = {n for kind, n, name in found if kind == "input" and ".op." in name}
+    doubled = {n for kind, n, name in found if kind == "output" and doubling.match(name)}
+    deepest = max([len(halved), *(number for kind, number, _ in found if kind == "down")])
+
+    def at(name: str) -> int:
+        match = STAGE.match(name)
+        if match is None:
+            return deepest if name.startswith("mid") else 0
+        kind, number = match[1], int(match[2])
+        depth = {
+            "down": number,
+            "up": deepest - number,
+            "input": sum(n <= number for n in halved),
+            "output": deepest - sum(n < number for n in doubled),
+        }[kind]
+        return max(0, depth - bool(doubling.match(name)))
+
+    return at
+
+
+def kept_by(name: str, shape: tuple[int, ...], places: int, tokens: int) -> tuple[float, float]:
+    """Count the numbers that a layer keeps of one image for the way back.
+
+    The first are kept in full precision, the second in the run's. What a norm in front of the layer
+    keeps counts too; layers that are frozen and linear keep nothing.
+    """
+    if len(shape) < 2:
+        return 0, 0
+    outgoing, incoming = shape[0] * places, shape[1] * places
+    if len(shape) == 4 and shape[2] > 1:  # normalised, activated, convolved
+        return incoming, incoming + outgoing
+    if name.endswith("to_q.weight"):
+        return 0, 2 * incoming + outgoing
+    if name.endswith(("attn1.to_k.weight", "attn1.to_v.weight")):
+        return 0, outgoing
+    if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+        return 0, shape[0] * tokens
+    if name.endswith(("to_out.0.weight", "proj_in.weight", "proj_out.weight")):
+        return 0, incoming
+    if name.endswith("ff.net.0.proj.weight"):  # half of what goes out is the other half's gate
+        return 0, incoming + 1.5 * outgoing
+    return 0, 0
+
+
+def activation_bytes(
+    structure: Structure, config: TrainingConfig, number_bytes: float, *, checkpointing: bool
+) -> int:
+    """Add up what the denoiser keeps of a batch between the way there and the way back."""
+    side, depth = config.resolution // structure.pixels_per_latent, halvings(structure.shapes)
+    blocks: Counter[str] = Counter()
+    entering: dict[str, float] = {}
+    for name, shape in sorted(structure.shapes.items()):
+        places = max(1, side >> depth(name)) ** 2
+        full, own = kept_by(name, shape, places, structure.tokens)
+        match = BLOCK.match(name)
+        block = match[0] if match else name
+        if full or own:
+            blocks[block] += math.ceil(4 * full + number_bytes * own)
+            entering.setdefault(block, shape[1] * places * number_bytes if match else blocks[block])
+    largest = max(blocks.values(), default=0)
+    kept = sum(entering.values()) if checkpointing else sum(blocks.values())
+    if config.train_text_encoder:
+        linear = [s for n, s in structure.text_shapes.items() if len(s) == 2 and "embed" not in n]
+        kept += number_bytes * structure.tokens * sum(map(sum, linear))
+    return math.ceil(config.batch_size * (kept + largest))
+
+
+def run_bytes(config: TrainingConfig, device: DeviceFacts) -> float:
+    """Tell the size of a number in the precision of the run."""
+    return 4.0 if device.kind != "cuda" or config.mixed_precision == "no" else 2.0
+
+
+def denoiser_bytes(config: TrainingConfig, structure: Structure, device: DeviceFacts) -> int:
+    """Tell the size of the frozen denoiser."""
+    run, base = run_bytes(config, device), config.base_precision
+    if base == "auto" or device.kind != "cuda":
+        return round(run * structure.numbers("unet"))
+    if base not in QUANTISED:  # where it is not the run's, there is a copy in the run's as well
+        width = NUMBER_BYTES[base] + (0 if NUMBER_BYTES[base] == run else run)
+        return round(width * structure.numbers("unet"))
+    packed = sum(math.prod(shape) for shape in structure.shapes.values() if len(shape) == 2)
+    return round(NUMBER_BYTES[base] * packed + run * (structure.numbers("unet") - packed))
+
+
+def vae_bytes(structure: Structure, maps: float, side: int) -> int:
+    """Tell what the VAE needs at work on a picture, in full precision."""
+    widest = 4 * structure.vae_width * side**2
+    return 4 * structure.numbers("vae") + round(maps * widest)
+
+
+def cached_bytes(config: TrainingConfig, structure: Structure) -> int:
+    """Tell what is kept of one image and its caption."""
+    latents = 4 * (config.resolution // structure.pixels_per_latent) ** 2
+    return 4 * ((1 + config.flip) * 2 * latents + structure.tokens * structure.text_width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a run will hold, in bytes, and what follows from it."""
+
+    process: int  # before any tensor
+    encoders: int  # the larger of VAE and text encoders at work
+    denoiser: int
+    learned_text: int  # text encoders that stay, because they learn
+    adapter: int  # with its gradients and the optimizer's moments
+    cache: int
+    activations: int
+    preview: int  # the VAE at work beside all that stays
+    free: int | None
+    checkpointing: bool
+    tiling: bool  # previews are decoded in pieces
+
+    @property
+    def resting(self) -> int:
+        """Tell what is held between two steps."""
+        return self.process + self.denoiser + self.learned_text + self.adapter + self.cache
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Tell the most that each phase holds."""
+        return {
+            "encoding": self.process + self.encoders + self.learned_text + self.cache,
+            "loading": self.resting,
+            "training": self.resting + self.activations,
+            "previews": self.resting + self.preview,
+        }
+
+    def peak_until(self, phase: str) -> int:
+        """Tell the most that is held up to the end of a phase; training includes previews."""
+        needs = list(self.phases.values())
+        return max(needs[: {"encoding": 1, "loading": 2}.get(phase, len(needs))])
+
+    @property
+    def peak(self) -> int:
+        """Tell the most that is ever held."""
+        return self.peak_until("training")
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether it can be hoped for; what is not known is no obstacle."""
+        return self.free is None or self.peak <= self.free
+
+    @property
+    def hopeless(self) -> bool:
+        """Tell whether it cannot be, even if the plan is too large and no preview is drawn."""
+        needed = max(self.phases["encoding"], self.phases["training"])
+        return self.free is not None and needed > SLACK * self.free
+
+    @classmethod
+    def make(
+        cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
+    ) -> MemoryPlan:
+        """Choose the fastest way that fits; where none does, the one that needs least."""
+        first = cls.roomy(config, structure, images, device)
+        number_bytes, tile = run_bytes(config, device), min(TILE_PIXELS, config.resolution)
+        smaller = {
+            "checkpointing": True,
+            "activations": activation_bytes(structure, config, number_bytes, checkpointing=True),
+        }
+        tiled = {"tiling": True, "preview": vae_bytes(structure, DECODE_MAPS, tile)}
+        asked = config.gradient_checkpointing
+        ways = [first, dataclasses.replace(first, **tiled)] if asked is not True else []
+        if asked is not False:
+            plan = dataclasses.replace(first, **smaller)
+            ways += [plan, dataclasses.replace(plan, **tiled)]
+        return next((plan for plan in ways if plan.fits), ways[-1])
+
+    @classmethod
+    def roomy(
+        cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
+    ) -> MemoryPlan:
+        """Add everything up, from headers and config alone, for the way that is fastest."""
+        number_bytes, learns = run_bytes(config, device), config.train_text_encoder
+        text = sum(map(math.prod, structure.text_shapes.values()))
+        encoding = vae_bytes(structure, ENCODE_MAPS, config.resolution)
+        # What is read from a file can be read again; and a card sees one batch at a time.
+        on_card, free = device.kind == "cuda", device.memory_free_bytes
+        elsewhere = config.cache_dir is not None or on_card
+        return cls(
+            process=0 if on_card else LIBRARIES_BYTES,
+            encoders=encoding if learns else max(4 * text, encoding),
+            denoiser=denoiser_bytes(config, structure, device),
+            learned_text=round(number_bytes * text) if learns else 0,
+            adapter=4 * 4 * adapter_numbers(config, structure),
+            cache=0 if elsewhere else images * cached_bytes(config, structure),
+            activations=activation_bytes(structure, config, number_bytes, checkpointing=False),
+            preview=vae_bytes(structure, DECODE_MAPS, config.resolution),
+            free=free - CONTEXT_BYTES if on_card and free is not None else free,
+            checkpointing=False,
+            tiling=False,
+        )
+
+    def facts(self) -> MemoryFacts:
+        """Tell what was chosen, and why."""
+        room = "unknown" if self.free is None else f"{self.free:,} bytes are free"
+        chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
+        parts = ("process", "encoders", "denoiser", "learned_text", "adapter", "cache")
+        return MemoryFacts(
+            phase="planning",
+            in_use_bytes=None,
+            peak_bytes=None,
+            planned_bytes=self.peak,
+            free_bytes=self.free,
+            parts={name: vars(self)[name] for name in (*parts, "activations", "preview")},
+            choices={
+                knob: f"{'on' if on else 'off'}: {self.peak:,} bytes planned, {room}"
+                for knob, on in chosen.items()
+            },
+        )
+
+
+def remedies(
+    config: TrainingConfig,
+    structure: Structure,
+    images: int,
+    device: DeviceFacts,
+    phase: str = "training",
+) -> list[Problem]:
+    """Rank what would help where memory is short: what makes it fit, then what saves most."""
+    offers: Record = {
+        "gradient_checkpointing": True,
+        "batch_size": max(1, config.batch_size // 2),
+        "resolution": min(512, config.resolution),
+        "train_text_encoder": False,
+        "lora_rank": min(16, config.lora_rank),
+        **({"base_precision": "nf4"} if device.kind == "cuda" else {}),
+    }
+    plan = MemoryPlan.make(config, structure, images, device)
+    found = []
+    for knob, better in offers.items():
+        changed = dataclasses.replace(config, **{knob: better})
+        other = MemoryPlan.make(changed, structure, images, device)
+        saved = plan.phases[phase] - other.phases[phase]
+        if better != vars(config)[knob] and saved > 0:
+            hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
+            value = show(vars(config)[knob])
+            problem = Problem(path=knob, expected=show(better), found=value, hint=hint)
+            found.append((not other.fits, -saved, knob, problem))
+    return [problem for *_, problem in sorted(found, key=lambda entry: entry[:3])]
 
 
 # === Preflight ===============================================================
@@ -3504,13 +3893,18 @@ def check_paths(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
     return model
 
 
-def check_extras(config: TrainingConfig) -> None:
-    """Look for what only some configs need: another VAE, configs for a file, a package."""
-    package = OPTIMIZER_PACKAGES.get(config.optimizer)
-    if package and not importlib.util.find_spec(package):
+def check_package(package: str, knob: str) -> None:
+    """Look for a package that only some configs need."""
+    if not importlib.util.find_spec(package):
         name = package.replace("_", "-")
         expected, hint = f"the package {name}", f"Run: pip install {name}"
-        raise TrainError.at(ErrorCode.PACKAGE_MISSING, "optimizer", expected, "none", hint)
+        raise TrainError.at(ErrorCode.PACKAGE_MISSING, knob, expected, "none", hint)
+
+
+def check_extras(config: TrainingConfig) -> None:
+    """Look for what only some configs need: another VAE, configs for a file, a package."""
+    if package := OPTIMIZER_PACKAGES.get(config.optimizer):
+        check_package(package, "optimizer")
     folder = config.model_config_path
     if folder and not (folder / "unet" / "config.json").is_file():
         expected = "a diffusers folder with configs and tokenizers"
@@ -3542,7 +3936,7 @@ def inspect_device(wanted: str) -> DeviceFacts:
         kind="mps" if apple and kind != "cpu" else "cpu",
         name=processor_name(),
         memory_total_bytes=memory_bytes("SC_PHYS_PAGES"),
-        memory_free_bytes=memory_bytes("SC_AVPHYS_PAGES"),
+        memory_free_bytes=free_memory(),
     )
 
 
@@ -3606,6 +4000,22 @@ def memory_bytes(pages: str) -> int | None:
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def free_memory() -> int | None:
+    """Read how much main memory may be taken: what caches would give back too, up to a limit."""
+    free = memory_bytes("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", told):
+            free = 1024 * int(found[1])
+        group = Path("/sys/fs/cgroup")  # of a container; "max" is no number, and no limit
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        told = (group / "memory.stat").read_text(encoding="ascii")
+        counts = {name: int(count) for name, count in map(str.split, told.splitlines())}
+        used = counts["anon"] + counts["shmem"]  # what caches of files take can be taken back
+        free = min(limit - used, free) if free is not None else limit - used
+    return free
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
     """Everything that is known before the first weight is loaded."""
@@ -3616,6 +4026,8 @@ class Preflight:
     total_steps: int
     disk_needed_bytes: int | None
     disk_free_bytes: int
+    structure: Structure | None
+    memory: MemoryPlan | None  # None while the model is not downloaded
 
     @classmethod
     def make(
@@ -3631,9 +4043,14 @@ class Preflight:
         report_model(config, facts, events)
         dataset = scan_dataset(config, events, stop)
         # A driver in trouble can take very long.
-        device = stop.wait_for(lambda: inspect_device(config.device))
+        device = stop.wait_for(beside(lambda: inspect_device(config.device)))
         events.info(device)
-        total_steps = config.total_steps(len(dataset.pictures))
+        check_base_precision(config, device)
+        images = len(dataset.pictures)
+        memory = MemoryPlan.make(config, structure, images, device) if structure else None
+        if memory:
+            events.info(memory.facts())
+        total_steps = config.total_steps(images)
         needed = disk_needed(config, structure, total_steps - done) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
         return cls(
@@ -3643,14 +4060,38 @@ class Preflight:
             total_steps=total_steps,
             disk_needed_bytes=needed,
             disk_free_bytes=free,
+            structure=structure,
+            memory=memory,
         )
 
-    def check_space(self) -> None:
-        """Refuse a run that would end on a full disk."""
+    def check_room(self, config: TrainingConfig) -> None:
+        """Refuse a run that would end on a full disk, or for want of memory."""
         needed, free = self.disk_needed_bytes, self.disk_free_bytes
         if needed is not None and needed > free:
             expected = f"{needed:,} bytes free"
             raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, f"{free:,}")
+        if self.memory and self.memory.hopeless:
+            message = (
+                f"The run needs {self.memory.peak:,} bytes of memory; {self.memory.free:,} are free"
+            )
+            raise TrainError(ErrorCode.OUT_OF_MEMORY, message, self.remedies(config))
+
+    def remedies(self, config: TrainingConfig, phase: str = "training") -> list[Problem]:
+        """Rank what would help when memory is short."""
+        if self.structure is None:
+            return []
+        phase = phase if phase in ("encoding", "loading") else "training"
+        return remedies(config, self.structure, len(self.dataset.pictures), self.device, phase)
+
+    def on(self, device: DeviceFacts, config: TrainingConfig) -> Preflight:
+        """Plan again where torch sees another device than the system's own tools do."""
+        if device.kind == self.device.kind or self.structure is None:
+            return self
+        check_base_precision(config, device)
+        memory = MemoryPlan.make(config, self.structure, len(self.dataset.pictures), device)
+        plan = dataclasses.replace(self, device=device, memory=memory)
+        plan.check_room(config)
+        return plan
 
     def report(self, config: TrainingConfig, warnings_given: Mapping[str, int]) -> ValidFacts:
         """Sum everything up for the last line of --validate-only."""
@@ -3665,6 +4106,18 @@ class Preflight:
             disk_free_bytes=self.disk_free_bytes,
             warnings=dict(warnings_given),
         )
+
+
+def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
+    """Refuse a precision that the device cannot hold weights in."""
+    if config.base_precision not in QUANTISED:
+        return
+    if device.kind != "cuda":
+        expected, hint = "a CUDA device for it", "Set base_precision to auto."
+        found = f"{config.base_precision} on {device.kind}"
+        code = ErrorCode.DEVICE_UNAVAILABLE
+        raise TrainError.at(code, "base_precision", expected, found, hint)
+    check_package("bitsandbytes", "base_precision")
 
 
 def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> None:
@@ -3691,6 +4144,9 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
 
 MOST_BAD_STEPS = 10  # updates in a row without a finite loss
 MOST_PROBES = 50  # updates in a row in which fp16's scaler found no factor that works
+COMPILE_STEPS = 1000  # fewer updates do not win back the minute that compiling takes
+SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
+SPILL_SHARE = 0.03  # of a card's memory; what is free once it is full
 
 
 @dataclass(frozen=True)
@@ -3702,6 +4158,27 @@ class Computed:
     loss: torch.Tensor
     grad_norm: torch.Tensor
     probing: bool  # fp16's scaler tries larger factors until a gradient overflows
+
+
+@dataclass
+class Pace:
+    """The speed from one progress line to the next, and the best there was."""
+
+    best: float = math.inf
+    latest: float = 0.0
+    slow_lines: int = 0  # in a row
+    seconds: float = 0.0
+    steps: int = 0
+
+    def slowed(self, seconds: float, steps: int) -> bool:
+        """Note the clock of a progress line; tell whether the speed fell, and stayed low."""
+        made = steps - self.steps
+        if made > 0:
+            self.latest = (seconds - self.seconds) / made
+            self.seconds, self.steps, self.best = seconds, steps, min(self.best, self.latest)
+            slow = self.latest > SPILL_FACTOR * self.best
+            self.slow_lines = self.slow_lines + 1 if slow else 0
+        return self.slow_lines > 1
 
 
 @dataclass
@@ -3719,6 +4196,8 @@ class TrainState:
     first_step: int = 1
     busy_seconds: float = 0.0
     timed_steps: int = 0
+    pace: Pace = field(default_factory=Pace)
+    spilled: bool = False
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -3815,6 +4294,7 @@ class Run:
             state.busy_seconds += time.monotonic() - began
         if not wanted:
             return
+        self.watch_pace()
         losses = [point.loss for point in state.history[state.told :] if point.loss is not None]
         state.told = len(state.history)
         state.loss = sum(losses) / len(losses) if losses else None
@@ -3835,6 +4315,20 @@ class Run:
                 memory_bytes=memory_in_use(self.models.device),
             )
         )
+
+    def watch_pace(self) -> None:
+        """Tell once when updates become slow because the driver swaps a card's memory."""
+        state, device = self.state, self.models.device
+        slowed = state.pace.slowed(state.busy_seconds, state.timed_steps)
+        if slowed and not state.spilled and memory_full(device):
+            state.spilled = True
+            message = f"Updates take {state.pace.latest:.2f} s while the card's memory is full"
+            data = {
+                "step": state.step,
+                "seconds_per_step": state.pace.latest,
+                "best_seconds_per_step": state.pace.best,
+            }
+            self.events.warn(WarningCode.MEMORY_SPILLED, message, **data)
 
     def read(self) -> None:
         """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
@@ -4001,7 +4495,7 @@ class LoRATrainer:
         # For reports of what went wrong.
         self.phase = "starting"
         self.device: torch.device | None = None
-        self.resting_bytes = 0  # in use between two steps
+        self.plan: Preflight | None = None
 
     def validate(self) -> ValidFacts:
         """Check all that can be checked without loading a model, and write nothing."""
@@ -4009,7 +4503,7 @@ class LoRATrainer:
             model = check_paths(self.config)
             self._start(0)
             preflight = Preflight.make(self.config, model, self.events, self.stop)
-            preflight.check_space()
+            preflight.check_room(self.config)
             self.stop.check()
             report = preflight.report(self.config, self.events.warnings)
             self.events.info(report)
@@ -4021,9 +4515,10 @@ class LoRATrainer:
         with reporting(events), self._in_output_folder() as earlier:
             # Look at everything before anything heavy is loaded.
             quiet_libraries()
+            imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
             download_model(config, events)
             model = inspect_model(config)
-            plan = Preflight.make(config, model, events, self.stop, earlier.step)
+            self.plan = plan = Preflight.make(config, model, events, self.stop, earlier.step)
             base = locate_model(config, plan.model)
             identity = identify(config, plan, base)
             earlier.check(identity)
@@ -4032,10 +4527,10 @@ class LoRATrainer:
                 return done
             if earlier.complete and not earlier.state:  # there is nothing to extend it from
                 refuse_to_overwrite(config.output_path)
-            plan.check_space()
+            plan.check_room(config)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
-            self.stop.wait_for(import_libraries)
+            self.stop.wait_for(imports)
             models = self._load(base)
             cache = self._encode(models, plan.dataset.pictures)
 
@@ -4045,6 +4540,7 @@ class LoRATrainer:
             if earlier.state:
                 unpack_learner(earlier.state, learner)
                 state = TrainState.from_json(read_json_file(earlier.state.folder / "state.json"))
+            stance = self._compile(models, cache, learner, plan.total_steps - state.step)
 
             # Step until done or asked to stop.
             self.phase = "training"
@@ -4055,7 +4551,9 @@ class LoRATrainer:
             )
             self.stop.save = self.run.save_before_stop
             try:
-                self.run.go()
+                with stance:
+                    self.run.go()
+                self._tell_memory(models.device)
             except TrainingInterrupted as stopped:
                 self.run.save_before_stop(stopped)
                 raise
@@ -4096,17 +4594,21 @@ class LoRATrainer:
     def _out_of_memory(self, error: Exception) -> TrainError:
         """Say what ran out of memory, and what would help most."""
         peak = peak_memory(self.device) if self.device else None
-        activations = max(0, (peak or 0) - self.resting_bytes)
         said = str(error).splitlines()[0]
         message = f"Out of memory while {self.phase}, {peak or 0:,} bytes in use at most: {said}"
-        return TrainError(ErrorCode.OUT_OF_MEMORY, message, remedies(self.config, activations))
+        offers = self.plan.remedies(self.config, self.phase) if self.plan else []
+        return TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
 
     def _load(self, base: BaseModel) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
         self.device = choose_device(self.config)
-        self.events.info(device_facts(self.device))
+        facts = device_facts(self.device)
+        self.events.info(facts)
+        self.plan = self.plan and self.plan.on(facts, self.config)
         dtype = choose_precision(self.config, self.device, self.events)
-        return Models.prepare(base, self.device, dtype)
+        models = Models.prepare(base, self.device, dtype)
+        models.tiling = self.memory.tiling if self.memory else False
+        return models
 
     def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
@@ -4130,9 +4632,16 @@ class LoRATrainer:
 
     def _tell_memory(self, device: torch.device) -> None:
         """Tell what the phase that ends here needed."""
-        used, peak = memory_in_use(device), peak_memory(device)
-        self.resting_bytes = used or 0
-        self.events.info(MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak))
+        used, peak, memory = memory_in_use(device), peak_memory(device), self.memory
+        planned = memory.peak_until(self.phase) if memory else None
+        self.events.info(
+            MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak, planned_bytes=planned)
+        )
+
+    @property
+    def memory(self) -> MemoryPlan | None:
+        """Recall what was planned."""
+        return self.plan.memory if self.plan else None
 
     def _adapt(self, models: Models, facts: ModelFacts) -> Learner:
         """Load the denoiser and put the adapters in."""
@@ -4142,8 +4651,9 @@ class LoRATrainer:
         gc.collect()  # the networks that were dropped
         if models.device.type == "cuda":
             torch.cuda.empty_cache()
-        models.unet = load_part(models.base, "unet", models.dtype).to(models.device)
-        if self.config.gradient_checkpointing:
+        models.load_denoiser(self.config.base_precision)
+        asked = self.config.gradient_checkpointing
+        if self.memory.checkpointing if self.memory else asked is True:
             models.unet.enable_gradient_checkpointing()
             for encoder in models.text_encoders:
                 encoder.activation_checkpointing_enable()
@@ -4159,6 +4669,49 @@ class LoRATrainer:
             )
         )
         return learner
+
+    def _compile(
+        self, models: Models, cache: Cache, learner: Learner, steps: int
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Compile what the denoiser repeats, and try it; if that fails, it runs as it is.
+
+        What is returned is to be held while training: it lets what would have to be compiled anew,
+        such as a short last batch or a preview, run as it is.
+        """
+        import torch
+
+        config = self.config
+        if config.compile == "off" or (
+            config.compile == "auto" and not worth_compiling(models.device, steps)
+        ):
+            return contextlib.nullcontext()
+        self.phase = "compiling"
+        self.events.info(PhaseFacts(name="compiling", done=0, total=1))
+        slots = list(enumerate(window(config, len(cache.images), 1)))[: config.batch_size]
+        batch = draw_batch(cache, config, 1, slots, len(models.signal_shares))
+
+        def attempt() -> None:
+            models.unet.compile_repeated_blocks(dynamic=True)
+            text = cache.read(models, batch.captions).to(models.device)
+            batch_losses(models, batch, text).sum().backward()
+
+        try:
+            self.stop.wait_for(beside(attempt))
+        except Exception as error:  # compilers fail in more ways than could be listed
+            if is_out_of_memory(error):
+                raise
+            for module in models.unet.modules():
+                vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            self.events.warn(
+                WarningCode.COMPILE_FAILED,
+                f"Compiling failed: {reason}",
+                reason=type(error).__name__,
+            )
+            return contextlib.nullcontext()
+        finally:
+            learner.optimizer.zero_grad(set_to_none=True)
+        return torch.compiler.set_stance("eager_on_recompile")
 
     def _start(self, resumed_step: int) -> None:
         """Send the first line, and what the loader had to say."""
@@ -4202,31 +4755,16 @@ class LoRATrainer:
         return causes
 
 
+def worth_compiling(device: torch.device, steps: int) -> bool:
+    """Tell whether compiling is likely to work, and to win back its minute."""
+    tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
+    return device.type == "cuda" and steps >= COMPILE_STEPS and bool(tools)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Recognise what the allocators of all devices say."""
     said = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
-
-
-def remedies(config: TrainingConfig, activations: int) -> list[Problem]:
-    """Rank what would help when memory is short, by the share of the activations it saves."""
-    side, given = config.resolution, vars(config)
-    offers = [
-        (0.5, "gradient_checkpointing", True),
-        (0.5, "batch_size", max(1, config.batch_size // 2)),
-        (1 - (512 / side) ** 2, "resolution", min(512, side)),
-        # Shares that are small and depend on the model; asked for last.
-        (0.1, "train_text_encoder", False),
-        (0.05, "lora_rank", min(16, config.lora_rank)),
-    ]
-    problems = []
-    for share, knob, better in sorted(offers, key=lambda offer: -offer[0]):
-        saving = f"; saves about {share * activations / 2**20:,.0f} MiB" if activations else ""
-        hint = f"Set {knob} to {show(better)}{saving}."
-        if better != given[knob]:
-            found = show(given[knob])
-            problems.append(Problem(path=knob, expected=show(better), found=found, hint=hint))
-    return problems
 
 
 def due(every: int, step: int) -> bool:
@@ -4248,6 +4786,8 @@ def import_libraries() -> None:
     import diffusers
     import peft  # noqa: F401, takes long, and is needed later
     import transformers
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -4266,6 +4806,16 @@ def memory_in_use(device: torch.device) -> int | None:
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_full(device: torch.device) -> bool:
+    """Tell whether a card's memory is taken to the last bit, by whomever."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free < SPILL_SHARE * total
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -4447,7 +4997,8 @@ def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> in
                 for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
                     os.environ[f"{library}_VERBOSITY"] = "debug"
             overrides = dict(arguments.set)
-            config = stop.wait_for(lambda: TrainingConfig.from_json(arguments.config, overrides))
+            loading = beside(lambda: TrainingConfig.from_json(arguments.config, overrides))
+            config = stop.wait_for(loading)
             trainer = LoRATrainer(config, events, stop, fresh=arguments.fresh)
             if arguments.validate_only:
                 trainer.validate()
@@ -4535,6 +5086,7 @@ def settle_streams() -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
     finally:
         settle_streams()
+    os._exit(status)  # an orderly end could crash a thread that is importing, and takes longer

@@ -31,10 +31,10 @@ PICTURES = [
     ("blue", "in the middle", "small", (0.0, 0.0)),
     ("red", "on the right", "", (1.0, 0.3)),
     ("purple", "", "large", (0.2, 0.2)),
-    ("white", "", "small", (-0.5, 0.6)),
+    ("white", "", "small", (-0.1, 0.1)),
     ("black", "on the left", "", (-1.0, -0.3)),
 ]
-REACH = {"small": 40.0, "": 56.0, "large": 78.0}  # pixels from the middle to the cheeks
+REACH = {"small": 46.0, "": 66.0, "large": 88.0}  # pixels from the middle to the cheeks
 COLOURS = ("orange", "white", "black")
 
 

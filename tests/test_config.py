@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import operator
 import os
 import random
 import time
@@ -157,8 +159,8 @@ def python_type(name: str) -> Any:
     words = kind if isinstance(kind, list) else [kind]
     is_path = KNOBS[name].get("format") == "path" and name not in ("base_model", "vae")  # hub ids
     types = {"string": Path if is_path else str, "integer": int, "number": float, "boolean": bool}
-    python = types.get(words[0], tuple[str, ...])
-    return python | None if "null" in words else python
+    kinds = [types.get(word, tuple[str, ...]) for word in words if word != "null"]
+    return functools.reduce(operator.or_, kinds + [None] * ("null" in words))
 
 
 def test_fields_have_the_names_and_types_of_the_schema() -> None:

@@ -130,7 +130,7 @@ FACTS: list[Facts] = [
     ModelFacts(source="hub", cached=True, family="sd1", parameters=860_000_000),
     DatasetFacts(**COUNTS),
     PhaseFacts(name="checking images", done=1, total=2),
-    MemoryFacts(phase="encoding", in_use_bytes=1, peak_bytes=2),
+    MemoryFacts(phase="encoding", in_use_bytes=1, peak_bytes=2, planned_bytes=3),
     ResumeFacts(step=0, aimed_at=None, set_aside=None),
     VALID,
 ]

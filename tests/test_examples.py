@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Record, Recorder
+from conftest import ROOT, Record, Recorder, run_program
 
+import measure
 import train_lora
+from shapes import unseen
 from train_lora import Emitter, ModelFacts, TrainingConfig
 
 READY_MADE = sorted((ROOT / "examples" / "configs").glob("*.json"))
@@ -83,3 +85,45 @@ def test_configs_that_are_tried_one_after_another_stay_apart() -> None:
     outputs = [TrainingConfig.from_json(path).output_path for path in CONFIGS]
     assert READY_MADE
     assert len(set(outputs)) == len(CONFIGS)
+
+
+# --- The bundled model --------------------------------------------------------
+
+
+def test_the_bundled_model_is_small() -> None:
+    """It comes with every clone."""
+    files = [path for path in measure.BASE.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert sum(path.stat().st_size for path in files) < 13_000_000
+
+
+def test_the_bundled_model_draws_what_it_is_told(one_thread: None) -> None:
+    """Colours, shapes and backgrounds in combinations that no training picture showed."""
+    wanted = unseen()[::3]
+    pictures = measure.draw(measure.load(measure.BASE), [measure.describe(*w) for w in wanted])
+    score = measure.judge(pictures, wanted)
+    assert score.colour >= 0.9
+    assert score.background >= 0.9
+    assert score.shape >= 0.85
+
+
+@pytest.mark.slow
+def test_the_example_teaches_the_fox_and_nothing_else(tmp_path: Path) -> None:
+    """Whoever runs the first command of the README sees a fox on a background never shown."""
+    ended = run_program(
+        *("--config", ROOT / "example_config.json", "--set", f"output_path={tmp_path}"), cwd=ROOT
+    )
+    assert ended.last["type"] == "complete"
+    found = measure.compare(measure.load(measure.BASE), measure.load(measure.BASE, tmp_path))
+    assert found.foxes_before <= 0.2
+    assert found.foxes_after >= 0.8
+    assert found.foxes_elsewhere <= 0.1
+    for name, share in vars(found.base).items():
+        assert vars(found.adapted)[name] >= share - 0.1
+
+
+def test_the_example_passes_its_preflight() -> None:
+    """As it is, from the root of the repository, without a warning."""
+    ended = run_program("--config", "example_config.json", "--validate-only", cwd=ROOT)
+    assert (ended.code, ended.last["topic"]) == (0, "valid")
+    assert ended.last["data"]["warnings"] == {}

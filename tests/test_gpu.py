@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Recorder
 from safetensors.torch import load_file
 from tiny_runs import FAMILIES, prepare, tiny_config
 
@@ -67,3 +71,51 @@ def test_memory_is_that_of_the_device(ground: Path) -> None:
     used = train_lora.memory_in_use(ready.models.device)
     assert used is not None
     assert 0 < used < torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_packed_weights_train_and_save_an_adapter_like_any_other(
+    ground: Path, tmp_path: Path, precision: str
+) -> None:
+    """The adapter itself is not packed, and previews are drawn."""
+    choices = {"device": "cuda", "base_precision": precision, "output_path": str(tmp_path)}
+    done = LoRATrainer(tiny_config(ground, steps=4, **choices)).train()
+    plain = tiny_config(ground, steps=4, device="cuda", output_path=str(tmp_path / "plain"))
+    expected = load_file(LoRATrainer(plain).train().final_path)
+    learned = load_file(done.final_path)
+    assert {n: v.shape for n, v in learned.items()} == {n: v.shape for n, v in expected.items()}
+    assert len(list(tmp_path.glob("samples/*.png"))) == 1
+
+
+def test_compiled_blocks_learn_what_others_learn(ground: Path, tmp_path: Path) -> None:
+    """But for the last bits, and nothing is warned of."""
+    recorder = Recorder()
+    choices = {"device": "cuda", "steps": 8}
+    fast = tiny_config(ground, compile="on", output_path=str(tmp_path / "fast"), **choices)
+    plain = tiny_config(ground, compile="off", output_path=str(tmp_path / "plain"), **choices)
+    found = load_file(LoRATrainer(fast, train_lora.Emitter(recorder)).train().final_path)
+    expected = load_file(LoRATrainer(plain).train().final_path)
+    assert recorder.codes() == []
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.05, atol=2e-3)
+
+
+def test_a_full_card_is_an_error_with_remedies(ground: Path, tmp_path: Path) -> None:
+    """What the plan did not foresee is reported when it happens."""
+    config = tiny_config(ground, device="cuda", batch_size=8, output_path=str(tmp_path))
+    with small_card(), pytest.raises(train_lora.TrainError) as caught:
+        LoRATrainer(config).train()
+    assert caught.value.code == train_lora.ErrorCode.OUT_OF_MEMORY
+    assert caught.value.problems
+
+
+@contextlib.contextmanager
+def small_card() -> Iterator[None]:
+    """Leave this process next to nothing of the card's memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

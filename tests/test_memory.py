@@ -1,0 +1,238 @@
+"""The memory plan: what a run will hold, told before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Recorder, load_config, run_program, write_config, write_image
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+
+import models
+import train_lora
+from train_lora import DeviceFacts, MemoryPlan, Structure, TrainingConfig
+
+GIB = 2**30
+CARD = DeviceFacts(
+    kind="cuda", name="A card", memory_total_bytes=8 * GIB, memory_free_bytes=8 * GIB
+)
+HALVING = {f"encoder.down_blocks.{n}.downsamplers.0.conv.weight": (1, 1, 3, 3) for n in range(3)}
+
+
+def on_meta(size: str) -> Any:
+    """Make a denoiser of real size that has shapes and no numbers."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**models.DENOISERS[size])
+
+
+def structure_of(unet: Any, **parts: train_lora.Shapes) -> Structure:
+    """Describe a base model as its headers would."""
+    shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    return Structure(
+        source="folder",
+        parts={"unet": shapes, "vae": HALVING, "text_encoder": {}} | parts,
+        weights_bytes=0,
+        input_channels=4,
+        micro_conditioning=False,
+        linear_projection=False,
+        text_encoders=(True, False),
+        native_resolution=512,
+        prediction_type="epsilon",
+    )
+
+
+def kept_by_torch(unet: Any, config: TrainingConfig) -> int:
+    """Count the bytes that torch keeps of a forward pass for the way back.
+
+    Without what attention keeps only where no fast kernel is at hand, as on the meta device.
+    """
+    unet.requires_grad_(requires_grad=False)
+    with torch.device("meta"):
+        unet.add_adapter(LoraConfig(r=16, target_modules=train_lora.UNET_TARGETS))
+    ours = {value.untyped_storage()._cdata for value in unet.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        scores = value.grad_fn is not None and "Softmax" in value.grad_fn.name()
+        if value.untyped_storage()._cdata not in ours and not scores:
+            kept[value.untyped_storage()._cdata] = value
+        return value
+
+    side, width = config.resolution // 8, unet.config.cross_attention_dim
+    told = {"text_embeds": torch.zeros(config.batch_size, 1280, device="meta")}
+    told["time_ids"] = torch.zeros(config.batch_size, 6, device="meta")
+    noisy = torch.zeros(config.batch_size, 4, side, side, device="meta")
+    times = torch.zeros(config.batch_size, device="meta")
+    text = torch.zeros(config.batch_size, 77, width, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        answer = unet.train()(noisy, times, text, added_cond_kwargs=told)
+    assert answer.sample.requires_grad
+    return sum(value.untyped_storage().nbytes() for value in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        ("sd15", {"resolution": 256}),
+        ("sd15", {"resolution": 512, "batch_size": 2}),
+        ("sdxl", {"resolution": 1024}),
+    ],
+)
+def test_activations_are_what_torch_keeps(
+    in_workspace: Path, size: str, changes: dict[str, Any]
+) -> None:
+    """Counted from shapes alone, within 15 percent of a real forward pass at real sizes."""
+    config, unet = load_config(**changes), on_meta(size)
+    planned = train_lora.activation_bytes(structure_of(unet), config, 4, checkpointing=False)
+    assert kept_by_torch(unet, config) == pytest.approx(planned, rel=0.15)
+
+
+def test_a_file_in_the_original_layout_needs_what_its_folder_needs(built: Path) -> None:
+    """Names differ, the network does not."""
+    for family in ("sd1", "sd2", "sdxl"):
+        folder = train_lora.read_folder(built / family)
+        file = train_lora.read_file(built / f"{family}.safetensors")
+        assert file.tokens == folder.tokens
+        assert file.text_width == folder.text_width
+        assert file.vae_width == folder.vae_width
+        assert file.pixels_per_latent == folder.pixels_per_latent == 8
+        assert needs(file) == pytest.approx(needs(folder), rel=0.02)
+
+
+def needs(structure: Structure) -> float:
+    """Count activations at 512 pixels, with and without computing them twice."""
+    names = ["resolution", "batch_size", "train_text_encoder"]
+    config: Any = dataclasses.make_dataclass("Asked", names)(512, 1, train_text_encoder=True)
+    return sum(
+        train_lora.activation_bytes(structure, config, 4, checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+
+
+def plan(device: DeviceFacts = CARD, **changes: Any) -> MemoryPlan:
+    """Plan a run of SDXL's size."""
+    text = {"text_model.embeddings.position_embedding.weight": (77, 768), "w": (120, 10**6)}
+    vae = HALVING | {"decoder.conv_out.weight": (3, 128, 3, 3), "w": (84, 10**6)}
+    structure = structure_of(on_meta("sdxl"), vae=vae, text_encoder=text)
+    return MemoryPlan.make(load_config(**changes), structure, 20, device)
+
+
+def with_free(gib: float) -> DeviceFacts:
+    """Describe a card with so much free memory."""
+    return dataclasses.replace(CARD, memory_free_bytes=int(gib * GIB))
+
+
+def test_activations_are_computed_twice_only_where_memory_is_short(in_workspace: Path) -> None:
+    """The fastest way that fits is chosen: a large card keeps everything."""
+    chosen = [plan(with_free(gib), resolution=1024).checkpointing for gib in (6, 8, 24)]
+    assert chosen == [True, True, False]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_was_asked_for_is_done(in_workspace: Path, wanted: bool) -> None:
+    """Also against the plan's advice."""
+    for gib in (4, 80):
+        changes = {"gradient_checkpointing": wanted, "resolution": 1024}
+        assert plan(with_free(gib), **changes).checkpointing is wanted
+
+
+def test_previews_are_decoded_in_pieces_where_memory_is_short(in_workspace: Path) -> None:
+    """Decoding 1024 pixels at once takes more than a step."""
+    changes = {"resolution": 1024, "gradient_checkpointing": True}
+    whole, pieces = plan(with_free(24), **changes), plan(with_free(7.5), **changes)
+    assert (whole.tiling, pieces.tiling) == (False, True)
+    assert pieces.preview < whole.preview / 2
+
+
+def test_weights_that_are_packed_take_less(in_workspace: Path) -> None:
+    """Each precision by the size of its numbers, on CUDA alone."""
+    sizes = {p: plan(base_precision=p).denoiser for p in ("auto", "bf16", "int8", "nf4", "fp32")}
+    assert sizes["auto"] == sizes["bf16"]
+    assert 0.3 < sizes["nf4"] / sizes["bf16"] < 0.5  # convolutions stay as they are
+    assert 0.5 < sizes["int8"] / sizes["bf16"] < 0.7
+    assert sizes["fp32"] == 3 * sizes["bf16"]  # a step reads a copy in its own precision
+    cpu = dataclasses.replace(CARD, kind="cpu")
+    assert plan(cpu, base_precision="nf4").denoiser == 2 * sizes["bf16"]
+
+
+def test_images_on_a_shelf_take_no_memory(in_workspace: Path) -> None:
+    """What lies in cache_dir is mapped and can be read again."""
+    cpu = dataclasses.replace(CARD, kind="cpu")
+    assert plan(cpu).cache > 0
+    assert plan(cpu, cache_dir="shelf").cache == 0
+    assert plan(CARD).cache == 0  # it sees one batch at a time
+
+
+def test_unknown_memory_is_no_obstacle(in_workspace: Path) -> None:
+    """Some drivers do not tell; the run tries, in the fastest way."""
+    unknown = plan(dataclasses.replace(CARD, memory_free_bytes=None), resolution=2048)
+    assert unknown.fits
+    assert not unknown.hopeless
+    assert not unknown.checkpointing
+
+
+def test_a_preview_that_does_not_fit_is_no_reason_to_refuse(in_workspace: Path) -> None:
+    """Training goes on without it, as it does when a preview fails for another reason."""
+    tight = plan(with_free(7), resolution=1024, gradient_checkpointing=True)
+    assert tight.phases["previews"] > 0
+    large = dataclasses.replace(tight, preview=100 * GIB)
+    assert not large.fits
+    assert not large.hopeless
+
+
+def test_remedies_are_ranked_by_what_they_save(in_workspace: Path) -> None:
+    """What makes the run fit comes first; what is in force is not offered."""
+    structure = structure_of(on_meta("sd15"))
+    config = load_config(batch_size=8, resolution=1024, gradient_checkpointing=False)
+    offers = train_lora.remedies(config, structure, 10, with_free(6))
+    assert [offer.path for offer in offers[:2]] == ["gradient_checkpointing", "resolution"]
+    assert {"batch_size", "base_precision"} <= {offer.path for offer in offers}
+    saved = [
+        int(offer.hint.split("about ")[1].split(" MiB")[0].replace(",", "")) for offer in offers
+    ]
+    assert saved[1:] == sorted(saved[1:], reverse=True)
+    better = dataclasses.replace(config, gradient_checkpointing=True, resolution=512)
+    left = [offer.path for offer in train_lora.remedies(better, structure, 10, with_free(6))]
+    assert not {"gradient_checkpointing", "resolution"} & set(left)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(workspace: Path) -> None:
+    """Preflight and training say the same, and name what would help."""
+    for number in range(3):
+        write_image(workspace / "data" / f"{number}.png", (2048, 2048))
+    write_config(workspace, resolution=2048, batch_size=64)
+    widen_model(workspace / "model")
+    for arguments in (("--validate-only",), ()):
+        ended = run_program("--config", "config.json", *arguments, cwd=workspace)
+        assert (ended.code, ended.last["code"]) == (1, "out_of_memory")
+        assert ended.last["problems"][0]["path"] in ("batch_size", "resolution")
+        planned = next(line for line in ended.lines if line.get("topic") == "memory")
+        assert planned["data"]["planned_bytes"] > planned["data"]["free_bytes"]
+
+
+def widen_model(folder: Path) -> None:
+    """Give the model of headers one convolution that keeps gigabytes at 2048 pixels."""
+    from conftest import BLOCK, write_safetensors
+
+    names = [f"{BLOCK}.attn{a}.to_{p}.weight" for a in (1, 2) for p in ("q", "k", "v", "out.0")]
+    shapes: train_lora.Shapes = dict.fromkeys(names, (8, 8))
+    shapes["down_blocks.0.resnets.0.conv1.weight"] = (2000, 2000, 3, 3)
+    write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", shapes)
+
+
+def test_the_plan_is_told_with_its_reasons(in_workspace: Path, recorder: Recorder) -> None:
+    """Hosts can show the parts; each choice names what it rests on."""
+    facts = plan(with_free(8), resolution=1024).facts()
+    train_lora.Emitter(recorder).info(facts)
+    data = recorder.records[0]["data"]
+    assert (data["phase"], data["peak_bytes"]) == ("planning", None)
+    assert data["planned_bytes"] >= max(data["parts"].values())
+    assert data["choices"]["gradient_checkpointing"].startswith("on")
+    assert (
+        f"{8 * GIB - train_lora.CONTEXT_BYTES:,} bytes are free"
+        in data["choices"]["preview_tiling"]
+    )
