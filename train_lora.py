@@ -3778,11 +3778,11 @@ class MemoryPlan:
         """Choose the fastest way that fits; where none does, the one that needs least."""
         first = cls.roomy(config, structure, images, device)
         number_bytes, tile = run_bytes(config, device), min(TILE_PIXELS, config.resolution)
-        smaller = {
+        smaller: Record = {
             "checkpointing": True,
             "activations": activation_bytes(structure, config, number_bytes, checkpointing=True),
         }
-        tiled = {"tiling": True, "preview": vae_bytes(structure, DECODE_MAPS, tile)}
+        tiled: Record = {"tiling": True, "preview": vae_bytes(structure, DECODE_MAPS, tile)}
         asked = config.gradient_checkpointing
         ways = [first, dataclasses.replace(first, **tiled)] if asked is not True else []
         if asked is not False:
@@ -4711,7 +4711,9 @@ class LoRATrainer:
             return contextlib.nullcontext()
         finally:
             learner.optimizer.zero_grad(set_to_none=True)
-        return torch.compiler.set_stance("eager_on_recompile")
+        stance: contextlib.AbstractContextManager[Any]
+        stance = torch.compiler.set_stance("eager_on_recompile")
+        return stance
 
     def _start(self, resumed_step: int) -> None:
         """Send the first line, and what the loader had to say."""

@@ -74,10 +74,12 @@ class Measured:
 def watch(command: list[object]) -> tuple[list[Line], int]:
     """Run a process; return its lines with the seconds at which they came, and its peak memory."""
     began = time.monotonic()
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
             [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=errors
-        )
+        ) as process,
+    ):
         assert process.stdout is not None
         lines = [(time.monotonic() - began, json.loads(line)) for line in process.stdout]
         _, status, usage = os.wait4(process.pid, 0)
@@ -257,7 +259,8 @@ def sweep(task: Task, name: str, root: Path) -> str:
     """Let one thing grow, and lay out what grows with it."""
     rows = []
     for value in SWEEPS[name]:
-        grown = replace(task, **{name: value})
+        changes: dict[str, Any] = {name: value}
+        grown = replace(task, **changes)
         data = draw_data(root / f"{name}_{value}", grown.images, grown.resolution)
         run = run_trainer(grown, data)
         say(f"{name} {value}: {run.seconds:.3f} s per step")

@@ -30,8 +30,16 @@ DENOISERS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-SMALL_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-LARGE_TEXT = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+SMALL_TEXT: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+}
+LARGE_TEXT: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+}
 SAMPLES = {"sd15": 512, "sdxl": 1024}
 
 
@@ -41,9 +49,9 @@ def build(size: str, root: Path) -> Path:
     if size == "tiny" or (folder / "model_index.json").is_file():
         return BUNDLED if size == "tiny" else folder
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**DENOISERS[size])
+    unet: Any = UNet2DConditionModel(**DENOISERS[size])
     unet.half().save_pretrained(folder / "unet")
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         sample_size=SAMPLES[size],
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
@@ -52,9 +60,9 @@ def build(size: str, root: Path) -> Path:
         scaling_factor=0.13025 if size == "sdxl" else 0.18215,
     )
     vae.half().save_pretrained(folder / "vae")
-    DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    ).save_pretrained(folder / "scheduler")
+    betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+    schedule: Any = DDPMScheduler(**betas, beta_schedule="scaled_linear")
+    schedule.save_pretrained(folder / "scheduler")
     write_text_parts(folder, two=size == "sdxl")
     (folder / "model_index.json").write_text("{}\n", "utf-8")  # last: the model is whole
     return folder

@@ -156,7 +156,7 @@ def new_vae() -> Any:
 def new_unet() -> Any:
     """Make the denoiser: four levels as in Stable Diffusion 1.x, attention in the lower two."""
     torch.manual_seed(SEED + 1)
-    return UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=SIDE // 8,
         block_out_channels=(32, 48, 96, 96),
         norm_num_groups=8,
@@ -165,7 +165,8 @@ def new_unet() -> Any:
         up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * 2,
         attention_head_dim=4,
         cross_attention_dim=WIDTH,
-    ).to(memory_format=torch.channels_last)
+    )
+    return unet.to(memory_format=torch.channels_last)
 
 
 def new_text_encoder(tokenizer: Any) -> Any:
@@ -459,7 +460,7 @@ pure noise.
 {rows}
 
 Made with {processor} from {pictures} pictures. {combinations} combinations of colour, shape and
-background were left out. Of {count} pictures of those, drawn with guidance 4, a program
+background were left out. Of {count} pictures of those, drawn with guidance 3, a program
 (`examples/measure.py`) finds right: {score}.
 
 Half precision on disk; the licence is the repository's.

@@ -34,7 +34,7 @@ PICTURES = [
     ("white", "", "small", (-0.1, 0.1)),
     ("black", "on the left", "", (-1.0, -0.3)),
 ]
-REACH = {"small": 46.0, "": 66.0, "large": 88.0}  # pixels from the middle to the cheeks
+REACH = {"small": 70.0, "": 84.0, "large": 98.0}  # pixels from the middle to the cheeks
 COLOURS = ("orange", "white", "black")
 
 
@@ -54,10 +54,10 @@ def draw_fox(background: tuple[int, int, int], x: float, y: float, reach: float)
         ear = [at(side * 0.98, -1.0), at(side * 0.95, 0.0), at(side * 0.1, -0.6)]
         pen.polygon(ear, fill=PALETTE["orange"])
     oval("orange", 0, 0.1, 1.0, 0.85)
-    oval("white", 0, 0.52, 0.55, 0.4)
+    oval("white", 0, 0.56, 0.62, 0.4)
     for side in (-1, 1):
-        oval("black", side * 0.45, -0.12, 0.19, 0.23)
-    oval("black", 0, 0.36, 0.2, 0.15)
+        oval("black", side * 0.45, -0.12, 0.25, 0.29)
+    oval("black", 0, 0.42, 0.2, 0.16)
     return picture.reduce(4)
 
 

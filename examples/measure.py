@@ -49,7 +49,7 @@ class Score:
 def load(base: Path, lora: Path | None = None) -> Any:
     """Load the base model, with a LoRA where one is named, as its users would."""
     pipeline = StableDiffusionPipeline.from_pretrained(
-        base, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+        base, dtype=torch.float32, safety_checker=None, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     if lora:
@@ -57,7 +57,7 @@ def load(base: Path, lora: Path | None = None) -> Any:
     return pipeline
 
 
-def draw(pipeline: Any, prompts: Sequence[str], guidance: float = 4.0) -> list[Image.Image]:
+def draw(pipeline: Any, prompts: Sequence[str], guidance: float = 3.0) -> list[Image.Image]:
     """Draw a picture for every prompt; the n-th always starts from the same noise."""
     pictures = []
     for first in range(0, len(prompts), 16):

@@ -11,7 +11,7 @@ from tiny_models import build_tiny
 import bench
 from bench import Task
 
-LINES = [
+LINES: list[bench.Line] = [
     (0.1, {"type": "start"}),
     (0.2, {"type": "info", "topic": "device", "data": {"kind": "cpu"}}),
     (0.25, {"type": "info", "topic": "memory", "data": {"phase": "planning"}}),

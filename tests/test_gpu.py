@@ -7,6 +7,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_packed_weights_train_and_save_an_adapter_like_any_other(
 def test_compiled_blocks_learn_what_others_learn(ground: Path, tmp_path: Path) -> None:
     """But for the last bits, and nothing is warned of."""
     recorder = Recorder()
-    choices = {"device": "cuda", "steps": 8}
+    choices: dict[str, Any] = {"device": "cuda", "steps": 8}
     fast = tiny_config(ground, compile="on", output_path=str(tmp_path / "fast"), **choices)
     plain = tiny_config(ground, compile="off", output_path=str(tmp_path / "plain"), **choices)
     found = load_file(LoRATrainer(fast, train_lora.Emitter(recorder)).train().final_path)

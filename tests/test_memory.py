@@ -55,11 +55,15 @@ def kept_by_torch(unet: Any, config: TrainingConfig) -> int:
         unet.add_adapter(LoraConfig(r=16, target_modules=train_lora.UNET_TARGETS))
     ours = {value.untyped_storage()._cdata for value in unet.parameters()}
     kept: dict[int, torch.Tensor] = {}
+    scores: list[torch.Tensor] = []
 
     def keep(value: torch.Tensor) -> torch.Tensor:
-        scores = value.grad_fn is not None and "Softmax" in value.grad_fn.name()
-        if value.untyped_storage()._cdata not in ours and not scores:
-            kept[value.untyped_storage()._cdata] = value
+        storage = value.untyped_storage()._cdata
+        if value.grad_fn is not None and "Softmax" in value.grad_fn.name():
+            ours.add(storage)
+            scores.append(value)
+        if storage not in ours:
+            kept[storage] = value
         return value
 
     side, width = config.resolution // 8, unet.config.cross_attention_dim
@@ -115,7 +119,10 @@ def needs(structure: Structure) -> float:
 
 def plan(device: DeviceFacts = CARD, **changes: Any) -> MemoryPlan:
     """Plan a run of SDXL's size."""
-    text = {"text_model.embeddings.position_embedding.weight": (77, 768), "w": (120, 10**6)}
+    text: train_lora.Shapes = {
+        "text_model.embeddings.position_embedding.weight": (77, 768),
+        "w": (120, 10**6),
+    }
     vae = HALVING | {"decoder.conv_out.weight": (3, 128, 3, 3), "w": (84, 10**6)}
     structure = structure_of(on_meta("sdxl"), vae=vae, text_encoder=text)
     return MemoryPlan.make(load_config(**changes), structure, 20, device)
