@@ -71,7 +71,9 @@ def test_a_denoiser_that_cannot_be_compiled_runs_as_it_is(ground: Path, tmp_path
     ended = run_with(ground, tmp_path, CXX="/nowhere/c++")
     warned = [line["code"] for line in ended.lines if line["type"] == "warning"]
     assert (ended.code, warned) == (0, ["resolution_unusual", "compile_failed"])
-    plain = tiny_config(ground, steps=3, output_path=str(tmp_path / "plain"), lora_rank=16)
+    plain = tiny_config(
+        ground, steps=3, output_path=str(tmp_path / "plain"), lora_rank=16, lora_alpha=32
+    )
     done = train_lora.LoRATrainer(plain).train()
     same(load_file(ended.last["final_path"]), load_file(done.final_path))
 
@@ -82,7 +84,9 @@ def test_compiled_blocks_learn_the_same(ground: Path, tmp_path: Path) -> None:
     ended = run_with(ground, tmp_path)
     kinds = [line["type"] for line in ended.lines]
     assert (ended.code, kinds.count("warning"), kinds.count("sample")) == (0, 1, 1)
-    plain = tiny_config(ground, steps=3, output_path=str(tmp_path / "plain"), lora_rank=16)
+    plain = tiny_config(
+        ground, steps=3, output_path=str(tmp_path / "plain"), lora_rank=16, lora_alpha=32
+    )
     done = train_lora.LoRATrainer(plain).train()
     same(load_file(ended.last["final_path"]), load_file(done.final_path))
 
