@@ -36,6 +36,7 @@ def structure_of(unet: Any, **parts: train_lora.Shapes) -> Structure:
         source="folder",
         parts={"unet": shapes, "vae": HALVING, "text_encoder": {}} | parts,
         weights_bytes=0,
+        denoiser_bytes=0,
         input_channels=4,
         micro_conditioning=False,
         linear_projection=False,
@@ -172,6 +173,16 @@ def test_images_on_a_shelf_take_no_memory(in_workspace: Path) -> None:
     assert plan(cpu).cache > 0
     assert plan(cpu, cache_dir="shelf").cache == 0
     assert plan(CARD).cache == 0  # it sees one batch at a time
+
+
+def test_a_file_in_half_precision_is_mapped_while_it_is_read_into_full(in_workspace: Path) -> None:
+    """On a CPU, loading can take more than training; a file that is used as it is takes nothing."""
+    cpu, structure = dataclasses.replace(CARD, kind="cpu"), structure_of(on_meta("sd15"))
+    full = 4 * structure.numbers("unet")
+    for size, mapped in ((full // 2, full // 2), (full + 1000, 0)):
+        known = dataclasses.replace(structure, denoiser_bytes=size)
+        found = MemoryPlan.make(load_config(), known, 3, cpu)
+        assert found.phases["loading"] - found.resting == mapped
 
 
 def test_unknown_memory_is_no_obstacle(in_workspace: Path) -> None:
