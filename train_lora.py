@@ -3611,7 +3611,7 @@ def draw_preview(
 # === Memory plan =============================================================
 
 # Measured, see benchmarks/README.md.
-LIBRARIES_BYTES = 560 * 2**20  # what the imported packages take of main memory
+LIBRARIES_BYTES = 430 * 2**20  # what the imported packages take of main memory
 CONTEXT_BYTES = 500 * 2**20  # what a CUDA process takes beside all tensors
 ENCODE_MAPS, DECODE_MAPS = 5.0, 8.0  # of the VAE's widest, full precision, alive at once
 TILE_PIXELS = 512  # side of the pieces in which a VAE decodes where memory is short
@@ -3714,6 +3714,11 @@ def denoiser_bytes(config: TrainingConfig, structure: Structure, device: DeviceF
     return round(NUMBER_BYTES[base] * packed + run * (structure.numbers("unet") - packed))
 
 
+def mapped(file_bytes: int, loaded_bytes: int) -> int:
+    """Tell what a file takes beside what is made of it; one of the same precision is used as is."""
+    return file_bytes if file_bytes < loaded_bytes else 0
+
+
 def vae_bytes(structure: Structure, maps: float, side: int) -> int:
     """Tell what the VAE needs at work on a picture, in full precision."""
     widest = 4 * structure.vae_width * side**2
@@ -3810,12 +3815,13 @@ class MemoryPlan:
         on_card, free = device.kind == "cuda", device.memory_free_bytes
         elsewhere = config.cache_dir is not None or on_card
         denoiser = denoiser_bytes(config, structure, device)
-        same = structure.denoiser_bytes >= denoiser  # then what is mapped is what is used
+        text_file = 0 if on_card else structure.weights_bytes - structure.denoiser_bytes
+        text_file = text_file * text // max(1, text + structure.numbers("vae"))
         return cls(
             process=0 if on_card else LIBRARIES_BYTES,
-            encoders=encoding if learns else max(4 * text, encoding),
+            encoders=encoding if learns else max(4 * text + mapped(text_file, 4 * text), encoding),
             denoiser=denoiser,
-            denoiser_file=0 if on_card or same else structure.denoiser_bytes,
+            denoiser_file=0 if on_card else mapped(structure.denoiser_bytes, denoiser),
             learned_text=round(number_bytes * text) if learns else 0,
             adapter=4 * 4 * adapter_numbers(config, structure),
             cache=0 if elsewhere else images * cached_bytes(config, structure),
