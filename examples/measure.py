@@ -159,7 +159,8 @@ def main() -> int:
     found = compare(load(chosen.base), load(chosen.base, chosen.output))
     sys.stdout.write(f"{found}\n")
     found.sheet.save(chosen.output / "before_and_after.png")
-    tile(previews(chosen.output), columns=8).save(chosen.output / "strip.png")
+    if strip := previews(chosen.output):
+        tile(strip, columns=len(strip)).save(chosen.output / "strip.png")
     return 0
 
 
