@@ -1997,10 +1997,8 @@ def read_file(path: Path) -> Structure:
     shapes = parts["unet"]
     refuse_other_file(weights, shapes)
     projection = next((s for n, s in shapes.items() if n.endswith("proj_in.weight")), ())
-    size, numbers = (
-        path.stat().st_size,
-        {part: sum(map(math.prod, s.values())) for part, s in parts.items()},
-    )
+    size = path.stat().st_size
+    numbers = {part: sum(map(math.prod, each.values())) for part, each in parts.items()}
     return Structure(
         source="file",
         parts=parts,
@@ -3679,11 +3677,12 @@ def activation_bytes(
 ) -> int:
     """Add up what the denoiser keeps of a batch between the way there and the way back."""
     side, depth = config.resolution // structure.pixels_per_latent, halvings(structure.shapes)
+    tokens = structure.tokens
     blocks: Counter[str] = Counter()
     entering: dict[str, float] = {}
     for name, shape in sorted(structure.shapes.items()):
         places = max(1, side >> depth(name)) ** 2
-        full, own = kept_by(name, shape, places, structure.tokens)
+        full, own = kept_by(name, shape, places, tokens)
         match = BLOCK.match(name)
         block = match[0] if match else name
         if full or own:
@@ -3693,7 +3692,7 @@ def activation_bytes(
     kept = sum(entering.values()) if checkpointing else sum(blocks.values())
     if config.train_text_encoder:
         linear = [s for n, s in structure.text_shapes.items() if len(s) == 2 and "embed" not in n]
-        kept += number_bytes * structure.tokens * sum(map(sum, linear))
+        kept += number_bytes * tokens * sum(map(sum, linear))
     return math.ceil(config.batch_size * (kept + largest))
 
 
