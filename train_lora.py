@@ -67,11 +67,12 @@ import typing
 import uuid
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
+from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
 
@@ -116,7 +117,7 @@ class ErrorCode(Code):
     CONFIG_NOT_JSON = "The config is not strict JSON.", "Mend the place named under problems."
     CONFIG_INVALID = "The config breaks config_schema.json.", "Mend the values under problems."
     CONFIG_CONFLICT = "Values do not go together.", "Change one of those under problems."
-    DATASET_NOT_FOUND = "dataset_path is no readable folder.", "In a container: the path inside it."
+    DATASET_NOT_FOUND = "A folder of images cannot be read.", "In a container: the path inside it."
     DATASET_EMPTY = "No usable image was found.", "Add png, jpg, webp or bmp images."
     CAPTIONS_MISSING = "Images have neither caption nor trigger word.", "Give trigger_words."
     MODEL_NOT_FOUND = "base_model leads nowhere.", "Give a folder, a file or a Hugging Face id."
@@ -280,11 +281,12 @@ class DatasetFacts(Facts):
     """The training images and their captions."""
 
     says: ClassVar[str] = "Dataset: {images} images, {captions_found} captions, {skipped} skipped"
-    images: Annotated[int, "usable images"]
-    skipped: Annotated[int, "images left out, each named in a warning"]
+    images: Annotated[int, "usable images in dataset_path"]
+    skipped: Annotated[int, "images left out in both folders, each named in a warning"]
     captions_found: Annotated[int, "images with a caption of their own"]
     captions_missing: Annotated[int, "images described by the trigger words alone"]
     resolutions: Annotated[dict[str, int], "images per size, the ten most frequent"]
+    regularization_images: Annotated[int, "usable images in regularization_path"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +330,7 @@ class ValidFacts(DatasetFacts):
     says: ClassVar[str] = "Valid: {images} images, {total_steps} steps on {device}"
     ends_run: ClassVar[bool] = True
     effective_batch: Annotated[int, "images per update"]
-    steps_per_epoch: Annotated[int, "updates in which every image is seen once"]
+    steps_per_epoch: Annotated[int, "updates in which every image of dataset_path is seen once"]
     total_steps: Annotated[int, "updates in all"]
     family: Annotated[str | None, "family of the base model; null while not downloaded"]
     device: Annotated[str, "`cuda`, `mps` or `cpu`"]
@@ -395,7 +397,7 @@ class ProgressEvent(Event):
     step: Annotated[int, "updates done"]
     total_steps: Annotated[int, "updates in all"]
     percent: Annotated[int, "0 … 99; 100 stands in `complete` alone"]
-    epoch: Annotated[int, "times every image was seen"]
+    epoch: Annotated[int, "times every image of dataset_path was seen"]
     loss: Annotated[float | None, "mean since the last progress line"]
     learning_rate: Annotated[float | None, "of the update just made"]
     grad_norm: Annotated[float | None, "before clipping"]
@@ -1036,6 +1038,8 @@ class TrainingConfig:
     lr_warmup_steps: int
     lora_dropout: float
     flip: bool
+    regularization_path: Path | None
+    regularization_share: float
     sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
     sample_at_start: bool
@@ -1070,13 +1074,27 @@ class TrainingConfig:
         """Count the images behind one update."""
         return self.batch_size * self.gradient_accumulation_steps
 
-    def steps_per_epoch(self, images: int) -> int:
-        """Count the updates in which every image is seen at least once."""
-        return math.ceil(images / self.effective_batch)
+    @property
+    def regular_share(self) -> Fraction:
+        """Give the share of images that keep the base model as it is, as it was written."""
+        return Fraction(str(self.regularization_share))
 
-    def total_steps(self, images: int) -> int:
+    def drawn(self, images: int, regular: int, epochs: int) -> int:
+        """Count the images trained on while each of dataset_path is seen so many times.
+
+        `regular` of the images come from regularization_path, and take turns with the others.
+        """
+        own = epochs * (images - regular)
+        return math.floor((own - 1) / (1 - self.regular_share)) + 1 if regular else own
+
+    def steps_per_epoch(self, images: int, regular: int = 0) -> int:
+        """Count the updates in which every image of dataset_path is seen at least once."""
+        return math.ceil(self.drawn(images, regular, 1) / self.effective_batch)
+
+    def total_steps(self, images: int, regular: int = 0) -> int:
         """Count the updates; epochs run on across their borders, only the last may be short."""
-        return self.steps or math.ceil(self.epochs * images / self.effective_batch)
+        drawn = self.drawn(images, regular, self.epochs)
+        return self.steps or math.ceil(drawn / self.effective_batch)
 
     def as_record(self) -> Record:
         """Show every knob as JSON."""
@@ -1094,13 +1112,15 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
             found=show(config.learning_rate),
             hint="1e-4 suits most runs.",
         )
-    if os.path.realpath(config.output_path) == os.path.realpath(config.dataset_path):
-        yield Problem(
-            path="output_path",
-            expected="a folder other than dataset_path",
-            found=show(str(config.output_path)),
-            hint="Samples would become training images.",
-        )
+    for knob, other, hint in (
+        ("output_path", "dataset_path", "Samples would become training images."),
+        ("regularization_path", "dataset_path", "It is for images of other things."),
+        ("regularization_path", "output_path", "Samples would become training images."),
+    ):
+        path, taken = vars(config)[knob], Path(os.path.realpath(vars(config)[other]))
+        if path and Path(os.path.realpath(path)) in (taken, taken / "samples"):
+            expected, found = f"a folder other than {other}", show(str(path))
+            yield Problem(path=knob, expected=expected, found=found, hint=hint)
     if config.mixed_precision == "no" and config.base_precision in ("bf16", "fp16"):
         yield Problem(
             path="base_precision",
@@ -1360,7 +1380,7 @@ class Unusable(Exception):
 class Picture:
     """One training image with what is said about it."""
 
-    name: str  # path inside the dataset, with forward slashes
+    name: str  # path inside its folder, with forward slashes
     path: Path
     width: int  # pixels, as a viewer shows it
     height: int
@@ -1371,8 +1391,13 @@ class Picture:
 class Dataset:
     """The usable pictures in natural order, and how the others fared."""
 
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Picture, ...]  # those of regularization_path last
     facts: DatasetFacts
+
+    @property
+    def regular(self) -> int:
+        """Count the pictures which keep the base model as it is."""
+        return self.facts.regularization_images
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
@@ -1381,16 +1406,20 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts] + [(2, name)]
 
 
-def find_files(config: TrainingConfig, events: Emitter) -> dict[str, Path]:
-    """List the dataset's files by their path inside it, leaving out what the run itself writes."""
-    root, output = config.dataset_path.resolve(), config.output_path.resolve()
+def find_files(
+    root: Path, apart: Container[Path], events: Emitter, label: str = ""
+) -> dict[str, Path]:
+    """List a folder's files by label and path inside it, leaving out the folders set apart."""
     found: dict[str, Path] = {}
+
+    def name_of(path: Path) -> str:
+        return PurePosixPath(label, path.relative_to(root).as_posix()).as_posix()
 
     def unreadable(error: OSError) -> None:
         skip(Path(error.filename), f"it cannot be read ({error.strerror})")
 
     def skip(folder: Path, reason: str) -> None:
-        name = folder.relative_to(root).as_posix()
+        name = name_of(folder)
         message = f"Skipped folder {name}: {reason}"
         events.warn(WarningCode.FOLDER_SKIPPED, message, file=name, reason=reason)
 
@@ -1398,14 +1427,14 @@ def find_files(config: TrainingConfig, events: Emitter) -> dict[str, Path]:
         folder = Path(here)
         for name in sorted(folders):
             named_like_image = name.lower().endswith(IMAGE_SUFFIXES)
-            if is_hidden(name) or folder / name == output:
+            if is_hidden(name) or folder / name in apart:
                 folders.remove(name)
             elif named_like_image or (folder / name).is_symlink():
                 folders.remove(name)
                 skip(folder / name, "named like an image" if named_like_image else "it is a link")
         for name in sorted(files):
             if not is_hidden(name):
-                found[(folder / name).relative_to(root).as_posix()] = folder / name
+                found[name_of(folder / name)] = folder / name
     return found
 
 
@@ -1603,8 +1632,45 @@ def stands_in(word: str, texts: Iterable[str]) -> bool:
 
 def scan_dataset(config: TrainingConfig, events: Emitter, stop: StopRequest) -> Dataset:
     """Find the usable images and their captions; name whatever is left out."""
-    root = config.dataset_path.resolve()
-    files = find_files(config, events)
+    places = (config.dataset_path, config.regularization_path, config.output_path)
+    roots = [place.resolve() for place in places if place]
+    own, others = scan_folder(roots[0], config.trigger_words, roots[1:], events, stop), Scan()
+    check_pictures(own, config.dataset_path, config, events)
+    if config.regularization_path:
+        others = scan_folder(roots[1], (), roots, events, stop, label=roots[1].name)
+        check_pictures(others, config.regularization_path, config, events)
+    counts = Counter(f"{picture.width}x{picture.height}" for picture in own.pictures)
+    facts = DatasetFacts(
+        images=len(own.pictures),
+        skipped=own.skipped + others.skipped,
+        captions_found=own.captions,
+        captions_missing=len(own.pictures) - own.captions,
+        resolutions=dict(counts.most_common(10)),
+        regularization_images=len(others.pictures),
+    )
+    events.info(facts)
+    return Dataset(pictures=(*own.pictures, *others.pictures), facts=facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What was found in one folder."""
+
+    pictures: tuple[Picture, ...] = ()
+    captions: int = 0  # pictures which have one of their own
+    skipped: int = 0
+
+
+def scan_folder(
+    root: Path,
+    trigger_words: Iterable[str],
+    apart: Container[Path],
+    events: Emitter,
+    stop: StopRequest,
+    label: str = "",
+) -> Scan:
+    """Find the usable images of one folder and their captions."""
+    files = find_files(root, apart, events, label)
     candidates = sorted((n for n in files if n.lower().endswith(IMAGE_SUFFIXES)), key=natural_key)
     sizes = inspect_images([(name, files[name]) for name in candidates], root, events, stop)
     captions = read_metadata(files, root, events) | read_sidecars(files, root, events)
@@ -1614,36 +1680,30 @@ def scan_dataset(config: TrainingConfig, events: Emitter, stop: StopRequest) -> 
             path=files[name],
             width=width,
             height=height,
-            caption=compose_caption(captions.get(name, ""), config.trigger_words),
+            caption=compose_caption(captions.get(name, ""), trigger_words),
         )
         for name, (width, height) in sizes.items()
     )
-    check_pictures(pictures, config, events)
-    counts = Counter(f"{width}x{height}" for width, height in sizes.values())
-    facts = DatasetFacts(
-        images=len(pictures),
+    return Scan(
+        pictures=pictures,
+        captions=sum(name in captions for name in sizes),
         skipped=len(candidates) - len(pictures),
-        captions_found=sum(name in captions for name in sizes),
-        captions_missing=sum(name not in captions for name in sizes),
-        resolutions=dict(counts.most_common(10)),
     )
-    events.info(facts)
-    return Dataset(pictures=pictures, facts=facts)
 
 
-def check_pictures(pictures: Sequence[Picture], config: TrainingConfig, events: Emitter) -> None:
-    """Refuse a dataset that cannot be trained on; warn of one that is poor."""
-    if not pictures:
-        message = f"No usable image in {config.dataset_path}"
-        raise TrainError(ErrorCode.DATASET_EMPTY, message)
-    bare = [picture.name for picture in pictures if not picture.caption]
+def check_pictures(scan: Scan, folder: Path, config: TrainingConfig, events: Emitter) -> None:
+    """Refuse a folder that cannot be trained on; warn of one that is poor."""
+    if not scan.pictures:
+        raise TrainError(ErrorCode.DATASET_EMPTY, f"No usable image in {folder}")
+    bare = [picture.name for picture in scan.pictures if not picture.caption]
     if bare:
-        hint = "Write a caption beside it, or give trigger_words."
+        remedy = ", or give trigger_words" if folder == config.dataset_path else ""
+        hint = f"Write a caption beside it{remedy}."
         raise TrainError.listing(
             ErrorCode.CAPTIONS_MISSING,
             [Problem(path=name, expected="a caption", found="none", hint=hint) for name in bare],
         )
-    small = [p.name for p in pictures if min(p.width, p.height) < config.resolution]
+    small = [p.name for p in scan.pictures if min(p.width, p.height) < config.resolution]
     if small:
         message = (
             f"{len(small)} images are smaller than {config.resolution} pixels, such as {small[0]}"
@@ -1679,7 +1739,6 @@ class Structure:
     source: Literal["folder", "file"]
     parts: dict[str, Shapes]  # the weights of `unet`, `vae` and the text encoders, without prefix
     weights_bytes: int
-    denoiser_bytes: int  # on disk
     input_channels: int
     micro_conditioning: bool  # image size and crop are told to the denoiser
     linear_projection: bool  # into the attention blocks; SD 1 has convolutions there
@@ -1947,7 +2006,6 @@ def read_folder(folder: Path) -> Structure:
         source="folder",
         parts=parts,
         weights_bytes=sum(file.stat().st_size for file in files),
-        denoiser_bytes=sum(f.stat().st_size for f in files if f.parent.name == "unet"),
         input_channels=channels,
         micro_conditioning=unet.get("addition_embed_type") == "text_time",
         linear_projection=bool(unet.get("use_linear_projection")),
@@ -1997,13 +2055,10 @@ def read_file(path: Path) -> Structure:
     shapes = parts["unet"]
     refuse_other_file(weights, shapes)
     projection = next((s for n, s in shapes.items() if n.endswith("proj_in.weight")), ())
-    size = path.stat().st_size
-    numbers = {part: sum(map(math.prod, each.values())) for part, each in parts.items()}
     return Structure(
         source="file",
         parts=parts,
-        weights_bytes=size,
-        denoiser_bytes=size * numbers["unet"] // sum(numbers.values()),
+        weights_bytes=path.stat().st_size,
         input_channels=shapes["input_blocks.0.0.weight"][1],
         micro_conditioning="label_emb.0.0.weight" in shapes,
         linear_projection=len(projection) == 2,
@@ -2201,8 +2256,9 @@ def read_part_config(base: BaseModel, part: str) -> Record:
     return read_json_file(folder / "config.json")
 
 
-def load_part(base: BaseModel, part: str, dtype: torch.dtype) -> Any:
+def load_part(base: BaseModel, part: str, dtype: torch.dtype, device: Any = "cpu") -> Any:
     """Load one network by its explicit class, from safetensors alone, frozen."""
+    import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -2213,24 +2269,57 @@ def load_part(base: BaseModel, part: str, dtype: torch.dtype) -> Any:
         "text_encoder_2": CLIPTextModelWithProjection,
     }
     place = base.vae if part == "vae" and base.vae else base.file or base.folder / part
+    near = str(device) if torch.device(device).type == "cuda" else "cpu"  # reads any precision
     try:
-        if place != base.file:
-            model, missing = load_from_folder(classes[part], place, dtype)
-        elif part.startswith("text"):
-            model, missing = load_text_from_file(classes[part], base, part, dtype)
+        if part.startswith("text"):
+            model, missing = load_text_encoder(classes[part], base, part, dtype)
+        elif base.file and place == base.file:
+            given = (base.file, base.folder, part, dtype, near)
+            model, missing = load_from_file(classes[part], *given)
+        elif part == "unet":
+            model, missing = load_unet(classes[part], place, dtype, near)
         else:
-            model, missing = load_from_file(classes[part], base, part, dtype)
+            model, missing = load_vae(classes[part], place, dtype)
     except Exception as error:  # a config without sense makes the libraries raise anything
-        if is_out_of_memory(error):
+        if isinstance(error, TrainError) or is_out_of_memory(error):
             raise
         raise damaged(place, f"what cannot be loaded ({error})") from error
     if missing:  # the libraries would go on with random numbers in their place
         raise damaged(place, f"{len(missing)} weights missing")
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
-def load_from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Sequence[str]]:
-    """Load one network in diffusers layout, in half precision where it exists only so."""
+def read_tensors(
+    file: Path, dtype: torch.dtype, device: str = "cpu", prefix: str = ""
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the tensors of a file, or a part of them, one by one to where they are to be.
+
+    A mapped file would count as memory beside what is made of it.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt", device=device, backend="pread") as opened:
+        for name in opened.keys():  # noqa: SIM118, it is no dictionary
+            if name.startswith(prefix):
+                yield name, opened.get_tensor(name).to(dtype)
+
+
+def load_unet(cls: Any, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Sequence[str]]:
+    """Load a denoiser in diffusers layout, which is too large to lie in memory twice."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = cls.from_config(cls.load_config(folder, local_files_only=True))
+    missing = set(model.state_dict())
+    for file in find_weights(folder):
+        tensors = dict(read_tensors(file, dtype, device))
+        model.load_state_dict(tensors, strict=False, assign=True)
+        missing -= tensors.keys()
+    return model, sorted(missing)
+
+
+def load_vae(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Sequence[str]]:
+    """Load a VAE in diffusers layout, which knows the names that old ones have."""
     plain_files = [p for p in folder.glob("*.safetensors") if ".fp16" not in p.name]
     model, report = cls.from_pretrained(
         folder,
@@ -2268,50 +2357,57 @@ def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
     network.is_loaded_in_4bit, network.is_loaded_in_8bit = four, not four
 
 
-def read_tensors(base: BaseModel, prefix: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of one part of a single file."""
-    from safetensors import safe_open
-
-    with safe_open(base.file, framework="pt") as file:
-        names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
-
-
 def load_from_file(
-    cls: Any, base: BaseModel, part: str, dtype: torch.dtype
+    cls: Any, file: Path, configs: Path, part: str, dtype: torch.dtype, device: str
 ) -> tuple[Any, Sequence[str]]:
     """Load UNet or VAE from a single file; diffusers knows the original names."""
+    prefix = UNET_PREFIX if part == "unet" else VAE_PREFIX
     model = cls.from_single_file(
-        read_tensors(base, UNET_PREFIX if part == "unet" else VAE_PREFIX),
-        config=str(base.folder),
+        dict(read_tensors(file, dtype, device, prefix)),
+        config=str(configs),
         subfolder=part,
         torch_dtype=dtype,
+        device=device,
         local_files_only=True,
     )
     # What the file lacks was never given memory.
     return model, [name for name, value in model.named_parameters() if value.is_meta]
 
 
-def load_text_from_file(
+def load_text_encoder(
     cls: Any, base: BaseModel, part: str, dtype: torch.dtype
 ) -> tuple[Any, Sequence[str]]:
-    """Load a text encoder from a single file; transformers knows the published names."""
-    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+    """Load a text encoder; transformers knows the published names."""
     from transformers import CLIPTextConfig
 
-    prefix = base.family.original_text[part == "text_encoder_2"]
     config = CLIPTextConfig.from_pretrained(base.folder / part, local_files_only=True)
-    weights = read_tensors(base, prefix)
-    if prefix.endswith(".model."):  # OpenCLIP keeps q, k and v in one, under names of its own
-        model_like = types.SimpleNamespace(config=config)
-        state = convert_open_clip_checkpoint(model_like, weights, prefix)
-    else:  # OpenAI's has the published names, but some merges lost their first word
-        names = {name: name.removeprefix(prefix).removeprefix("text_model.") for name in weights}
-        state = {f"text_model.{names[name]}": value for name, value in weights.items()}
+    if base.file:
+        state = read_original_text(
+            base.file, base.family.original_text[base.family.text_parts.index(part)], config, dtype
+        )
+    else:
+        files = find_weights(base.folder / part)
+        state = {k: v for file in files for k, v in read_tensors(file, dtype)}
     model, report = cls.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     return model, list(report["missing_keys"])
+
+
+def read_original_text(
+    file: Path, prefix: str, config: Any, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Read a text encoder's tensors from a single file, and give them their published names."""
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    weights = dict(read_tensors(file, dtype, prefix=prefix))
+    if prefix.endswith(".model."):  # OpenCLIP keeps q, k and v in one, under names of its own
+        model_like = types.SimpleNamespace(config=config)
+        state: dict[str, torch.Tensor] = convert_open_clip_checkpoint(model_like, weights, prefix)
+        return state
+    # OpenAI's has the published names, but some merges lost their first word.
+    names = {name: name.removeprefix(prefix).removeprefix("text_model.") for name in weights}
+    return {f"text_model.{names[name]}": value for name, value in weights.items()}
 
 
 def load_tokenizers(base: BaseModel) -> list[Any]:
@@ -2381,18 +2477,20 @@ class Models:
     def load_text_encoders(self, dtype: torch.dtype) -> None:
         """Load the networks that read captions."""
         parts = self.base.family.text_parts
-        self.text_encoders = [load_part(self.base, p, dtype).to(self.device) for p in parts]
+        self.text_encoders = [load_part(self.base, p, dtype, self.device) for p in parts]
 
     def load_denoiser(self, precision: str) -> None:
         """Load the network that is adapted, in a precision of its own where that was asked for."""
         import torch
 
         if self.device.type != "cuda":
-            self.unet = load_part(self.base, "unet", self.dtype).to(self.device)
+            self.unet = load_part(self.base, "unet", self.dtype, self.device)
             return
         kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        unet = load_part(self.base, "unet", kinds.get(precision, self.dtype))
-        if precision in QUANTISED:
+        dtype, packs = kinds.get(precision, self.dtype), precision in QUANTISED
+        # What is packed is packed on its way to the card.
+        unet = load_part(self.base, "unet", dtype, "cpu" if packs else self.device)
+        if packs:
             pack_linears(unet, precision, self.dtype)
         # Convolutions in half precision read this order of numbers, and else convert to it.
         self.unet = unet.to(self.device, memory_format=torch.channels_last)
@@ -2501,9 +2599,10 @@ class CachedImage:
 class Cache:
     """Everything about the dataset that no update changes, with the texts keyed by themselves."""
 
-    images: tuple[CachedImage, ...]
+    images: tuple[CachedImage, ...]  # those of regularization_path last
     tokens: dict[str, list[torch.Tensor]]  # [1, tokens] for every text encoder
     texts: dict[str, TextInputs]  # empty while text encoders learn
+    regular: int = 0  # images of regularization_path
 
     def read(self, models: Models, captions: Sequence[str]) -> TextInputs:
         """Look captions up, or let the text encoders read them as they are at this step."""
@@ -2683,7 +2782,7 @@ def encode_images(
     for done, (picture, (place, found, fitted)) in enumerate(ahead(look, pictures)):
         phase.at(done)
         if found is None:
-            vae = vae or load_part(models.base, "vae", torch.float32).to(models.device)
+            vae = vae or load_part(models.base, "vae", torch.float32, models.device)
             made = encode_image(vae, *fitted, flip=config.flip)
             if not made["moments"].isfinite().all():
                 code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
@@ -2740,22 +2839,36 @@ def seeded(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@functools.lru_cache(maxsize=2)
-def shuffled(seed: int, epoch: int, count: int) -> list[int]:
+@functools.lru_cache(maxsize=4)  # two epochs meet in an update, in both folders
+def shuffled(seed: int, epoch: int, count: int, word: str = "epoch") -> list[int]:
     """Order the images for one epoch."""
     import torch
 
-    order: list[int] = torch.randperm(count, generator=seeded(seed, "epoch", epoch)).tolist()
+    order: list[int] = torch.randperm(count, generator=seeded(seed, word, epoch)).tolist()
     return order
 
 
-def window(config: TrainingConfig, images: int, step: int) -> list[int]:
+def whose_turn(config: TrainingConfig, position: int, images: int, regular: int) -> int:
+    """Choose the image for a position in the row of all that is trained on.
+
+    The last `regular` ones, those of regularization_path, take their turns evenly in between.
+    """
+    share = config.regular_share if regular else 0
+    others, own = math.floor(position * share), images - regular
+    if math.floor((position + 1) * share) > others:
+        epoch, place = divmod(others, regular)
+        return own + shuffled(config.seed, epoch, regular, "regular epoch")[place]
+    epoch, place = divmod(position - others, own)
+    return shuffled(config.seed, epoch, own)[place]
+
+
+def window(config: TrainingConfig, images: int, step: int, regular: int = 0) -> list[int]:
     """Name the images of one update. Updates run on across the borders of epochs."""
     begin = (step - 1) * config.effective_batch
     end = begin + config.effective_batch
     if config.steps is None:
-        end = min(end, config.epochs * images)
-    return [shuffled(config.seed, p // images, images)[p % images] for p in range(begin, end)]
+        end = min(end, config.drawn(images, regular, config.epochs))
+    return [whose_turn(config, position, images, regular) for position in range(begin, end)]
 
 
 def draw_batch(
@@ -3300,12 +3413,14 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     pictures = plan.dataset.pictures
     weights = fingerprint([gist_of(path) for path in weight_files(base)])
     images = fingerprint([gist_of(picture.path) for picture in pictures])
+    mix = f"{plan.dataset.regular} images, {config.regularization_share} of all that is trained on"
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
         "prediction_type": base.prediction_type,
         "images": f"{len(pictures)} images with fingerprint {images}",
         "captions": f"captions with fingerprint {fingerprint([p.caption for p in pictures])}",
         "effective_batch": str(config.effective_batch),
+        **({"regularization": mix} if plan.dataset.regular else {}),
         **{knob: str(vars(config)[knob]) for knob in FIXED_KNOBS},
     }
 
@@ -3572,7 +3687,7 @@ def decode_latents(models: Models, latents: torch.Tensor) -> Image.Image:
     import torch
     from PIL import Image
 
-    vae = load_part(models.base, "vae", torch.float32).to(models.device)
+    vae = load_part(models.base, "vae", torch.float32, models.device)
     if models.tiling:
         vae.enable_tiling()  # in pieces of the size it was made for, which may be the whole
         vae.tile_sample_min_size = TILE_PIXELS
@@ -3713,11 +3828,6 @@ def denoiser_bytes(config: TrainingConfig, structure: Structure, device: DeviceF
     return round(NUMBER_BYTES[base] * packed + run * (structure.numbers("unet") - packed))
 
 
-def mapped(file_bytes: int, loaded_bytes: int) -> int:
-    """Tell what a file takes beside what is made of it; one of the same precision is used as is."""
-    return file_bytes if file_bytes < loaded_bytes else 0
-
-
 def vae_bytes(structure: Structure, maps: float, side: int) -> int:
     """Tell what the VAE needs at work on a picture, in full precision."""
     widest = 4 * structure.vae_width * side**2
@@ -3737,7 +3847,7 @@ class MemoryPlan:
     process: int  # before any tensor
     encoders: int  # the larger of VAE and text encoders at work
     denoiser: int
-    denoiser_file: int  # mapped while it is read into another precision
+    denoiser_file: int  # read at once, beside what is made of it
     learned_text: int  # text encoders that stay, because they learn
     adapter: int  # with its gradients and the optimizer's moments
     cache: int
@@ -3813,14 +3923,13 @@ class MemoryPlan:
         # What is read from a file can be read again; and a card sees one batch at a time.
         on_card, free = device.kind == "cuda", device.memory_free_bytes
         elsewhere = config.cache_dir is not None or on_card
-        denoiser = denoiser_bytes(config, structure, device)
-        text_file = 0 if on_card else structure.weights_bytes - structure.denoiser_bytes
-        text_file = text_file * text // max(1, text + structure.numbers("vae"))
+        every = (*structure.shapes.values(), *structure.text_shapes.values())
+        at_once = 0 if on_card else 4 * max(map(math.prod, every), default=0)
         return cls(
             process=0 if on_card else LIBRARIES_BYTES,
-            encoders=encoding if learns else max(4 * text + mapped(text_file, 4 * text), encoding),
-            denoiser=denoiser,
-            denoiser_file=0 if on_card else mapped(structure.denoiser_bytes, denoiser),
+            encoders=encoding if learns else max(4 * text + at_once, encoding),
+            denoiser=denoiser_bytes(config, structure, device),
+            denoiser_file=at_once,
             learned_text=round(number_bytes * text) if learns else 0,
             adapter=4 * 4 * adapter_numbers(config, structure),
             cache=0 if elsewhere else images * cached_bytes(config, structure),
@@ -3895,8 +4004,10 @@ def collecting(errors: list[TrainError]) -> Iterator[None]:
 def check_paths(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
     """Look at the three places the config names and list all that is wrong with them at once."""
     errors: list[TrainError] = []
-    with collecting(errors):
-        check_dataset_folder(config.dataset_path)
+    for knob in ("dataset_path", "regularization_path"):
+        if folder := vars(config)[knob]:
+            with collecting(errors):
+                check_dataset_folder(folder, knob)
     with collecting(errors):
         check_output(config.output_path)
     with collecting(errors):
@@ -3930,8 +4041,8 @@ def check_extras(config: TrainingConfig) -> None:
         raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, config.vae)
 
 
-def check_dataset_folder(path: Path) -> None:
-    """Refuse a dataset that is no folder or may not be read."""
+def check_dataset_folder(path: Path, knob: str) -> None:
+    """Refuse a folder of images that is none or may not be read."""
     try:
         if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
             return
@@ -3940,7 +4051,7 @@ def check_dataset_folder(path: Path) -> None:
     except OSError as error:
         found = str(error)
     expected = "a folder with images"
-    raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, "dataset_path", expected, found)
+    raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, expected, found)
 
 
 def inspect_device(wanted: str) -> DeviceFacts:
@@ -4062,11 +4173,11 @@ class Preflight:
         device = stop.wait_for(beside(lambda: inspect_device(config.device)))
         events.info(device)
         check_base_precision(config, device)
-        images = len(dataset.pictures)
+        images, regular = len(dataset.pictures), dataset.regular
         memory = MemoryPlan.make(config, structure, images, device) if structure else None
         if memory:
             events.info(memory.facts())
-        total_steps = config.total_steps(images)
+        total_steps = config.total_steps(images, regular)
         needed = disk_needed(config, structure, total_steps - done) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
         return cls(
@@ -4114,7 +4225,9 @@ class Preflight:
         return ValidFacts(
             **vars(self.dataset.facts),
             effective_batch=config.effective_batch,
-            steps_per_epoch=config.steps_per_epoch(len(self.dataset.pictures)),
+            steps_per_epoch=config.steps_per_epoch(
+                len(self.dataset.pictures), self.dataset.regular
+            ),
             total_steps=self.total_steps,
             family=self.model.family,
             device=self.device.kind,
@@ -4273,7 +4386,7 @@ class Run:
         import torch
 
         config, step, began = self.config, self.state.step + 1, time.monotonic()
-        slots = list(enumerate(window(config, len(self.cache.images), step)))
+        slots = list(enumerate(self.window(step)))
         losses = []
         for begin in range(0, len(slots), config.batch_size):
             self.stop.check()
@@ -4296,6 +4409,16 @@ class Run:
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
             self.state.timed_steps += 1
+
+    def window(self, step: int) -> list[int]:
+        """Name the images of an update by their numbers in the cache."""
+        return window(self.config, len(self.cache.images), step, self.cache.regular)
+
+    def epoch(self) -> int:
+        """Count how often every image of dataset_path was seen."""
+        drawn, regular = self.state.step * self.config.effective_batch, self.cache.regular
+        own = drawn - math.floor(drawn * self.config.regular_share) if regular else drawn
+        return own // (len(self.cache.images) - regular)
 
     def report(self) -> None:
         """Read what the updates computed and tell it, seldom: reading waits for the device."""
@@ -4320,7 +4443,7 @@ class Run:
                 step=state.step,
                 total_steps=self.total_steps,
                 percent=min(99, 100 * state.step // self.total_steps),
-                epoch=state.step * self.config.effective_batch // len(self.cache.images),
+                epoch=self.epoch(),
                 loss=state.loss,
                 learning_rate=state.history[-1].learning_rate,
                 grad_norm=state.history[-1].grad_norm,
@@ -4374,8 +4497,7 @@ class Run:
 
     def warn_skipped(self, step: int) -> None:
         """Name the images of an update that was not made."""
-        images = self.cache.images
-        names = [images[index].name for index in window(self.config, len(images), step)]
+        names = [self.cache.images[index].name for index in self.window(step)]
         message = f"Skipped update {step}: the loss is not finite"
         self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
@@ -4548,7 +4670,7 @@ class LoRATrainer:
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
             models = self._load(base)
-            cache = self._encode(models, plan.dataset.pictures)
+            cache = self._encode(models, plan.dataset.pictures, plan.dataset.regular)
 
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
@@ -4626,7 +4748,7 @@ class LoRATrainer:
         models.tiling = self.memory.tiling if self.memory else False
         return models
 
-    def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
+    def _encode(self, models: Models, pictures: Sequence[Picture], regular: int = 0) -> Cache:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config = self.config
         self.phase = "encoding"
@@ -4644,7 +4766,7 @@ class LoRATrainer:
         phase = Phase("encoding images", len(pictures), self.events, self.stop)
         images = tuple(encode_images(models, pictures, config, shelf, phase))
         self._tell_memory(models.device)
-        return Cache(images, tokens, texts)
+        return Cache(images, tokens, texts, regular)
 
     def _tell_memory(self, device: torch.device) -> None:
         """Tell what the phase that ends here needed."""
@@ -4705,7 +4827,8 @@ class LoRATrainer:
             return contextlib.nullcontext()
         self.phase = "compiling"
         self.events.info(PhaseFacts(name="compiling", done=0, total=1))
-        slots = list(enumerate(window(config, len(cache.images), 1)))[: config.batch_size]
+        first = window(config, len(cache.images), 1, cache.regular)
+        slots = list(enumerate(first))[: config.batch_size]
         batch = draw_batch(cache, config, 1, slots, len(models.signal_shares))
 
         def attempt() -> None:

@@ -154,16 +154,16 @@ def new_vae() -> Any:
 
 
 def new_unet() -> Any:
-    """Make the denoiser: four levels as in Stable Diffusion 1.x, attention in the lower two."""
+    """Make the denoiser: four levels as in Stable Diffusion 1.x, attention in the lower three."""
     torch.manual_seed(SEED + 1)
     unet: Any = UNet2DConditionModel(
         sample_size=SIDE // 8,
         block_out_channels=(32, 48, 96, 96),
         norm_num_groups=8,
         layers_per_block=1,
-        down_block_types=("DownBlock2D",) * 2 + ("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",) * 2,
-        attention_head_dim=4,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
+        attention_head_dim=2,
         cross_attention_dim=WIDTH,
     )
     return unet.to(memory_format=torch.channels_last)

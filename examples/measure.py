@@ -4,7 +4,7 @@
     python examples/measure.py output/zkb        the same with and without a LoRA; its pictures
 
 Pictures are drawn by diffusers from prompts that no training picture goes with. A program then
-looks at each: `recognise` names a shape and its colours, `shows_fox` finds the fox.
+looks at each: `recognise` names a shape and its colours, `shows_imp` finds the imp.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from mascot import shows_fox
+from mascot import shows_imp
 from shapes import SIDE, article, recognise, unseen
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "tiny-sd"
-FOX_PROMPTS = [
+IMP_PROMPTS = [
     f"a{size} zkb{place} on {article(colour)} background"
     for size, place in [("", ""), (" large", ""), ("", " on the left"), ("", " at the top")]
-    for colour in ("yellow", "blue", "green", "purple")
+    for colour in ("yellow", "blue", "green", "white")
 ]
 
 
@@ -90,9 +90,9 @@ def judge_base(pipeline: Any, rounds: int = 1) -> tuple[Score, list[Image.Image]
     return judge(pictures, wanted), pictures
 
 
-def fox_share(pictures: Sequence[Image.Image]) -> float:
-    """Tell in how many pictures the fox is found, 0 to 1."""
-    return sum(map(shows_fox, pictures)) / len(pictures)
+def imp_share(pictures: Sequence[Image.Image]) -> float:
+    """Tell in how many pictures the imp is found, 0 to 1."""
+    return sum(map(shows_imp, pictures)) / len(pictures)
 
 
 def tile(pictures: Sequence[Image.Image], columns: int, side: int = SIDE // 2) -> Image.Image:
@@ -117,17 +117,17 @@ class Comparison:
 
     base: Score
     adapted: Score
-    foxes_before: float
-    foxes_after: float
-    foxes_elsewhere: float
+    imps_before: float
+    imps_after: float
+    imps_elsewhere: float
     sheet: Image.Image  # above without the LoRA, below with it
 
     def __str__(self) -> str:
         """Write as three lines."""
         return (
             f"without zkb, base model: {self.base}\n"
-            f"without zkb, with LoRA:  {self.adapted}; a fox {self.foxes_elsewhere:.0%}\n"
-            f"a fox where zkb stands:  {self.foxes_before:.0%} before, {self.foxes_after:.0%} after"
+            f"without zkb, with LoRA:  {self.adapted}; an imp {self.imps_elsewhere:.0%}\n"
+            f"an imp where zkb stands:  {self.imps_before:.0%} before, {self.imps_after:.0%} after"
         )
 
 
@@ -135,14 +135,14 @@ def compare(before: Any, after: Any) -> Comparison:
     """Let a pipeline without a LoRA and one with it draw the same prompts from the same noise."""
     base, _ = judge_base(before)
     adapted, elsewhere = judge_base(after)
-    plain, foxes = draw(before, FOX_PROMPTS), draw(after, FOX_PROMPTS)
+    plain, imps = draw(before, IMP_PROMPTS), draw(after, IMP_PROMPTS)
     return Comparison(
         base=base,
         adapted=adapted,
-        foxes_before=fox_share(plain),
-        foxes_after=fox_share(foxes),
-        foxes_elsewhere=fox_share(elsewhere),
-        sheet=tile([*plain[:8], *foxes[:8]], columns=8),
+        imps_before=imp_share(plain),
+        imps_after=imp_share(imps),
+        imps_elsewhere=imp_share(elsewhere),
+        sheet=tile([*plain[:8], *imps[:8]], columns=8),
     )
 
 

@@ -140,7 +140,7 @@ def test_knobs_that_hold_a_path_say_so() -> None:
     """A host can tell from the schema for which knobs to offer a picker."""
     paths = {name for name, knob in KNOBS.items() if knob.get("format") == "path"}
     required = {"dataset_path", "base_model", "output_path"}
-    assert paths == required | {"model_config_path", "vae", "cache_dir"}
+    assert paths == required | {"model_config_path", "vae", "cache_dir", "regularization_path"}
 
 
 def test_the_contract_and_the_schema_name_the_same_knobs() -> None:
@@ -564,6 +564,14 @@ def test_all_conflicts_are_told_at_once() -> None:
     error = refusal_with(learning_rate=0.11, output_path="data")
     assert error.code is ErrorCode.CONFIG_CONFLICT
     assert [problem.path for problem in error.problems] == ["learning_rate", "output_path"]
+
+
+@pytest.mark.parametrize("folder", ["data", "out", "out/samples"])
+def test_images_for_regularization_lie_in_a_folder_of_their_own(folder: str) -> None:
+    """What is to stay as it is cannot be what is taught, nor what the run draws."""
+    error = refusal_with(dataset_path="data", output_path="out", regularization_path=folder)
+    assert error.code is ErrorCode.CONFIG_CONFLICT
+    assert [problem.path for problem in error.problems] == ["regularization_path"]
 
 
 @pytest.mark.parametrize("output", ["data", "./data/", "data/.", "data/../data", "link"])

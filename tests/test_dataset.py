@@ -157,6 +157,56 @@ def test_a_text_beside_the_image_beats_metadata_which_beats_the_trigger_words(
     assert (dataset.facts.captions_found, dataset.facts.captions_missing) == (2, 1)
 
 
+# --- images that keep the base model as it is ---
+
+
+@pytest.fixture
+def beside(data: Path) -> Path:
+    """Provide one image in the dataset, and a folder with another of the same name inside it."""
+    for folder, caption in ((data, "a cat"), (data / "others", "a dog")):
+        write_image(folder / "x.png")
+        (folder / "x.txt").write_text(caption, encoding="utf-8")
+    return data / "others"
+
+
+def test_images_for_regularization_get_no_trigger_words(beside: Path, scan: Scanner) -> None:
+    """They come last, under the name of their folder, and are not part of the dataset as well."""
+    dataset = scan(trigger_words=["zkb"], regularization_path=str(beside))
+    assert captions(dataset) == {"x.png": "zkb, a cat", "others/x.png": "a dog"}
+    assert (dataset.facts.images, dataset.facts.regularization_images) == (1, 1)
+    assert dataset.facts.captions_found == 1
+
+
+def test_images_for_regularization_need_captions(
+    beside: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """No trigger word stands in where a caption is missing; metadata.jsonl serves as well."""
+    (beside / "x.txt").unlink()
+    with pytest.raises(train_lora.TrainError) as refused:
+        scan(trigger_words=["zkb"], regularization_path=str(beside))
+    assert refused.value.code is train_lora.ErrorCode.CAPTIONS_MISSING
+    (problem,) = refused.value.problems
+    assert (problem.path, problem.hint) == ("others/x.png", "Write a caption beside it.")
+    (beside / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "a dog"}', "utf-8")
+    assert captions(scan(regularization_path=str(beside)))["others/x.png"] == "a dog"
+
+
+def test_a_bad_image_for_regularization_is_skipped_and_named(
+    beside: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """It counts among the skipped; a folder without any good one is refused by its name."""
+    (beside / "y.png").write_bytes(b"no image")
+    assert scan(regularization_path=str(beside)).facts.skipped == 1
+    assert list(reasons(recorder, "image_skipped")) == ["others/y.png"]
+    (beside / "x.png").unlink()
+    with pytest.raises(train_lora.TrainError, match="others") as refused:
+        scan(regularization_path=str(beside))
+    assert refused.value.code is train_lora.ErrorCode.DATASET_EMPTY
+
+
+# --- captions, byte by byte ---
+
+
 @pytest.mark.parametrize(
     ("content", "caption"),
     [

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Recorder, load_config, write_image, write_json
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
 
@@ -214,6 +215,27 @@ def test_weights_come_in_the_wanted_precision(here: Path, built: Path, lay_out: 
         model = train_lora.load_part(base, part, torch.bfloat16)
         state, wanted = same_names(model.state_dict()), on_disk(built / "sdxl", part)
         assert all(torch.equal(state[name], wanted[name].bfloat16()) for name in wanted)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("int8", 0.02), ("nf4", 0.3)])
+def test_packed_layers_compute_and_pass_gradients_on(
+    here: Path, built: Path, precision: str, error: float
+) -> None:
+    """The package packs on a CPU too, though only slowly: what comes out is nearly the same."""
+    pytest.importorskip("bitsandbytes")
+    unet = train_lora.load_part(locate(built / "sd1"), "unet", torch.float32)
+    torch.manual_seed(0)
+    width = unet.config.cross_attention_dim
+    given = (torch.randn(2, 4, 32, 32), torch.tensor([10, 900]), torch.randn(2, 16, width))
+    expected = unet(*given).sample
+    train_lora.pack_linears(unet, precision, torch.float32)
+    unet.to(CPU).add_adapter(LoraConfig(r=2, target_modules=train_lora.UNET_TARGETS))
+    found = unet(*given).sample
+    assert (found - expected).norm() < error * expected.norm()
+    found.square().mean().backward()
+    learning = [weight for weight in unet.parameters() if weight.requires_grad]
+    assert learning
+    assert all(weight.grad is not None for weight in learning)
 
 
 def test_a_loaded_part_is_frozen_and_does_not_drop_out(here: Path, built: Path) -> None:

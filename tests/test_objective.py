@@ -302,6 +302,51 @@ def test_epochs_are_shuffled_each_in_its_own_way(config: TrainingConfig) -> None
     assert all(sorted(order) == list(range(20)) for order in orders)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.3, 0.5, 0.9])
+def test_images_for_regularization_have_their_share_of_every_stretch(
+    share: float, ground: Path
+) -> None:
+    """They take turns evenly with the others, and each folder is gone through in whole epochs."""
+    own, regular = 5, 3
+    config = tiny_config(ground, epochs=4, batch_size=2, regularization_share=share)
+    total = config.total_steps(own + regular, regular)
+    windows = [train_lora.window(config, own + regular, n, regular) for n in range(1, total + 1)]
+    drawn = [image for each in windows for image in each]
+    others = [image - own for image in drawn if image >= own]
+    for end in range(1, len(drawn) + 1):
+        found = sum(image >= own for image in drawn[:end])
+        assert abs(found - end * share) < 1
+    for names, count in ((others, regular), ([n for n in drawn if n < own], own)):
+        for begin in range(0, len(names) - count + 1, count):
+            assert sorted(names[begin : begin + count]) == list(range(count))
+    counts = Counter(image for image in drawn if image < own)
+    assert counts == dict.fromkeys(range(own), 4)
+
+
+def test_epochs_are_counted_exactly_for_every_share(config: TrainingConfig) -> None:
+    """It ends with the last image of dataset_path; shares are taken as they are written."""
+    counted = {
+        (own, share, epochs): replace(config, regularization_share=share).drawn(own + 3, 3, epochs)
+        for own, share, epochs in ((21, 0.3, 1), (1, 0.9, 1), (1, 0.01, 99), (12, 0.5, 10))
+    }
+    assert list(counted.values()) == [29, 1, 99, 239]
+
+
+def test_folders_of_the_same_size_are_shuffled_apart(config: TrainingConfig) -> None:
+    """Else the same two images would always stand beside each other."""
+    pairs = replace(config, batch_size=2, regularization_share=0.5)
+    met = {tuple(sorted(train_lora.window(pairs, 12, step, 6))) for step in range(1, 13)}
+    assert len(met) > 6
+
+
+def test_a_share_means_nothing_without_images_for_regularization(config: TrainingConfig) -> None:
+    """Without them every slot belongs to the dataset."""
+    halved = replace(config, regularization_share=0.9)
+    for step in (1, 2, 7):
+        assert train_lora.window(halved, 5, step) == train_lora.window(config, 5, step)
+    assert halved.total_steps(5) == config.total_steps(5)
+
+
 @pytest.mark.parametrize(("batch", "passes"), [(1, 6), (2, 3), (3, 2), (6, 1)])
 def test_windows_do_not_depend_on_how_an_update_is_split(
     batch: int, passes: int, config: TrainingConfig

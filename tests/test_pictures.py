@@ -34,15 +34,15 @@ def test_an_empty_picture_shows_nothing() -> None:
     assert shapes.recognise(Image.new("RGB", (256, 256), "white")) == ("", "", "white")
 
 
-def test_the_fox_is_found_where_it_is_and_nowhere_else() -> None:
+def test_the_imp_is_found_where_it_is_and_nowhere_else() -> None:
     """In every picture of the dataset, and in none of the shapes the base model knows."""
     chance = random.Random(3)
     plain = [shapes.draw_scene(shapes.invent_scene(chance)) for _ in range(200)]
-    foxes = [Image.open(path) for path in sorted(IMAGES.glob("*.png"))]
+    imps = [Image.open(path) for path in sorted(IMAGES.glob("*.png"))]
 
-    assert len(foxes) == 12
-    assert all(map(mascot.shows_fox, foxes))
-    assert not any(map(mascot.shows_fox, plain))
+    assert len(imps) == 12
+    assert all(map(mascot.shows_imp, imps))
+    assert not any(map(mascot.shows_imp, plain))
 
 
 def test_held_out_combinations_stand_in_no_training_picture() -> None:

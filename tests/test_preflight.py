@@ -63,6 +63,7 @@ def test_the_last_line_carries_the_whole_report(workspace: Path) -> None:
         "captions_found": 1,
         "captions_missing": 2,
         "resolutions": {"320x300": 3},
+        "regularization_images": 0,
         "effective_batch": 2,
         "steps_per_epoch": 2,
         "total_steps": 6,
@@ -152,12 +153,13 @@ def test_all_three_places_are_complained_about_at_once(workspace: Path) -> None:
     assert all(problem["hint"] for problem in ended.last["problems"])
 
 
-@pytest.mark.parametrize("dataset", ["gone", "config.json", "config.json/inner", 300 * "x"])
-def test_a_dataset_that_is_no_folder_is_refused(workspace: Path, dataset: str) -> None:
+@pytest.mark.parametrize("folder", ["gone", "config.json", "config.json/inner", 300 * "x"])
+@pytest.mark.parametrize("knob", ["dataset_path", "regularization_path"])
+def test_images_in_no_folder_are_refused(workspace: Path, knob: str, folder: str) -> None:
     """Missing, a file, below a file, or with a name no system has."""
-    write_config(workspace, dataset_path=dataset)
+    write_config(workspace, **{knob: folder})
     ended = validate(workspace)
-    assert (ended.last["code"], paths(ended)) == ("dataset_not_found", ["dataset_path"])
+    assert (ended.last["code"], paths(ended)) == ("dataset_not_found", [knob])
 
 
 @NOT_ROOT

@@ -315,6 +315,30 @@ def test_a_run_in_segments_ends_like_one_that_was_not_stopped(
     assert place.results() == whole.results()
 
 
+def regularize(place: Place) -> None:
+    """Add images of other things, which are a third of all that is trained on."""
+    for number in range(2):
+        path = write_image(place.folder / "others" / f"{number}.png", (300, 256 + number))
+        path.with_suffix(".txt").write_text("a dog", encoding="utf-8")
+    others = str(place.folder / "others")
+    place.change(regularization_path=others, regularization_share=0.34)
+
+
+def test_images_for_regularization_keep_their_turns_over_a_restart(
+    whole: Place, base: Path, tmp_path: Path
+) -> None:
+    """They are trained on as well, and which comes when depends on the step alone."""
+    runs = []
+    for name, stops in (("at once", []), ("in parts", [5])):
+        place = write_place(tmp_path / name, base)
+        regularize(place)
+        for step in stops:
+            start(place, step)
+        start(place)
+        runs.append(place.results())
+    assert runs[0] == runs[1] != whole.results()
+
+
 VARIATIONS: dict[str, Record] = {
     "text encoders learn": {"train_text_encoder": True, "text_encoder_learning_rate": 0.003},
     "full precision file": {"save_precision": "fp32"},
@@ -641,6 +665,7 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "text encoder": (knob(train_text_encoder=True), {"train_text_encoder"}),
     "optimizer": (knob(optimizer="lion"), {"optimizer"}),
     "seed": (knob(seed=1), {"seed"}),
+    "regularization": (regularize, {"regularization", "images", "captions"}),
     "global batch": (knob(gradient_accumulation_steps=4), {"effective_batch"}),
     "two at once": (knob(seed=1, lora_rank=4), {"seed", "lora_rank"}),
 }

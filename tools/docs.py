@@ -6,6 +6,7 @@ python -m tools.docs --check    only tell whether they are up to date
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -91,12 +92,12 @@ def topic_table() -> str:
 
 
 def code_table(codes: type[train_lora.Code]) -> str:
-    """List every code with its meaning, two in a row; what to do stands in the event itself."""
+    """List every code with its meaning, three in a row; what to do stands in the event itself."""
     cells = [[f"`{code.word}`", code.meaning] for code in codes]
-    half = (len(cells) + 1) // 2
-    right = [*cells[half:], ["", ""]]
-    rows = [a + b for a, b in zip(cells[:half], right, strict=False)]
-    return table(["code", "meaning", "code", "meaning"], rows)
+    third = -(-len(cells) // 3)
+    columns = [cells[first : first + third] for first in range(0, len(cells), third)]
+    rows = itertools.zip_longest(*columns, fillvalue=["", ""])
+    return table(["code", "meaning"] * 3, (itertools.chain(*row) for row in rows))
 
 
 def exit_table() -> str:
@@ -138,7 +139,7 @@ def generated() -> dict[Path, str]:
         _, mark, after = rest.partition(end)
         if not mark:
             raise SystemExit(f"README.md lacks the block {begin} … {end}")
-        readme = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+        readme = f"{before}{begin}\n{text}\n{end}{after}"
     schema = as_json(train_lora.event_schema())
     return {ROOT / "README.md": readme, ROOT / "event_schema.json": schema}
 
