@@ -71,7 +71,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import Enum
+from enum import Enum, IntEnum
 from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
@@ -283,9 +283,9 @@ class DatasetFacts(Facts):
     says: ClassVar[str] = "Dataset: {images} images, {captions_found} captions, {skipped} skipped"
     images: Annotated[int, "usable images in dataset_path"]
     skipped: Annotated[int, "images left out in both folders, each named in a warning"]
-    captions_found: Annotated[int, "images with a caption of their own"]
-    captions_missing: Annotated[int, "images described by the trigger words alone"]
-    resolutions: Annotated[dict[str, int], "images per size, the ten most frequent"]
+    captions_found: Annotated[int, "images of dataset_path with a caption of their own"]
+    captions_missing: Annotated[int, "images of dataset_path described by the trigger words alone"]
+    resolutions: Annotated[dict[str, int], "images of dataset_path per size, the ten most frequent"]
     regularization_images: Annotated[int, "usable images in regularization_path"]
 
 
@@ -303,7 +303,7 @@ class PhaseFacts(Facts):
 class MemoryFacts(Facts):
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
-    says: ClassVar[str] = "Memory: {phase}, {peak_bytes} bytes at most, {planned_bytes} planned"
+    says: ClassVar[str] = "Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured"
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
     in_use_bytes: Annotated[int | None, "held by training at the end of the phase"]
     peak_bytes: Annotated[int | None, "most that was ever held"]
@@ -3847,12 +3847,13 @@ class MemoryPlan:
     process: int  # before any tensor
     encoders: int  # the larger of VAE and text encoders at work
     denoiser: int
-    denoiser_file: int  # read at once, beside what is made of it
+    largest_tensor: int  # read beside what is made of it
     learned_text: int  # text encoders that stay, because they learn
     adapter: int  # with its gradients and the optimizer's moments
     cache: int
     activations: int
     preview: int  # the VAE at work beside all that stays
+    on_card: bool  # elsewhere, memory that activations had stays with the process
     free: int | None
     checkpointing: bool
     tiling: bool  # previews are decoded in pieces
@@ -3867,9 +3868,9 @@ class MemoryPlan:
         """Tell the most that each phase holds."""
         return {
             "encoding": self.process + self.encoders + self.learned_text + self.cache,
-            "loading": self.resting + self.denoiser_file,
+            "loading": self.resting + self.largest_tensor,
             "training": self.resting + self.activations,
-            "previews": self.resting + self.preview,
+            "previews": self.resting + self.preview + (0 if self.on_card else self.activations),
         }
 
     def peak_until(self, phase: str) -> int:
@@ -3929,12 +3930,13 @@ class MemoryPlan:
             process=0 if on_card else LIBRARIES_BYTES,
             encoders=encoding if learns else max(4 * text + at_once, encoding),
             denoiser=denoiser_bytes(config, structure, device),
-            denoiser_file=at_once,
+            largest_tensor=at_once,
             learned_text=round(number_bytes * text) if learns else 0,
             adapter=4 * 4 * adapter_numbers(config, structure),
             cache=0 if elsewhere else images * cached_bytes(config, structure),
             activations=activation_bytes(structure, config, number_bytes, checkpointing=False),
             preview=vae_bytes(structure, DECODE_MAPS, config.resolution),
+            on_card=on_card,
             free=free - CONTEXT_BYTES if on_card and free is not None else free,
             checkpointing=False,
             tiling=False,
@@ -3944,7 +3946,7 @@ class MemoryPlan:
         """Tell what was chosen, and why."""
         room = "unknown" if self.free is None else f"{self.free:,} bytes are free"
         chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
-        parts = ("process", "encoders", "denoiser", "denoiser_file", "learned_text", "adapter")
+        parts = ("process", "encoders", "denoiser", "largest_tensor", "learned_text", "adapter")
         return MemoryFacts(
             phase="planning",
             in_use_bytes=None,
@@ -4653,6 +4655,7 @@ class LoRATrainer:
         with reporting(events), self._in_output_folder() as earlier:
             # Look at everything before anything heavy is loaded.
             quiet_libraries()
+            share_heap()
             imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
             download_model(config, events)
             model = inspect_model(config)
@@ -4739,11 +4742,16 @@ class LoRATrainer:
 
     def _load(self, base: BaseModel) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
+        import torch
+
         self.device = choose_device(self.config)
         facts = device_facts(self.device)
         self.events.info(facts)
         self.plan = self.plan and self.plan.on(facts, self.config)
         dtype = choose_precision(self.config, self.device, self.events)
+        if self.device.type == "cuda" and dtype != torch.float32:
+            # TF32: exacter than the rest of such a run, and far faster than full precision.
+            torch.set_float32_matmul_precision("high")
         models = Models.prepare(base, self.device, dtype)
         models.tiling = self.memory.tiling if self.memory else False
         return models
@@ -4936,18 +4944,38 @@ def import_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+class HeapOption(IntEnum):
+    """What glibc's heap can be told, by the numbers of its malloc.h; other libraries have none."""
+
+    TRIM_THRESHOLD = -1
+    MOST_MAPPED = -4
+    MOST_HEAPS = -8
+
+
+def tell_heap(options: Mapping[HeapOption, int]) -> None:
+    """Set options of the C library's heap, where it has any."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        for option, value in options.items():
+            library.mallopt(option, value)
+
+
+def share_heap() -> None:
+    """Let all threads use one heap. In heaps of their own, what lasts keeps what is freed apart.
+
+    Measured: 10,000 images read in one thread and encoded in another took 4.5 GiB, and now 0.9.
+    """
+    tell_heap({HeapOption.MOST_HEAPS: 1})
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, which it else gives back and asks for in every update.
 
-    Measured: a tenth of the time of a step on a CPU, and no more memory at the peak.
+    Measured: a fifth of a step on a CPU. What activations had is not there for previews then.
     """
-    import ctypes
-
-    most_mapped, trim_threshold = -4, -1  # as glibc's malloc.h numbers them; others have none
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(most_mapped, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
+    tell_heap({HeapOption.MOST_MAPPED: 0, HeapOption.TRIM_THRESHOLD: 2**31 - 1})
 
 
 def memory_in_use(device: torch.device) -> int | None:

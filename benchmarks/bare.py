@@ -1,4 +1,4 @@
-"""The least a step can cost: forward, backward, clip, update, on random latents, and nothing else.
+"""A bare step: forward, backward, clip, update, on random latents, and nothing else.
 
 It also counts the operations of a step, and measures how many this machine does in plain matrix
 products, which nothing in a step can exceed.

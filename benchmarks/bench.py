@@ -1,4 +1,4 @@
-"""Compare train_lora.py with the textbook loop and with the least a step can cost.
+"""Compare train_lora.py with the textbook loop and with a bare step.
 
     python benchmarks/bench.py                                    the bundled model
     python benchmarks/bench.py --model sd15 --rounds 2            the size of Stable Diffusion 1.5

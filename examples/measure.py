@@ -3,7 +3,7 @@
     python examples/measure.py                   how often the base model draws what it is told
     python examples/measure.py output/zkb        the same with and without a LoRA; its pictures
 
-Pictures are drawn by diffusers from prompts that no training picture goes with. A program then
+Pictures are drawn by diffusers from prompts that no picture was trained with. A program then
 looks at each: `recognise` names a shape and its colours, `shows_imp` finds the imp.
 """
 
@@ -27,7 +27,10 @@ HERE = Path(__file__).resolve().parent
 BASE = HERE / "tiny-sd"
 IMP_PROMPTS = [
     f"a{size} zkb{place} on {article(colour)} background"
-    for size, place in [("", ""), (" large", ""), ("", " on the left"), ("", " at the top")]
+    for size, place in [
+        *((" large", ""), ("", " in the middle")),
+        *(("", " on the left"), ("", " on the right")),
+    ]
     for colour in ("yellow", "blue", "green", "white")
 ]
 
@@ -127,7 +130,7 @@ class Comparison:
         return (
             f"without zkb, base model: {self.base}\n"
             f"without zkb, with LoRA:  {self.adapted}; an imp {self.imps_elsewhere:.0%}\n"
-            f"an imp where zkb stands:  {self.imps_before:.0%} before, {self.imps_after:.0%} after"
+            f"an imp where zkb stands: {self.imps_before:.0%} before, {self.imps_after:.0%} after"
         )
 
 

@@ -65,6 +65,16 @@ def test_an_update_never_waits_for_the_device(ground: Path) -> None:
     assert ready.state.step == 3
 
 
+@pytest.mark.parametrize(("precision", "matmuls"), [("no", "highest"), ("bf16", "high")])
+def test_full_precision_stays_full_where_it_was_asked_for(
+    ground: Path, precision: str, matmuls: str
+) -> None:
+    """Only a run in half precision lets the rest be rounded to TF32."""
+    torch.set_float32_matmul_precision("highest")
+    prepare(tiny_config(ground, device="cuda", mixed_precision=precision))
+    assert torch.get_float32_matmul_precision() == matmuls
+
+
 def test_memory_is_that_of_the_device(ground: Path) -> None:
     """What is told is less than the device has, and more than the adapter needs."""
     ready = prepare(tiny_config(ground, device="cuda"))
