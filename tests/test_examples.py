@@ -124,6 +124,14 @@ def test_the_example_teaches_the_imp(tmp_path: Path) -> None:
         assert vars(found.adapted)[part] >= share - 0.1
 
 
+def test_no_prompt_that_is_judged_by_is_a_caption_of_the_example() -> None:
+    """Else the judgement would be about memory."""
+    texts = (ROOT / "examples" / "images").glob("*.txt")
+    captions = {path.read_text(encoding="utf-8").strip() for path in texts}
+    assert len(captions) == 12
+    assert captions.isdisjoint(measure.IMP_PROMPTS)
+
+
 def test_the_example_passes_its_preflight() -> None:
     """As it is, from the root of the repository, without a warning."""
     ended = run_program("--config", "example_config.json", "--validate-only", cwd=ROOT)

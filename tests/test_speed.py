@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,22 @@ def test_a_cpu_compiles_only_when_it_is_told_to(ground: Path, tmp_path: Path) ->
     ready = prepare(config)
     trainer._compile(ready.models, ready.cache, ready.learner, 2000)
     assert not any(vars(m).get("_compiled_call_impl") for m in ready.models.unet.modules())
+
+
+# --- The heap ---
+
+
+@pytest.mark.parametrize("reason", [OSError, AttributeError, TypeError])
+def test_a_c_library_without_these_options_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, reason: type[Exception]
+) -> None:
+    """They make a run faster, and it goes on without them."""
+    asked = []
+
+    def refuse(name: object) -> None:
+        asked.append(name)
+        raise reason
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    train_lora.keep_freed_memory()
+    assert asked == [None]
