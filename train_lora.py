@@ -4309,7 +4309,6 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
 
 MOST_BAD_STEPS = 10  # updates in a row without a finite loss
 MOST_PROBES = 50  # updates in a row in which fp16's scaler found no factor that works
-COMPILE_STEPS = 1000  # fewer updates do not win back the minute that compiling takes
 SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
 SPILL_SHARE = 0.03  # of a card's memory; what is free once it is full
 
@@ -4714,7 +4713,7 @@ class LoRATrainer:
             if earlier.state:
                 unpack_learner(earlier.state, learner)
                 state = TrainState.from_json(read_json_file(earlier.state.folder / "state.json"))
-            stance = self._compile(models, cache, learner, plan.total_steps - state.step)
+            stance = self._compile(models, cache, learner)
 
             # Step until done or asked to stop.
             self.phase = "training"
@@ -4852,7 +4851,7 @@ class LoRATrainer:
         return learner
 
     def _compile(
-        self, models: Models, cache: Cache, learner: Learner, steps: int
+        self, models: Models, cache: Cache, learner: Learner
     ) -> contextlib.AbstractContextManager[Any]:
         """Compile what the denoiser repeats, and try it; if that fails, it runs as it is.
 
@@ -4862,9 +4861,8 @@ class LoRATrainer:
         import torch
 
         config = self.config
-        if config.compile == "off" or (
-            config.compile == "auto" and not worth_compiling(models.device, steps)
-        ):
+        # auto does not: compiled blocks were seen to have other gradients on a CPU.
+        if config.compile != "on":
             return contextlib.nullcontext()
         self.phase = "compiling"
         self.events.info(PhaseFacts(name="compiling", done=0, total=1))
@@ -4937,12 +4935,6 @@ class LoRATrainer:
         if self.config.stop_with_parent:
             causes["host_gone"] = self.stop.parent_ended
         return causes
-
-
-def worth_compiling(device: torch.device, steps: int) -> bool:
-    """Tell whether compiling is likely to work, and to win back its minute."""
-    tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
-    return device.type == "cuda" and steps >= COMPILE_STEPS and bool(tools)
 
 
 def is_out_of_memory(error: Exception) -> bool:

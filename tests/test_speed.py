@@ -99,12 +99,12 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
             torch.testing.assert_close(found[name], value, rtol=0.01, atol=1e-4)
 
 
-def test_a_cpu_compiles_only_when_it_is_told_to(ground: Path, tmp_path: Path) -> None:
-    """There, compiling takes a minute and wins nothing."""
+def test_nothing_is_compiled_unless_that_is_asked_for(ground: Path, tmp_path: Path) -> None:
+    """Compiling takes a minute, and its gradients are not trusted yet."""
     config = tiny_config(ground, steps=2000)
     trainer = train_lora.LoRATrainer(config)
     ready = prepare(config)
-    trainer._compile(ready.models, ready.cache, ready.learner, 2000)
+    trainer._compile(ready.models, ready.cache, ready.learner)
     assert not any(vars(m).get("_compiled_call_impl") for m in ready.models.unet.modules())
 
 
