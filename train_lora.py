@@ -1079,6 +1079,10 @@ class TrainingConfig:
         """Give the share of images that keep the base model as it is, as it was written."""
         return Fraction(str(self.regularization_share))
 
+    def others(self, positions: int, regular: int) -> int:
+        """Count those from regularization_path among the first images that are trained on."""
+        return math.floor(positions * self.regular_share) if regular else 0
+
     def drawn(self, images: int, regular: int, epochs: int) -> int:
         """Count the images trained on while each of dataset_path is seen so many times.
 
@@ -1112,13 +1116,15 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
             found=show(config.learning_rate),
             hint="1e-4 suits most runs.",
         )
-    for knob, other, hint in (
-        ("output_path", "dataset_path", "Samples would become training images."),
-        ("regularization_path", "dataset_path", "It is for images of other things."),
-        ("regularization_path", "output_path", "Samples would become training images."),
+    data, output = (Path(os.path.realpath(p)) for p in (config.dataset_path, config.output_path))
+    spoiled = "Samples would become training images."
+    for knob, other, taken, hint in (
+        ("output_path", "dataset_path", [data], spoiled),
+        ("regularization_path", "dataset_path", [data], "It is for images of other things."),
+        ("regularization_path", "output_path", [output, output / "samples"], spoiled),
     ):
-        path, taken = vars(config)[knob], Path(os.path.realpath(vars(config)[other]))
-        if path and Path(os.path.realpath(path)) in (taken, taken / "samples"):
+        path = vars(config)[knob]
+        if path and Path(os.path.realpath(path)) in taken:
             expected, found = f"a folder other than {other}", show(str(path))
             yield Problem(path=knob, expected=expected, found=found, hint=hint)
     if config.mixed_precision == "no" and config.base_precision in ("bf16", "fp16"):
@@ -2273,11 +2279,10 @@ def load_part(base: BaseModel, part: str, dtype: torch.dtype, device: Any = "cpu
     try:
         if part.startswith("text"):
             model, missing = load_text_encoder(classes[part], base, part, dtype)
-        elif base.file and place == base.file:
-            given = (base.file, base.folder, part, dtype, near)
-            model, missing = load_from_file(classes[part], *given)
+        elif place == base.file:
+            model, missing = load_from_file(classes[part], base, part, dtype, near)
         elif part == "unet":
-            model, missing = load_unet(classes[part], place, dtype, near)
+            model, missing = load_unet(classes[part], base, dtype, near)
         else:
             model, missing = load_vae(classes[part], place, dtype)
     except Exception as error:  # a config without sense makes the libraries raise anything
@@ -2304,18 +2309,25 @@ def read_tensors(
                 yield name, opened.get_tensor(name).to(dtype)
 
 
-def load_unet(cls: Any, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Sequence[str]]:
+def read_all(
+    base: BaseModel, part: str, dtype: torch.dtype, device: str = "cpu", prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Read the tensors of one network."""
+    files = part_files(base, part)
+    return {k: v for file in files for k, v in read_tensors(file, dtype, device, prefix)}
+
+
+def load_unet(
+    cls: Any, base: BaseModel, dtype: torch.dtype, device: str
+) -> tuple[Any, Sequence[str]]:
     """Load a denoiser in diffusers layout, which is too large to lie in memory twice."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        model = cls.from_config(cls.load_config(folder, local_files_only=True))
-    missing = set(model.state_dict())
-    for file in find_weights(folder):
-        tensors = dict(read_tensors(file, dtype, device))
-        model.load_state_dict(tensors, strict=False, assign=True)
-        missing -= tensors.keys()
-    return model, sorted(missing)
+        model = cls.from_config(cls.load_config(base.folder / "unet", local_files_only=True))
+    tensors = read_all(base, "unet", dtype, device)
+    missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
+    return model, missing
 
 
 def load_vae(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Sequence[str]]:
@@ -2358,13 +2370,13 @@ def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
 
 
 def load_from_file(
-    cls: Any, file: Path, configs: Path, part: str, dtype: torch.dtype, device: str
+    cls: Any, base: BaseModel, part: str, dtype: torch.dtype, device: str
 ) -> tuple[Any, Sequence[str]]:
     """Load UNet or VAE from a single file; diffusers knows the original names."""
     prefix = UNET_PREFIX if part == "unet" else VAE_PREFIX
     model = cls.from_single_file(
-        dict(read_tensors(file, dtype, device, prefix)),
-        config=str(configs),
+        read_all(base, part, dtype, device, prefix),
+        config=str(base.folder),
         subfolder=part,
         torch_dtype=dtype,
         device=device,
@@ -2382,12 +2394,9 @@ def load_text_encoder(
 
     config = CLIPTextConfig.from_pretrained(base.folder / part, local_files_only=True)
     if base.file:
-        state = read_original_text(
-            base.file, base.family.original_text[base.family.text_parts.index(part)], config, dtype
-        )
+        state = read_original_text(base, part, config, dtype)
     else:
-        files = find_weights(base.folder / part)
-        state = {k: v for file in files for k, v in read_tensors(file, dtype)}
+        state = read_all(base, part, dtype)
     model, report = cls.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
@@ -2395,12 +2404,13 @@ def load_text_encoder(
 
 
 def read_original_text(
-    file: Path, prefix: str, config: Any, dtype: torch.dtype
+    base: BaseModel, part: str, config: Any, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Read a text encoder's tensors from a single file, and give them their published names."""
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    weights = dict(read_tensors(file, dtype, prefix=prefix))
+    prefix = base.family.original_text[base.family.text_parts.index(part)]
+    weights = read_all(base, part, dtype, prefix=prefix)
     if prefix.endswith(".model."):  # OpenCLIP keeps q, k and v in one, under names of its own
         model_like = types.SimpleNamespace(config=config)
         state: dict[str, torch.Tensor] = convert_open_clip_checkpoint(model_like, weights, prefix)
@@ -2604,6 +2614,10 @@ class Cache:
     texts: dict[str, TextInputs]  # empty while text encoders learn
     regular: int = 0  # images of regularization_path
 
+    def window(self, config: TrainingConfig, step: int) -> list[int]:
+        """Name the images of an update by their numbers."""
+        return window(config, len(self.images), step, self.regular)
+
     def read(self, models: Models, captions: Sequence[str]) -> TextInputs:
         """Look captions up, or let the text encoders read them as they are at this step."""
         import torch
@@ -2615,6 +2629,7 @@ class Cache:
 
 
 Kept = dict[str, "torch.Tensor"]
+Task = tuple["Path | None", "Callable[[], Kept] | None"]  # where a thing lies, or how it is made
 
 # Part of every name on the shelf; a change in what is computed needs another.
 SHELF_VERSION = 1
@@ -2672,7 +2687,7 @@ class Shelf:
             return False
         return True
 
-    def fill(self, tasks: Iterable[tuple[Path | None, Callable[[], Kept] | None]]) -> list[Kept]:
+    def fill(self, tasks: Iterable[Task]) -> list[Kept]:
         """Make what is missing, and return everything.
 
         Nothing is mapped before the last thing is made: a map that lasts keeps an encoder's freed
@@ -2778,7 +2793,7 @@ def read_texts(
         parts = {"hidden": made.hidden, "pooled": made.pooled}
         return {k: v.contiguous() for k, v in parts.items() if v is not None}
 
-    def tasks() -> Iterator[tuple[Path | None, Callable[[], Kept] | None]]:
+    def tasks() -> Iterator[Task]:
         for done, ids in enumerate(tokens.values()):
             phase.at(done)
             place = shelf.place(weights, [numbers.tolist() for numbers in ids])
@@ -2814,7 +2829,7 @@ def encode_images(
             raise TrainError.at(code, picture.name, "finite latents", bad)
         return made
 
-    def tasks() -> Iterator[tuple[Path | None, Callable[[], Kept] | None]]:
+    def tasks() -> Iterator[Task]:
         for done, (picture, (place, fitted)) in enumerate(ahead(look, pictures)):
             phase.at(done)
             yield place, functools.partial(encode, picture, fitted) if fitted else None
@@ -2887,9 +2902,8 @@ def whose_turn(config: TrainingConfig, position: int, images: int, regular: int)
 
     The last `regular` ones, those of regularization_path, take their turns evenly in between.
     """
-    share = config.regular_share if regular else 0
-    others, own = math.floor(position * share), images - regular
-    if math.floor((position + 1) * share) > others:
+    others, own = config.others(position, regular), images - regular
+    if config.others(position + 1, regular) > others:
         epoch, place = divmod(others, regular)
         return own + shuffled(config.seed, epoch, regular, "regular epoch")[place]
     epoch, place = divmod(position - others, own)
@@ -4421,7 +4435,7 @@ class Run:
         import torch
 
         config, step, began = self.config, self.state.step + 1, time.monotonic()
-        slots = list(enumerate(self.window(step)))
+        slots = list(enumerate(self.cache.window(self.config, step)))
         losses = []
         for begin in range(0, len(slots), config.batch_size):
             self.stop.check()
@@ -4445,14 +4459,10 @@ class Run:
             self.state.busy_seconds += time.monotonic() - began
             self.state.timed_steps += 1
 
-    def window(self, step: int) -> list[int]:
-        """Name the images of an update by their numbers in the cache."""
-        return window(self.config, len(self.cache.images), step, self.cache.regular)
-
     def epoch(self) -> int:
         """Count how often every image of dataset_path was seen."""
         drawn, regular = self.state.step * self.config.effective_batch, self.cache.regular
-        own = drawn - math.floor(drawn * self.config.regular_share) if regular else drawn
+        own = drawn - self.config.others(drawn, regular)
         return own // (len(self.cache.images) - regular)
 
     def report(self) -> None:
@@ -4532,7 +4542,7 @@ class Run:
 
     def warn_skipped(self, step: int) -> None:
         """Name the images of an update that was not made."""
-        names = [self.cache.images[index].name for index in self.window(step)]
+        names = [self.cache.images[index].name for index in self.cache.window(self.config, step)]
         message = f"Skipped update {step}: the loss is not finite"
         self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
@@ -4866,8 +4876,7 @@ class LoRATrainer:
             return contextlib.nullcontext()
         self.phase = "compiling"
         self.events.info(PhaseFacts(name="compiling", done=0, total=1))
-        first = window(config, len(cache.images), 1, cache.regular)
-        slots = list(enumerate(first))[: config.batch_size]
+        slots = list(enumerate(cache.window(config, 1)))[: config.batch_size]
         batch = draw_batch(cache, config, 1, slots, len(models.signal_shares))
 
         def attempt() -> None:

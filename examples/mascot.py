@@ -47,6 +47,7 @@ PICTURES = [
     ("black", "on the left", "", (-1.0, -0.3)),
 ]
 REACH = {"small": 70.0, "": 84.0, "large": 98.0}  # pixels from the middle to the cheeks
+NUMBERS = {colour: number for number, colour in enumerate(PALETTE)}
 BODY = "purple"
 COLOURS = (BODY, "white", "black")
 BEHIND = "blue"  # the background of the imp that others are compared with
@@ -113,10 +114,10 @@ def shows_imp(picture: Image.Image) -> bool:
         return False
     overlap: list[float] = []
     for colour in COLOURS:
-        number = list(PALETTE).index(colour)
+        number = NUMBERS[colour]
         a, b = seen == number, known == number
         if colour != BODY:  # the background may have that colour too
-            a = a & (known != list(PALETTE).index(BEHIND))
+            a = a & (known != NUMBERS[BEHIND])
         overlap.append(float((a & b).sum() / max((a | b).sum(), 1)))
     # Measured: pictures of the dataset reach 0.9 to 1.0 in each, a purple shape 0 in two.
     return min(overlap) >= 0.3
@@ -125,7 +126,7 @@ def shows_imp(picture: Image.Image) -> bool:
 def cut_out(picture: Image.Image) -> np.ndarray | None:
     """Name the colours within the purple part's bounds, stretched to 64 x 64."""
     numbers = name_colours(picture)
-    body = numbers == list(PALETTE).index(BODY)
+    body = numbers == NUMBERS[BODY]
     box = bounds(body)
     if body.sum() < 500 or box is None:
         return None

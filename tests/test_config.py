@@ -566,6 +566,14 @@ def test_all_conflicts_are_told_at_once() -> None:
     assert [problem.path for problem in error.problems] == ["learning_rate", "output_path"]
 
 
+@pytest.mark.parametrize("knob", ["output_path", "regularization_path"])
+def test_a_folder_inside_the_dataset_may_be_any(knob: str) -> None:
+    """The dataset's scan leaves it out, whatever its name."""
+    for inner in ("data/samples", "data/out"):
+        given = {"dataset_path": "data", "output_path": "out", knob: inner}
+        assert vars(load_config(**given))[knob] == Path(inner).absolute()
+
+
 @pytest.mark.parametrize("folder", ["data", "out", "out/samples"])
 def test_images_for_regularization_lie_in_a_folder_of_their_own(folder: str) -> None:
     """What is to stay as it is cannot be what is taught, nor what the run draws."""
