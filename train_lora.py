@@ -2460,6 +2460,7 @@ class Models:
     pixels_per_latent: int  # along a side
     text_encoders: list[Any] = field(default_factory=list)
     unet: Any = None
+    mixes: bool = False  # whether the denoiser lies in another precision than it computes in
     tiling: bool = False  # whether the VAE decodes previews in pieces
 
     @classmethod
@@ -2498,6 +2499,7 @@ class Models:
             return
         kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         dtype, packs = kinds.get(precision, self.dtype), precision in QUANTISED
+        self.mixes = dtype != self.dtype
         # What is packed is packed on its way to the card.
         unet = load_part(self.base, "unet", dtype, "cpu" if packs else self.device)
         if packs:
@@ -2507,21 +2509,21 @@ class Models:
 
     def read_text(self, tokens: Sequence[torch.Tensor]) -> TextInputs:
         """Let the text encoders read token numbers, [batch, tokens] for each of them."""
-        import torch
-
         ids = [numbers.to(self.device) for numbers in tokens]
-        half = self.text_encoders[0].dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
-            return TextInputs(*self.base.family.read_text(self.text_encoders, ids))
+        return TextInputs(*self.base.family.read_text(self.text_encoders, ids))
 
     def predict(
         self, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, sizes: torch.Tensor
     ) -> torch.Tensor:
-        """Ask the denoiser, in the precision chosen for it."""
+        """Ask the denoiser, in the precision chosen for it.
+
+        All of it computes in that precision, as when pictures are made; autocast would convert to
+        and fro around every norm, and is for weights that lie there in another one.
+        """
         import torch
 
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
+        noisy, text = noisy.to(self.dtype), text.cast(self.dtype)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.mixes):
             answer: torch.Tensor = self.base.family.predict(self.unet, noisy, times, text, sizes)
         return answer
 
@@ -2579,6 +2581,11 @@ class TextInputs:
         """Move to a device."""
         pooled = None if self.pooled is None else send(self.pooled, device)
         return TextInputs(send(self.hidden, device), pooled)
+
+    def cast(self, dtype: torch.dtype) -> TextInputs:
+        """Change the precision."""
+        pooled = None if self.pooled is None else self.pooled.to(dtype)
+        return TextInputs(self.hidden.to(dtype), pooled)
 
     @classmethod
     def stack(cls, texts: Sequence[TextInputs]) -> TextInputs:
@@ -3045,6 +3052,51 @@ def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
+@dataclass(frozen=True)
+class Twins:
+    """What is learned in full precision, beside the copy in half that the networks compute with.
+
+    All matrices are parts of one tensor each, so that an update converts them in one go; autocast
+    would convert every one of them in every pass.
+    """
+
+    used: list[Any]  # the networks' own parameters, parts of half
+    half: torch.Tensor
+    full: torch.Tensor
+    gradient: torch.Tensor
+
+    @classmethod
+    def split(cls, parameters: dict[str, Any], dtype: torch.dtype) -> tuple[Twins, dict[str, Any]]:
+        """Leave half the precision to the networks; return what is to learn instead."""
+        import torch
+
+        used = list(parameters.values())
+        full = torch.cat([p.detach().flatten() for p in used])
+        twins = cls(used, full.to(dtype), full, torch.zeros_like(full))
+        sizes = [p.numel() for p in used]
+        parts = zip(
+            *(whole.split(sizes) for whole in (twins.half, full, twins.gradient)), strict=True
+        )
+        learned = []
+        for parameter, (half, exact, gradient) in zip(used, parts, strict=True):
+            parameter.data = half.view_as(parameter)
+            learned.append(torch.nn.Parameter(exact.view_as(parameter)))
+            learned[-1].grad = gradient.view_as(parameter)
+        return twins, dict(zip(parameters, learned, strict=True))
+
+    def collect(self) -> None:
+        """Add what a pass back left with the networks."""
+        import torch
+
+        self.gradient.add_(torch.cat([p.grad.flatten() for p in self.used]))
+        for parameter in self.used:
+            parameter.grad = None
+
+    def refresh(self) -> None:
+        """Let the networks have what was learned."""
+        self.half.copy_(self.full)
+
+
 @dataclass
 class Learner:
     """The adapter's numbers and what moves them."""
@@ -3053,13 +3105,16 @@ class Learner:
     optimizer: Any
     scaler: Any  # for fp16, whose small gradients would vanish; idle otherwise
     max_grad_norm: float
+    twins: Twins | None = None  # where the networks compute in half precision
 
     @classmethod
     def build(cls, models: Models, config: TrainingConfig) -> Learner:
         """Adapt the networks and set the optimizer up."""
         import torch
 
-        parameters = add_adapters(models, config)
+        twins, parameters = None, add_adapters(models, config)
+        if models.dtype != torch.float32:
+            twins, parameters = Twins.split(parameters, models.dtype)
         text_rate = config.text_encoder_learning_rate or config.learning_rate
         unet = [p for name, p in parameters.items() if name.startswith("unet.")]
         text = [p for name, p in parameters.items() if not name.startswith("unet.")]
@@ -3072,7 +3127,13 @@ class Learner:
             optimizer=build_optimizer(groups, config, models.device),
             scaler=torch.amp.GradScaler(models.device.type, enabled=half),
             max_grad_norm=config.max_grad_norm,
+            twins=twins,
         )
+
+    def collect(self) -> None:
+        """Take what a pass back left with the networks, where it does not lie here anyway."""
+        if self.twins:
+            self.twins.collect()
 
     def step(self, factor: float) -> torch.Tensor:
         """Make one update, unless the gradient is not finite; return the gradient's norm.
@@ -3096,8 +3157,18 @@ class Learner:
             self.optimizer.step()
         elif finite:  # waits for the device; the other optimizers know no better
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
+        self.refresh()
         return norm
+
+    def forget(self) -> None:
+        """Drop all gradients."""
+        self.optimizer.zero_grad(set_to_none=self.twins is None)
+
+    def refresh(self) -> None:
+        """Let the networks have what was learned, where that is not theirs anyway."""
+        if self.twins:
+            self.twins.refresh()
 
 
 # === Output folder ===========================================================
@@ -3681,6 +3752,7 @@ def unpack_learner(saved: SavedState, learner: Learner) -> None:
         parameter = learner.parameters[name]
         on_device = value if key in numbers else value.to(parameter.device)
         learner.optimizer.state[parameter][field_name] = on_device
+    learner.refresh()
     learner.scaler.load_state_dict(saved.manifest["scaler"])
 
 
@@ -3811,46 +3883,47 @@ def halvings(shapes: Shapes) -> Callable[[str], int]:
     return at
 
 
-def kept_by(name: str, shape: tuple[int, ...], places: int, tokens: int) -> tuple[float, float]:
+def kept_by(name: str, shape: tuple[int, ...], places: int, tokens: int) -> float:
     """Count the numbers that a layer keeps of one image for the way back.
 
-    The first are kept in full precision, the second in the run's. What a norm in front of the layer
-    keeps counts too; layers that are frozen and linear keep nothing.
+    What a norm in front of the layer keeps counts too; layers that are frozen and linear keep
+    nothing.
     """
     if len(shape) < 2:
-        return 0, 0
+        return 0
     outgoing, incoming = shape[0] * places, shape[1] * places
     if len(shape) == 4 and shape[2] > 1:  # normalised, activated, convolved
-        return incoming, incoming + outgoing
+        return 2 * incoming + outgoing
     if name.endswith("to_q.weight"):
-        return 0, 2 * incoming + outgoing
+        return 2 * incoming + outgoing
     if name.endswith(("attn1.to_k.weight", "attn1.to_v.weight")):
-        return 0, outgoing
+        return outgoing
     if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
-        return 0, shape[0] * tokens
+        return shape[0] * tokens
     if name.endswith(("to_out.0.weight", "proj_in.weight", "proj_out.weight")):
-        return 0, incoming
+        return incoming
     if name.endswith("ff.net.0.proj.weight"):  # half of what goes out is the other half's gate
-        return 0, incoming + 1.5 * outgoing
-    return 0, 0
+        return incoming + 1.5 * outgoing
+    return 0
 
 
 def activation_bytes(
     structure: Structure, config: TrainingConfig, number_bytes: float, *, checkpointing: bool
 ) -> int:
     """Add up what the denoiser keeps of a batch between the way there and the way back."""
+    if config.base_precision == "fp32":  # norms and sums stay in the weights' precision
+        number_bytes = 4
     side, depth = config.resolution // structure.pixels_per_latent, halvings(structure.shapes)
     tokens = structure.tokens
     blocks: Counter[str] = Counter()
     entering: dict[str, float] = {}
     for name, shape in sorted(structure.shapes.items()):
         places = max(1, side >> depth(name)) ** 2
-        full, own = kept_by(name, shape, places, tokens)
         match = BLOCK.match(name)
         block = match[0] if match else name
-        if full or own:
-            blocks[block] += math.ceil(4 * full + number_bytes * own)
-            entering.setdefault(block, shape[1] * places * number_bytes if match else blocks[block])
+        if numbers := kept_by(name, shape, places, tokens):
+            blocks[block] += math.ceil(number_bytes * numbers)
+            entering.setdefault(block, number_bytes * (shape[1] * places if match else numbers))
     largest = max(blocks.values(), default=0)
     kept = sum(entering.values()) if checkpointing else sum(blocks.values())
     if config.train_text_encoder:
@@ -3897,7 +3970,7 @@ class MemoryPlan:
     denoiser: int
     largest_tensor: int  # read beside what is made of it
     learned_text: int  # text encoders that stay, because they learn
-    adapter: int  # with its gradients and the optimizer's moments
+    adapter: int  # with its gradients, the optimizer's moments, and a copy where the run is in half
     cache: int
     activations: int
     preview: int  # the VAE at work beside all that stays
@@ -3980,7 +4053,7 @@ class MemoryPlan:
             denoiser=denoiser_bytes(config, structure, device),
             largest_tensor=at_once,
             learned_text=round(number_bytes * text) if learns else 0,
-            adapter=4 * 4 * adapter_numbers(config, structure),
+            adapter=(16 if number_bytes == 4 else 20) * adapter_numbers(config, structure),
             cache=0 if elsewhere else images * cached_bytes(config, structure),
             activations=activation_bytes(structure, config, number_bytes, checkpointing=False),
             preview=vae_bytes(structure, DECODE_MAPS, config.resolution),
@@ -4449,6 +4522,7 @@ class Run:
             # Divided by the true size of the window, which may be short at the very end.
             loss = batch_losses(self.models, batch, text).sum() / len(slots)
             self.learner.scaler.scale(loss).backward()
+            self.learner.collect()
             losses.append(loss.detach())
         factor = rate(config, step, self.total_steps)
         with self.lock:
@@ -4886,7 +4960,7 @@ class LoRATrainer:
                 raise
             for module in models.unet.modules():
                 vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
-            learner.optimizer.zero_grad(set_to_none=True)
+            learner.forget()
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             self.events.warn(
                 WarningCode.COMPILE_FAILED,
@@ -4978,8 +5052,9 @@ def trial_gradients(
         torch.manual_seed(config.seed)
         text = cache.read(models, batch.captions).to(models.device)
         (batch_losses(models, batch, text).mean() * TRIAL_SCALE).backward()
-    gradients = [p.grad for p in learner.parameters.values() if p.grad is not None]
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.collect()
+    gradients = [p.grad.clone() for p in learner.parameters.values() if p.grad is not None]
+    learner.forget()
     return gradients
 
 

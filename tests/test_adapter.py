@@ -18,7 +18,7 @@ from tiny_models import build_tiny
 from tiny_runs import FAMILIES, Ready, prepare, tiny_base, tiny_config
 
 import train_lora
-from train_lora import ErrorCode, Learner
+from train_lora import ErrorCode
 
 Tensors = dict[str, torch.Tensor]
 
@@ -134,25 +134,7 @@ def test_the_seed_alone_decides_where_an_adapter_starts(ground: Path) -> None:
     assert largest_difference(first, other) > 0
 
 
-# --- precision and the frozen base ---
-
-
-def test_adapters_are_in_full_precision_on_a_base_in_half(ground: Path) -> None:
-    """A half precision adapter would lose updates that are as small as its own."""
-    config = tiny_config(ground, train_text_encoder=True)
-    whole = prepare(config)
-    models = train_lora.Models.prepare(whole.models.base, torch.device("cpu"), torch.bfloat16)
-    models.unet = train_lora.load_part(models.base, "unet", models.dtype)
-    models.text_encoders = [train_lora.load_part(models.base, "text_encoder", models.dtype)]
-    ready = replace(whole, models=models, learner=Learner.build(models, config))
-    ready.make_updates(2)
-    frozen = [p for net in ready.networks().values() for p in net.parameters()]
-    kinds = {
-        p.requires_grad: {q.dtype for q in frozen if q.requires_grad == p.requires_grad}
-        for p in frozen
-    }
-    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
-    assert all(point.loss and point.loss > 0 for point in ready.state.history)
+# --- the frozen base ---
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -38,6 +38,15 @@ def test_every_family_trains_in_every_precision(
     assert all(value.any() for name, value in learned.items() if "lora_up" in name)
 
 
+@pytest.mark.parametrize("base", ["fp32", "fp16", "bf16"])
+def test_a_base_may_lie_there_in_any_precision(ground: Path, tmp_path: Path, base: str) -> None:
+    """The run computes in its own, and learns."""
+    choices = {"device": "cuda", "mixed_precision": "bf16", "output_path": str(tmp_path)}
+    done = LoRATrainer(tiny_config(ground, steps=4, base_precision=base, **choices)).train()
+    learned = load_file(done.final_path)
+    assert all(value.any() for name, value in learned.items() if "lora_up" in name)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_stopped_run_goes_on_with_scaler_and_moments(
     ground: Path, tmp_path: Path, precision: str

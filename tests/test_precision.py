@@ -1,0 +1,157 @@
+"""Runs in half precision, which are for CUDA, followed on a CPU, which is slower and as exact."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import FAMILIES, Ready, prepare, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_lora
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def half(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Let runs choose half precision where they would not."""
+    dtype: torch.dtype = request.param
+    monkeypatch.setattr(train_lora, "choose_precision", lambda *_: dtype)
+    return dtype
+
+
+def gradients(ready: Ready, strength: float = 1.0, slots: int = 4) -> Tensors:
+    """Compute where images would move an awake adapter, without moving it."""
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in ready.learner.parameters.values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=chance))
+    ready.learner.refresh()
+    for slot in range(slots):
+        batch = train_lora.draw_batch(ready.cache, ready.config, 1, [(slot, slot)], 1000)
+        text = ready.cache.read(ready.models, batch.captions)
+        (train_lora.batch_losses(ready.models, batch, text).sum() * strength).backward()
+        ready.learner.collect()
+    found = ready.learner.parameters.items()
+    return {name: p.grad.clone() / strength for name, p in found if p.grad is not None}
+
+
+def largest_error(found: Tensors, expected: Tensors) -> float:
+    """Compare matrix by matrix."""
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - e).norm() / e.norm()) for n, e in expected.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_right_but_for_rounding(
+    family: str, ground: Path, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For text encoders too; fp16 rounds to a thousandth, bf16 eight times as coarsely."""
+    config = tiny_config(ground, family, train_text_encoder=True)
+    found = gradients(prepare(config), strength=1024)
+    monkeypatch.undo()
+    expected = gradients(prepare(config))
+    assert largest_error(found, expected) < (0.25 if half == torch.bfloat16 else 0.03)
+
+
+def test_a_base_in_another_precision_is_computed_with_in_the_runs(
+    ground: Path, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with base_precision fp32 on a card; the adapter is in half all the same."""
+    config = tiny_config(ground)
+    ready = prepare(config)
+    for parameter in ready.models.unet.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    ready.models.mixes = True
+    found = gradients(ready, strength=1024)
+    monkeypatch.undo()
+    expected = gradients(prepare(config))
+    assert largest_error(found, expected) < (0.25 if half == torch.bfloat16 else 0.03)
+
+
+def test_the_adapter_learns_in_full_precision(ground: Path, half: torch.dtype) -> None:
+    """Half of it would lose updates as small as an adapter's; networks get the rounded numbers."""
+    ready = prepare(tiny_config(ground, train_text_encoder=True))
+    before = {name: p.detach().clone() for name, p in ready.learner.parameters.items()}
+    ready.make_updates(2)
+    learned = ready.learner.parameters.values()
+    used = [p for net in ready.networks().values() for p in net.parameters() if p.requires_grad]
+    assert {p.dtype for p in learned} == {torch.float32}
+    assert {p.dtype for net in ready.networks().values() for p in net.parameters()} == {half}
+    assert any((p != before[name]).any() for name, p in ready.learner.parameters.items())
+    assert Counter(map(fingerprint, used)) == Counter(fingerprint(p.to(half)) for p in learned)
+    assert all(p.grad is None for p in used)
+    assert not any(p.grad.any() for p in learned)
+
+
+def fingerprint(matrix: torch.Tensor) -> tuple[Any, ...]:
+    """Tell a matrix from others."""
+    return (*matrix.shape, *matrix.detach().flatten().tolist())
+
+
+def test_gradients_of_a_window_add_up_in_full_precision(ground: Path, half: torch.dtype) -> None:
+    """In half, a small one would be lost beside a large one."""
+    ready = prepare(tiny_config(ground))
+    alone = gradients(ready, slots=1)
+    ready.learner.forget()
+    both = gradients(ready, slots=2)
+    rounded = [value for value in both.values() if torch.equal(value, value.to(half).float())]
+    assert alone.keys() == both.keys()
+    assert len(rounded) < len(both) / 10
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(
+    ground: Path, tmp_path: Path, half: torch.dtype
+) -> None:
+    """To the last bit, from what was learned and not from what is rounded of it."""
+    del half
+
+    def run(name: str, steps: int) -> Tensors:
+        config = tiny_config(ground, steps=steps, output_path=str(tmp_path / name))
+        precise = replace(config, save_precision="fp32")
+        return load_file(train_lora.LoRATrainer(precise).train().final_path)
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    parts = run("parts", 4)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+class Conversions(TorchDispatchMode):
+    """Counts the changes of precision."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Look at every operation on its way to the device."""
+        result = function(*args, **(kwargs or {}))
+        copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        others = [value for value in args if isinstance(value, torch.Tensor)]
+        self.count += copies and result.dtype != others[-1].dtype
+        return result
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_nothing_is_converted_layer_by_layer(ground: Path, half: torch.dtype, rank: int) -> None:
+    """There are 60 matrices; on a card each conversion costs as much time as a small layer."""
+    del half
+    ready = prepare(tiny_config(ground, lora_rank=rank))
+    ready.make_updates(1)
+    with Conversions() as seen:
+        ready.update()
+    assert len(ready.learner.parameters) > 60
+    assert seen.count < 20
