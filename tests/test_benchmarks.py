@@ -9,6 +9,7 @@ from conftest import write_image
 from tiny_models import build_tiny
 
 import bench
+import launches
 from bench import Task
 
 LINES: list[bench.Line] = [
@@ -53,3 +54,11 @@ def test_a_contestant_that_fails_ends_the_benchmark(tmp_path: Path) -> None:
     write_image(tmp_path / "data" / "a.png")
     with pytest.raises(SystemExit, match="failed"):
         bench.run_loop("reference.py", Task(tmp_path, 256, 1, 4, 4, 1), tmp_path / "data")
+
+
+def test_an_adapter_is_not_converted_call_by_call() -> None:
+    """A handful of conversions for 256 matrices, where autocast makes several for each."""
+    there, here = launches.textbook("sd15"), launches.ours("sd15")
+    assert there["aten::mm"] == here["aten::mm"] > 500
+    assert there["aten::_to_copy"] > 1000
+    assert here["aten::_to_copy"] < 10
