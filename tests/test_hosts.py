@@ -25,7 +25,11 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX sig
 
 SECONDS = 60  # far more than anything here takes
 ENVIRONMENT = {"TRAIN_LORA_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-PROGRAMS = {"host.py": (sys.executable,), "host.mjs": ("node",), "host.sh": ("bash", "jq", "flock")}
+PROGRAMS = {
+    "host.py": (sys.executable,),
+    "host.mjs": ("node",),
+    "host.sh": ("bash", "jq", "flock", "setsid"),
+}
 TINY: Record = {
     "trigger_words": ["zkb"],
     "resolution": 256,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A host in bash: starts train_lora.py, shows what it says, stops it gently, catches up.
-# Needs jq, flock and GNU tail, as any Linux has them.
+# Needs jq, flock, setsid and GNU tail, as any Linux has them.
 #
 #     host.sh CONFIG [further arguments of train_lora.py]
 #     host.sh --attach OUTPUT_PATH      # follow a run that another process started
@@ -66,12 +66,14 @@ stop_once() {
 }
 
 # Asks by one SIGTERM: a second one, a second later, would end the trainer at once. SIGKILL is the
-# last resort: it costs all updates since the last checkpoint.
+# last resort: it costs all updates since the last checkpoint. What waits for that is no child of
+# this shell: bash may have reaped the trainer in the trap, and would then wait for any other child.
 terminate() {
   kill -TERM "$child" 2>/dev/null
-  { sleep "$patience_seconds" && kill -KILL "$child"; } >/dev/null 2>&1 &
-  watchdog=$!
-  disown # no report when it is not needed
+  watchdog=$(
+    setsid sh -c 'sleep "$0" && kill -KILL "$1"' "$patience_seconds" "$child" >/dev/null 2>&1 &
+    echo $!
+  )
 }
 
 # Starts the trainer, follows it to its end and returns its exit code.
@@ -98,7 +100,7 @@ run() {
     fi
     tail -n 20 "$folder/stderr" >&2
   fi
-  [ -z "$watchdog" ] || kill -- "-$watchdog" 2>/dev/null
+  [ -z "$watchdog" ] || kill -- "-$watchdog" "$watchdog" 2>/dev/null
   return "$code"
 }
 
