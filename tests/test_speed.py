@@ -113,6 +113,24 @@ def test_a_compiler_that_errs_does_no_harm(ground: Path, tmp_path: Path) -> None
     learns_the_same(ended, ground, tmp_path, "sd1")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_blocks_in_half_precision_can_be_compiled(
+    ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card; few graphs serve all blocks, though their adapters are parts of one tensor."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(train_lora, "choose_precision", lambda *_: torch.bfloat16)
+    config = tiny_config(ground, "sdxl", compile="on")
+    ready = prepare(config)
+    trainer = train_lora.LoRATrainer(config, ready.events)
+    with trainer._compile(ready.models, ready.cache, ready.learner, 1):
+        ready.make_updates(2)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert "compile_failed" not in ready.recorder.codes()
+    assert 1 <= graphs <= 2  # the first block gets an input without a gradient
+
+
 @pytest.mark.parametrize(("factor", "warned"), [(1.0, []), (1.5, ["compile_failed"])])
 def test_blocks_with_other_gradients_are_not_used(
     ground: Path, monkeypatch: pytest.MonkeyPatch, factor: float, warned: list[str]
