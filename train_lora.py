@@ -2509,7 +2509,7 @@ class Models:
 
     def read_text(self, tokens: Sequence[torch.Tensor]) -> TextInputs:
         """Let the text encoders read token numbers, [batch, tokens] for each of them."""
-        ids = [numbers.to(self.device) for numbers in tokens]
+        ids = [send(numbers, self.device) for numbers in tokens]
         return TextInputs(*self.base.family.read_text(self.text_encoders, ids))
 
     def predict(
@@ -3092,6 +3092,12 @@ class Twins:
         for parameter in self.used:
             parameter.grad = None
 
+    def forget(self) -> None:
+        """Drop what was collected, and what a pass back that failed left half done."""
+        self.gradient.zero_()
+        for parameter in self.used:
+            parameter.grad = None
+
     def refresh(self) -> None:
         """Let the networks have what was learned."""
         self.half.copy_(self.full)
@@ -3163,10 +3169,13 @@ class Learner:
 
     def forget(self) -> None:
         """Drop all gradients."""
-        self.optimizer.zero_grad(set_to_none=self.twins is None)
+        if self.twins:
+            self.twins.forget()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def refresh(self) -> None:
-        """Let the networks have what was learned, where that is not theirs anyway."""
+        """Bring the networks' numbers up to date, where they are not those that learn."""
         if self.twins:
             self.twins.refresh()
 
@@ -3911,7 +3920,12 @@ def activation_bytes(
     structure: Structure, config: TrainingConfig, number_bytes: float, *, checkpointing: bool
 ) -> int:
     """Add up what the denoiser keeps of a batch between the way there and the way back."""
-    if config.base_precision == "fp32":  # norms and sums stay in the weights' precision
+    run = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
+    if config.base_precision not in (
+        "auto",
+        run,
+        *QUANTISED,
+    ):  # autocast then widens what norms see
         number_bytes = 4
     side, depth = config.resolution // structure.pixels_per_latent, halvings(structure.shapes)
     tokens = structure.tokens
@@ -4955,9 +4969,7 @@ class LoRATrainer:
         self.events.info(PhaseFacts(name="compiling", done=0, total=1))
         try:
             self.stop.wait_for(beside(lambda: compile_blocks(models, cache, learner, config)))
-        except Exception as error:  # compilers fail in more ways than could be listed
-            if is_out_of_memory(error):
-                raise
+        except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
             for module in models.unet.modules():
                 vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
             learner.forget()
@@ -5032,18 +5044,23 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     # With this option, dropout draws what it draws in blocks that are not compiled.
     models.unet.compile_repeated_blocks(dynamic=True, options={"fallback_random": True})
     found = trial_gradients(models, cache, learner, config)
-    # Of every matrix alike: a few of them make nearly all of the gradient's length.
-    pairs = zip(found, expected, strict=True)
-    error = torch.stack([(f - e).norm() / e.norm() for f, e in pairs if e.any()]).median()
-    # Rounding was measured to make 1e-6, and 0.05 in bf16.
-    if not error <= (0.01 if models.dtype == torch.float32 else 0.15):
-        raise ArithmeticError(f"compiled blocks have other gradients, {float(error):.0%} off")
+    lengths = torch.stack([e.norm() for e in expected])
+    errors = torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]) / lengths
+    # Every matrix counts alike but for those that hardly move, as those only round.
+    errors = errors[lengths > lengths.norm() / 1000]
+    # Measured: 1e-5 in fp32; in bf16 0.03, and 0.5 for the worst of 80 matrices.
+    most, limit = float(errors.quantile(0.9)), 0.01 if models.dtype == torch.float32 else 0.25
+    if not (most <= limit and errors.max() <= 4 * limit):
+        raise ArithmeticError(f"compiled blocks have other gradients, {most:.0%} off")
 
 
 def trial_gradients(
     models: Models, cache: Cache, learner: Learner, config: TrainingConfig
 ) -> list[torch.Tensor]:
-    """Compute where a first batch would move the adapter's matrices; move nothing."""
+    """Compute where a first batch would move the adapter's matrices; move nothing.
+
+    The device has no room for what is only looked at.
+    """
     import torch
 
     slots = list(enumerate(cache.window(config, 1)))[: config.batch_size]
@@ -5053,7 +5070,8 @@ def trial_gradients(
         text = cache.read(models, batch.captions).to(models.device)
         (batch_losses(models, batch, text).mean() * TRIAL_SCALE).backward()
     learner.collect()
-    gradients = [p.grad.clone() for p in learner.parameters.values() if p.grad is not None]
+    found = (p.grad for p in learner.parameters.values() if p.grad is not None)
+    gradients = [gradient.to("cpu", copy=True) for gradient in found]
     learner.forget()
     return gradients
 

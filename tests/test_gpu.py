@@ -63,9 +63,14 @@ def test_a_stopped_run_goes_on_with_scaler_and_moments(
         torch.testing.assert_close(found[name], value, rtol=0.02, atol=1e-3)
 
 
-def test_an_update_never_waits_for_the_device(ground: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("learns_text", [False, True])
+def test_an_update_never_waits_for_the_device(
+    ground: Path, precision: str, *, learns_text: bool
+) -> None:
     """Nothing in an update reads a number back; the first ones warm the libraries up."""
-    ready = prepare(tiny_config(ground, device="cuda", mixed_precision="bf16"))
+    choices: dict[str, Any] = {"train_text_encoder": learns_text, "lora_dropout": 0.1}
+    ready = prepare(tiny_config(ground, device="cuda", mixed_precision=precision, **choices))
     ready.update()
     ready.update()
     torch.cuda.set_sync_debug_mode("error")

@@ -113,9 +113,9 @@ def test_a_file_in_the_original_layout_needs_what_its_folder_needs(built: Path) 
 
 def needs(structure: Structure) -> float:
     """Count activations at 512 pixels, with and without computing them twice."""
-    names = ["resolution", "batch_size", "base_precision", "train_text_encoder"]
+    names = ["resolution", "batch_size", "base_precision", "mixed_precision", "train_text_encoder"]
     config: Any = dataclasses.make_dataclass("Asked", names)(
-        512, 1, "auto", train_text_encoder=True
+        512, 1, "auto", "auto", train_text_encoder=True
     )
     return sum(
         train_lora.activation_bytes(structure, config, 4, checkpointing=checkpointing)

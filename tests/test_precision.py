@@ -81,7 +81,7 @@ def test_a_base_in_another_precision_is_computed_with_in_the_runs(
 def test_the_adapter_learns_in_full_precision(ground: Path, half: torch.dtype) -> None:
     """Half of it would lose updates as small as an adapter's; networks get the rounded numbers."""
     ready = prepare(tiny_config(ground, train_text_encoder=True))
-    before = {name: p.detach().clone() for name, p in ready.learner.parameters.items()}
+    before = snapshot(ready)
     ready.make_updates(2)
     learned = ready.learner.parameters.values()
     used = [p for net in ready.networks().values() for p in net.parameters() if p.requires_grad]
@@ -124,6 +124,28 @@ def test_a_run_in_two_parts_is_the_run_in_one(
     run("parts", 2)
     parts = run("parts", 4)
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_an_update_that_overflows_moves_nothing(ground: Path, half: torch.dtype) -> None:
+    """The next one finds nothing of it; in fp16, it comes with a smaller factor."""
+    ready = prepare(tiny_config(ground))
+    ready.make_updates(1)
+    learner, before = ready.learner, snapshot(ready)
+    scale = learner.scaler.get_scale()
+    assert learner.twins
+    learner.twins.gradient[0] = torch.inf
+    assert not learner.step(1.0).isfinite()
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(ready).items())
+    assert not learner.twins.gradient.any()
+    assert learner.scaler.get_scale() == (scale / 2 if half == torch.float16 else scale)
+    ready.make_updates(1)
+    assert all(value.isfinite().all() for value in snapshot(ready).values())
+    assert any((value != before[name]).any() for name, value in snapshot(ready).items())
+
+
+def snapshot(ready: Ready) -> Tensors:
+    """Copy what is learned."""
+    return {name: p.detach().clone() for name, p in ready.learner.parameters.items()}
 
 
 class Conversions(TorchDispatchMode):
