@@ -2579,13 +2579,11 @@ class TextInputs:
 
     def to(self, device: torch.device) -> TextInputs:
         """Move to a device."""
-        pooled = None if self.pooled is None else send(self.pooled, device)
-        return TextInputs(send(self.hidden, device), pooled)
+        return self.changed(lambda tensor: send(tensor, device))
 
     def cast(self, dtype: torch.dtype) -> TextInputs:
         """Change the precision."""
-        pooled = None if self.pooled is None else self.pooled.to(dtype)
-        return TextInputs(self.hidden.to(dtype), pooled)
+        return self.changed(lambda tensor: tensor.to(dtype))
 
     @classmethod
     def stack(cls, texts: Sequence[TextInputs]) -> TextInputs:
@@ -2598,8 +2596,11 @@ class TextInputs:
 
     def silenced(self) -> TextInputs:
         """Say nothing at all, in the same shape."""
-        pooled = None if self.pooled is None else self.pooled.new_zeros(self.pooled.shape)
-        return TextInputs(self.hidden.new_zeros(self.hidden.shape), pooled)
+        return self.changed(lambda tensor: tensor.new_zeros(tensor.shape))
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TextInputs:
+        """Do the same to all of it."""
+        return TextInputs(change(self.hidden), None if self.pooled is None else change(self.pooled))
 
 
 @dataclass(frozen=True)
@@ -2974,6 +2975,24 @@ def batch_losses(models: Models, batch: Batch, text: TextInputs) -> torch.Tensor
     if models.base.prediction_type == "v_prediction":
         wanted = velocity(clean, noise, share)
     return (answer.float() - wanted).square().mean(dim=(1, 2, 3))
+
+
+def losses_of(
+    models: Models,
+    cache: Cache,
+    config: TrainingConfig,
+    step: int,
+    slots: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """Draw some slots of an update, one after another, and let the denoiser answer; [slots]."""
+    import torch
+
+    batch = draw_batch(cache, config, step, slots, len(models.signal_shares))
+    if config.lora_dropout:  # draws from torch's global source
+        first, _ = slots[0]
+        torch.manual_seed(seeded(config.seed, "dropout", step, first).initial_seed())
+    text = cache.read(models, batch.captions).to(models.device)
+    return batch_losses(models, batch, text)
 
 
 # === Adapter and optimizer ===================================================
@@ -3921,11 +3940,8 @@ def activation_bytes(
 ) -> int:
     """Add up what the denoiser keeps of a batch between the way there and the way back."""
     run = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
-    if config.base_precision not in (
-        "auto",
-        run,
-        *QUANTISED,
-    ):  # autocast then widens what norms see
+    alike = ("auto", run, *QUANTISED)
+    if config.base_precision not in alike:  # autocast then widens what norms see
         number_bytes = 4
     side, depth = config.resolution // structure.pixels_per_latent, halvings(structure.shapes)
     tokens = structure.tokens
@@ -4529,12 +4545,8 @@ class Run:
         for begin in range(0, len(slots), config.batch_size):
             self.stop.check()
             part = slots[begin : begin + config.batch_size]
-            batch = draw_batch(self.cache, config, step, part, len(self.models.signal_shares))
-            if config.lora_dropout:  # draws from torch's global source
-                torch.manual_seed(seeded(config.seed, "dropout", step, begin).initial_seed())
-            text = self.cache.read(self.models, batch.captions).to(self.models.device)
             # Divided by the true size of the window, which may be short at the very end.
-            loss = batch_losses(self.models, batch, text).sum() / len(slots)
+            loss = losses_of(self.models, self.cache, config, step, part).sum() / len(slots)
             self.learner.scaler.scale(loss).backward()
             self.learner.collect()
             losses.append(loss.detach())
@@ -5064,11 +5076,8 @@ def trial_gradients(
     import torch
 
     slots = list(enumerate(cache.window(config, 1)))[: config.batch_size]
-    batch = draw_batch(cache, config, 1, slots, len(models.signal_shares))
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        text = cache.read(models, batch.captions).to(models.device)
-        (batch_losses(models, batch, text).mean() * TRIAL_SCALE).backward()
+        (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
     learner.collect()
     found = (p.grad for p in learner.parameters.values() if p.grad is not None)
     gradients = [gradient.to("cpu", copy=True) for gradient in found]

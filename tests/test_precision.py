@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import FAMILIES, Ready, prepare, tiny_config
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_lora
+from launches import Calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,32 +148,14 @@ def snapshot(ready: Ready) -> Tensors:
     return {name: p.detach().clone() for name, p in ready.learner.parameters.items()}
 
 
-class Conversions(TorchDispatchMode):
-    """Counts the changes of precision."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Look at every operation on its way to the device."""
-        result = function(*args, **(kwargs or {}))
-        copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        others = [value for value in args if isinstance(value, torch.Tensor)]
-        self.count += copies and result.dtype != others[-1].dtype
-        return result
-
-
 @pytest.mark.parametrize("rank", [2, 4])
 def test_nothing_is_converted_layer_by_layer(ground: Path, half: torch.dtype, rank: int) -> None:
     """There are 60 matrices; on a card each conversion costs as much time as a small layer."""
     del half
     ready = prepare(tiny_config(ground, lora_rank=rank))
     ready.make_updates(1)
-    with Conversions() as seen:
+    calls = Calls()
+    with calls:
         ready.update()
     assert len(ready.learner.parameters) > 60
-    assert seen.count < 20
+    assert calls.names["aten::_to_copy"] + calls.names["aten::copy_"] < 20

@@ -84,6 +84,11 @@ def learns_the_same(ended: Ended, ground: Path, folder: Path, family: str) -> No
             torch.testing.assert_close(found[name], value, rtol=0.01, atol=1e-4)
 
 
+def repeated(unet: Any) -> list[Any]:
+    """List the blocks that are compiled."""
+    return [module for module in unet.modules() if type(module).__name__ in unet._repeated_blocks]
+
+
 def warnings(ended: Ended) -> list[str]:
     """List what a run warned of."""
     return [line["code"] for line in ended.lines if line["type"] == "warning"]
@@ -135,8 +140,7 @@ def test_blocks_in_half_precision_can_be_compiled(
     monkeypatch.setattr(CompiledFxGraph, "__call__", counted)
     with stance:
         ready.make_updates(2)
-    unet = ready.models.unet
-    blocks = [m for m in unet.modules() if type(m).__name__ in unet._repeated_blocks]
+    blocks = repeated(ready.models.unet)
     assert "compile_failed" not in ready.recorder.codes()
     assert len(calls) == 2 * 2 * len(blocks)  # updates, there and back
 
@@ -151,7 +155,7 @@ def test_blocks_with_other_gradients_are_not_used(
     config = tiny_config(ground, compile="on")
     ready = prepare(config)
     unet = ready.models.unet
-    blocks = [m for m in unet.modules() if type(m).__name__ in unet._repeated_blocks]
+    blocks = repeated(unet)
 
     def compile_wrongly(**_: object) -> None:
         for block in blocks:
