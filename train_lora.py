@@ -231,6 +231,67 @@ class TrainingInterrupted(BaseException):
         self.reason, self.step, self.path = reason, step, path
 
 
+# === JSON ====================================================================
+
+
+def parse_json(text: str) -> tuple[Any, list[Problem]]:
+    """Parse JSON, noting what Python's parser lets pass: NaN, infinity, a key given twice."""
+    problems: list[Problem] = []
+
+    def note(path: str, expected: str, found: str) -> None:
+        problems.append(Problem(path=path, expected=expected, found=found, hint="Mend the file."))
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            note("$", "a finite number", digits)
+        return value
+
+    def unique(pairs: list[tuple[str, Any]]) -> Record:
+        counts = Counter(key for key, _ in pairs)
+        for key, count in counts.items():
+            if count > 1:
+                note(key, "every key once", f"it {count} times")
+        return dict(pairs)
+
+    document = json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=unique)
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        note("$", "Unicode text", "half of a surrogate pair")
+    return document, problems
+
+
+# What parsing text of unknown origin, and looking into the result, can raise.
+NOT_JSON = (ValueError, RecursionError, TypeError, AttributeError)
+
+
+def show(value: Any) -> str:
+    """Quote a value from the config, not more of it than fits into a sentence."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "deeply nested brackets"
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def plain(value: Any) -> Any:
+    """Reduce a value to what JSON knows; `null` stands for a number that is none."""
+    if dataclasses.is_dataclass(value):
+        return plain(vars(value))
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Code):
+        return value.word
+    # A file name may hold bytes that are no text; half of a surrogate pair is no JSON either.
+    text = str(value) if isinstance(value, Path) else value
+    return text.encode(errors="replace").decode() if isinstance(text, str) else text
+
+
 # === Events ==================================================================
 
 
@@ -544,23 +605,6 @@ def event_schema() -> Record:
     }
 
 
-def plain(value: Any) -> Any:
-    """Reduce a value to what JSON knows; `null` stands for a number that is none."""
-    if dataclasses.is_dataclass(value):
-        return plain(vars(value))
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Code):
-        return value.word
-    # A file name may hold bytes that are no text; half of a surrogate pair is no JSON either.
-    text = str(value) if isinstance(value, Path) else value
-    return text.encode(errors="replace").decode() if isinstance(text, str) else text
-
-
 def fill(template: str, values: Record) -> str:
     """Put values into a sentence, where nobody wants to read None or a dozen digits."""
     words = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
@@ -748,6 +792,22 @@ class LineWriter:
                 time.sleep(0.02)
 
 
+class Phase:
+    """Tell at most once a second how far a preparation has come; leave when asked to stop."""
+
+    def __init__(self, name: str, total: int, events: Emitter, stop: StopRequest) -> None:
+        """Begin; nothing is told in the first second."""
+        self._name, self._total, self._events, self._stop = name, total, events, stop
+        self._told = time.monotonic()
+
+    def at(self, done: int) -> None:
+        """Note how many are done."""
+        self._stop.check()
+        if time.monotonic() - self._told >= 1:
+            self._events.info(PhaseFacts(name=self._name, done=done, total=self._total))
+            self._told = time.monotonic()
+
+
 # === Configuration ===========================================================
 
 CONFIG_BYTES = 2**20  # a config is a page; whatever is larger is a mistake
@@ -782,15 +842,15 @@ def read_config(path: str | Path) -> str:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
         raise TrainError(ErrorCode.CONFIG_NOT_FOUND, f"Config {path} {reason}") from error
     if len(content) > CONFIG_BYTES:
-        raise not_json("at most 1 MiB", "more", "This is not a config for this program.")
+        raise bad_json("at most 1 MiB", "more", "This is not a config for this program.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         hint = "Save the file as UTF-8."
-        raise not_json("UTF-8 text", f"byte {error.start} that is none", hint) from error
+        raise bad_json("UTF-8 text", f"byte {error.start} that is none", hint) from error
 
 
-def not_json(expected: str, found: str, hint: str) -> TrainError:
+def bad_json(expected: str, found: str, hint: str) -> TrainError:
     """Say what is wrong with the file as a whole."""
     return TrainError.at(ErrorCode.CONFIG_NOT_JSON, "$", expected, found, hint)
 
@@ -798,52 +858,20 @@ def not_json(expected: str, found: str, hint: str) -> TrainError:
 def parse_config(text: str) -> Record:
     """Parse a config the strict way and list everything that strict JSON forbids."""
     if not text.strip():
-        raise not_json("a JSON object", "an empty file", "Start from example_config.json.")
+        raise bad_json("a JSON object", "an empty file", "Start from example_config.json.")
     try:
         document, problems = parse_json(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise not_json("strict JSON", f"{error.msg} at {place}", "Mend this place.") from error
+        raise bad_json("strict JSON", f"{error.msg} at {place}", "Mend this place.") from error
     except (RecursionError, ValueError) as error:  # 100,000 brackets; a number of 5,000 digits
-        raise not_json("a config", f"JSON beyond all measure ({error})", "") from error
+        raise bad_json("a config", f"JSON beyond all measure ({error})", "") from error
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_NOT_JSON, problems)
     if not isinstance(document, dict):
         hint = "Put the knobs between { and }."
-        raise not_json("a JSON object", show(document), hint)
+        raise bad_json("a JSON object", show(document), hint)
     return document
-
-
-def parse_json(text: str) -> tuple[Any, list[Problem]]:
-    """Parse JSON, noting what Python's parser lets pass: NaN, infinity, a key given twice."""
-    problems: list[Problem] = []
-
-    def note(path: str, expected: str, found: str) -> None:
-        problems.append(Problem(path=path, expected=expected, found=found, hint="Mend the file."))
-
-    def number(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            note("$", "a finite number", digits)
-        return value
-
-    def unique(pairs: list[tuple[str, Any]]) -> Record:
-        counts = Counter(key for key, _ in pairs)
-        for key, count in counts.items():
-            if count > 1:
-                note(key, "every key once", f"it {count} times")
-        return dict(pairs)
-
-    document = json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=unique)
-    try:
-        json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        note("$", "Unicode text", "half of a surrogate pair")
-    return document, problems
-
-
-# What parsing text of unknown origin, and looking into the result, can raise.
-NOT_JSON = (ValueError, RecursionError, TypeError, AttributeError)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -867,15 +895,6 @@ def override(document: Record, overrides: Mapping[str, Any]) -> None:
     for key in overrides.keys() & knobs().keys():
         form = nested if isinstance(nested, dict) and key in nested else document
         form[key] = overrides[key]
-
-
-def show(value: Any) -> str:
-    """Quote a value from the config, not more of it than fits into a sentence."""
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        return "deeply nested brackets"
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 TYPE_WORDS = {
@@ -1075,30 +1094,34 @@ class TrainingConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
-    def regular_share(self) -> Fraction:
+    def exact_share(self) -> Fraction:
         """Give the share of images that keep the base model as it is, as it was written."""
         return Fraction(str(self.regularization_share))
 
-    def others(self, positions: int, regular: int) -> int:
+    def regularization_before(self, positions: int, regularization: int) -> int:
         """Count those from regularization_path among the first images that are trained on."""
-        return math.floor(positions * self.regular_share) if regular else 0
+        return math.floor(positions * self.exact_share) if regularization else 0
 
-    def drawn(self, images: int, regular: int, epochs: int) -> int:
+    def drawn(self, images: int, regularization: int, epochs: int) -> int:
         """Count the images trained on while each of dataset_path is seen so many times.
 
-        `regular` of the images come from regularization_path, and take turns with the others.
+        `regularization` of the images come from regularization_path, and take their turns.
         """
-        own = epochs * (images - regular)
-        return math.floor((own - 1) / (1 - self.regular_share)) + 1 if regular else own
+        own = epochs * (images - regularization)
+        return math.floor((own - 1) / (1 - self.exact_share)) + 1 if regularization else own
 
-    def steps_per_epoch(self, images: int, regular: int = 0) -> int:
+    def steps_per_epoch(self, images: int, regularization: int = 0) -> int:
         """Count the updates in which every image of dataset_path is seen at least once."""
-        return math.ceil(self.drawn(images, regular, 1) / self.effective_batch)
+        return math.ceil(self.drawn(images, regularization, 1) / self.effective_batch)
 
-    def total_steps(self, images: int, regular: int = 0) -> int:
+    def total_steps(self, images: int, regularization: int = 0) -> int:
         """Count the updates; epochs run on across their borders, only the last may be short."""
-        drawn = self.drawn(images, regular, self.epochs)
+        drawn = self.drawn(images, regularization, self.epochs)
         return self.steps or math.ceil(drawn / self.effective_batch)
+
+    def value(self, knob: str) -> Any:
+        """Look a knob up by its name."""
+        return getattr(self, knob)
 
     def as_record(self) -> Record:
         """Show every knob as JSON."""
@@ -1123,7 +1146,7 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
         ("regularization_path", "dataset_path", [data], "It is for images of other things."),
         ("regularization_path", "output_path", [output, output / "samples"], spoiled),
     ):
-        path = vars(config)[knob]
+        path = config.value(knob)
         if path and Path(os.path.realpath(path)) in taken:
             expected, found = f"a folder other than {other}", show(str(path))
             yield Problem(path=knob, expected=expected, found=found, hint=hint)
@@ -1333,22 +1356,6 @@ def beside(work: Callable[[], Any]) -> Future[Any]:
     return outcome
 
 
-class Phase:
-    """Tell at most once a second how far a preparation has come; leave when asked to stop."""
-
-    def __init__(self, name: str, total: int, events: Emitter, stop: StopRequest) -> None:
-        """Begin; nothing is told in the first second."""
-        self._name, self._total, self._events, self._stop = name, total, events, stop
-        self._told = time.monotonic()
-
-    def at(self, done: int) -> None:
-        """Note how many are done."""
-        self._stop.check()
-        if time.monotonic() - self._told >= 1:
-            self._events.info(PhaseFacts(name=self._name, done=done, total=self._total))
-            self._told = time.monotonic()
-
-
 def take_stop_file(path: Path) -> bool:
     """Honour a stop file: it is there exactly if it can be removed."""
     try:
@@ -1401,7 +1408,7 @@ class Dataset:
     facts: DatasetFacts
 
     @property
-    def regular(self) -> int:
+    def regularization_images(self) -> int:
         """Count the pictures which keep the base model as it is."""
         return self.facts.regularization_images
 
@@ -1449,7 +1456,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def check_regular(path: Path, root: Path) -> None:
+def check_plain_file(path: Path, root: Path) -> None:
     """Refuse what must not be opened: pipes, devices, links that lead out of the dataset."""
     try:
         if path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
@@ -1467,7 +1474,7 @@ def inspect_image(path: Path, root: Path) -> tuple[int, int]:
     """Decode an image far enough to trust it; return width and height as a viewer shows them."""
     from PIL import Image, UnidentifiedImageError
 
-    check_regular(path, root)
+    check_plain_file(path, root)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             # Phones write JPEGs with further pictures behind the first; only that one counts.
@@ -1521,7 +1528,7 @@ def inspect_images(
 
 def read_inside(path: Path, root: Path, limit_bytes: int) -> bytes:
     """Read a file of the dataset, never more than the limit and never from outside."""
-    check_regular(path, root)
+    check_plain_file(path, root)
     try:
         with path.open("rb") as file:
             content = file.read(limit_bytes + 1)
@@ -1758,7 +1765,7 @@ class Structure:
         return self.parts["unet"]
 
     @property
-    def pixels_per_latent(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Tell how far the VAE reduces a side; its encoder halves it a few times."""
         halving = re.compile(r"encoder\.down.*downsample.*conv\.weight")
         return 1 << (sum(bool(halving.match(name)) for name in self.parts["vae"]) or 3)
@@ -1837,16 +1844,16 @@ def predict_from_text(
     unet: Any, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, _: torch.Tensor
 ) -> torch.Tensor:
     """Ask a denoiser that is told the caption alone."""
-    answer: torch.Tensor = unet(noisy, times, text.hidden).sample
+    answer: torch.Tensor = unet(noisy, times, text.prompt_embeds).sample
     return answer
 
 
-def predict_from_text_and_sizes(
-    unet: Any, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, sizes: torch.Tensor
+def predict_from_text_and_time_ids(
+    unet: Any, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, time_ids: torch.Tensor
 ) -> torch.Tensor:
     """Ask a denoiser that is also told how the picture was resized and cropped."""
-    told = {"text_embeds": text.pooled, "time_ids": sizes}
-    answer: torch.Tensor = unet(noisy, times, text.hidden, added_cond_kwargs=told).sample
+    told = {"text_embeds": text.pooled_prompt_embeds, "time_ids": time_ids}
+    answer: torch.Tensor = unet(noisy, times, text.prompt_embeds, added_cond_kwargs=told).sample
     return answer
 
 
@@ -1891,7 +1898,7 @@ SDXL = Family(
     },
     header={"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
     read_text=read_two_encoders,
-    predict=predict_from_text_and_sizes,
+    predict=predict_from_text_and_time_ids,
     unread_layers=(1, 0),
     empty_is_silence=True,
 )
@@ -1910,12 +1917,12 @@ def living_copy(hub_id: str) -> str:
     return MOVED.get(hub_id, hub_id)
 
 
-def damaged(path: Path, found: str) -> TrainError:
+def damaged_model(path: Path, found: str) -> TrainError:
     """Say which file of the base model is broken."""
     return TrainError.at(ErrorCode.MODEL_DAMAGED, path, "a complete model", found)
 
 
-def unsupported(kind: str) -> TrainError:
+def unsupported_model(kind: str) -> TrainError:
     """Say what the base model is instead of what can be trained."""
     expected = "a Stable Diffusion 1.x, 2.x or SDXL base"
     return TrainError.at(ErrorCode.MODEL_UNSUPPORTED, "base_model", expected, kind)
@@ -1933,9 +1940,9 @@ def read_header(path: Path) -> Shapes:
             shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             check_spans(header, shapes, file.seek(0, os.SEEK_END) - 8 - length)
     except (OSError, ArithmeticError, LookupError, struct.error, *NOT_JSON) as error:
-        raise damaged(path, f"no safetensors header ({error})") from error
+        raise damaged_model(path, f"no safetensors header ({error})") from error
     if problems or not shapes:
-        raise damaged(path, "a file that does not hold what its header says")
+        raise damaged_model(path, "a file that does not hold what its header says")
     return shapes
 
 
@@ -1966,11 +1973,11 @@ def read_json_file(path: Path) -> Record:
         with open_regular(path) as file:
             document, problems = parse_json(file.read().decode())
     except (OSError, *NOT_JSON) as error:
-        raise damaged(path, f"no readable JSON ({error})") from error
+        raise damaged_model(path, f"no readable JSON ({error})") from error
     # Some of diffusers' own schedulers are saved with an infinity.
     serious = [problem for problem in problems if not problem.found.endswith("Infinity")]
     if serious or not isinstance(document, dict):
-        raise damaged(path, "no JSON object")
+        raise damaged_model(path, "no JSON object")
     return document
 
 
@@ -1985,11 +1992,11 @@ def find_weights(component: Path) -> list[Path]:
         shards = read_json_file(index).get("weight_map")
         names = list(shards.values()) if isinstance(shards, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
-            raise damaged(index, "no weight_map")
+            raise damaged_model(index, "no weight_map")
         return [component / Path(name).name for name in sorted(set(names))]
     if any(component.glob("*.bin")):
-        raise unsupported("stored as pickle (.bin), which can run code when loaded")
-    raise damaged(component, f"no {stem}.safetensors")
+        raise unsupported_model("stored as pickle (.bin), which can run code when loaded")
+    raise damaged_model(component, f"no {stem}.safetensors")
 
 
 def read_folder(folder: Path) -> Structure:
@@ -2000,9 +2007,9 @@ def read_folder(folder: Path) -> Structure:
     schedule = read_json_file(folder / "scheduler" / "scheduler_config.json")
     channels, prediction = unet.get("in_channels", 4), schedule.get("prediction_type", "epsilon")
     if type(channels) is not int or not isinstance(prediction, str):
-        raise damaged(folder, "configs without sense")
+        raise damaged_model(folder, "configs without sense")
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise unsupported(f"a model with {show(unet['_class_name'])}")
+        raise unsupported_model(f"a model with {show(unet['_class_name'])}")
     encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
     files = [file for part in ("unet", "vae", *encoders) for file in find_weights(folder / part)]
     parts: dict[str, Shapes] = {"unet": {}, "vae": {}, **{name: {} for name in encoders}}
@@ -2026,9 +2033,9 @@ def refuse_other_folder(folder: Path) -> None:
     if (folder / "unet").exists():
         return
     if (folder / "transformer").is_dir():
-        raise unsupported("a transformer (DiT) model such as SD 3 or FLUX")
+        raise unsupported_model("a transformer (DiT) model such as SD 3 or FLUX")
     if files := sorted(folder.glob("*.safetensors")):
-        raise unsupported(f"a folder that is no model; did you mean {files[0].name} in it?")
+        raise unsupported_model(f"a folder that is no model; did you mean {files[0].name} in it?")
 
 
 def native_resolution(unet: Record, vae: Record) -> int | None:
@@ -2036,10 +2043,10 @@ def native_resolution(unet: Record, vae: Record) -> int | None:
     size, levels = unet.get("sample_size"), vae.get("block_out_channels")
     if not isinstance(size, int) or not isinstance(levels, list):
         return None
-    return size * pixels_per_latent(levels[:16])
+    return size * vae_scale_factor(levels[:16])
 
 
-def pixels_per_latent(levels: Sequence[object]) -> int:
+def vae_scale_factor(levels: Sequence[object]) -> int:
     """Tell how far a VAE reduces a side: between two of its levels it halves it."""
     return 1 << max(0, len(levels) - 1)
 
@@ -2047,7 +2054,7 @@ def pixels_per_latent(levels: Sequence[object]) -> int:
 def read_file(path: Path) -> Structure:
     """Read the structure of a single file in the original layout."""
     if path.suffix.lower() in PICKLES:
-        raise unsupported("a pickle file, which can run code when loaded")
+        raise unsupported_model("a pickle file, which can run code when loaded")
     weights = read_header(path)
     parts = {
         part: {
@@ -2078,11 +2085,11 @@ def read_file(path: Path) -> Structure:
 def refuse_other_file(weights: Shapes, shapes: Shapes) -> None:
     """Tell by its names when a safetensors file is something else than a base model."""
     if any(name.startswith(("lora_", "unet.")) and "lora" in name for name in weights):
-        raise unsupported("a LoRA, not a base model")
+        raise unsupported_model("a LoRA, not a base model")
     if any("joint_blocks" in name or "double_blocks" in name for name in weights):
-        raise unsupported("a transformer (DiT) model such as SD 3 or FLUX")
+        raise unsupported_model("a transformer (DiT) model such as SD 3 or FLUX")
     if len(shapes.get("input_blocks.0.0.weight", ())) != 4:
-        raise unsupported("no checkpoint in the original Stable Diffusion layout")
+        raise unsupported_model("no checkpoint in the original Stable Diffusion layout")
 
 
 def is_local(model: str) -> bool:
@@ -2148,13 +2155,13 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]
         return ModelFacts(source="hub", cached=False, hub_id=living_copy(config.base_model)), None
     if structure.input_channels != 4:
         kind = UNSUPPORTED_INPUTS.get(structure.input_channels, "a model with other inputs")
-        raise unsupported(kind)
+        raise unsupported_model(kind)
     if structure.prediction_type not in (None, "epsilon", "v_prediction"):
-        raise unsupported(f"a model that predicts {structure.prediction_type}")
+        raise unsupported_model(f"a model that predicts {structure.prediction_type}")
     if not any(structure.text_encoders):
-        raise unsupported("a denoiser without text encoder")
+        raise unsupported_model("a denoiser without text encoder")
     if structure.micro_conditioning and not structure.text_encoders[0]:
-        raise unsupported("an SDXL refiner")
+        raise unsupported_model("an SDXL refiner")
     family = next(family for family in FAMILIES.values() if family.recognises(structure))
     family = FAMILIES.get(config.model_family, family)
     local = is_local(config.base_model)
@@ -2201,7 +2208,7 @@ def download_model(config: TrainingConfig, events: Emitter) -> None:
         if not list(folder.glob("unet/*.safetensors")):
             fetch(hub_id, [*CONFIG_FILES, *HALF_FILES])
         if find_model(hub_id) is None:
-            raise not_fetched("base_model", hub_id, "a part of it")
+            raise unfetched_model("base_model", hub_id, "a part of it")
     elif path.is_file() and (reference := missing_reference(config, inspect_model(config)[0])):
         fetch(reference, CONFIG_FILES)
     if config.vae and not is_local(config.vae):
@@ -2214,7 +2221,7 @@ def missing_reference(config: TrainingConfig, facts: ModelFacts) -> str | None:
     return None if config.model_config_path or cached_snapshot(reference) else reference
 
 
-def not_fetched(knob: str, hub_id: str, found: str) -> TrainError:
+def unfetched_model(knob: str, hub_id: str, found: str) -> TrainError:
     """Say which model is not here and how to get it."""
     expected, hint = f"{hub_id} in the cache or on the hub", f"With a network: hf download {hub_id}"
     return TrainError.at(ErrorCode.MODEL_NOT_FOUND, knob, expected, found, hint)
@@ -2228,7 +2235,7 @@ def fetch(hub_id: str, patterns: list[str], knob: str = "base_model") -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # the network has more ways to fail than could be listed
         said = str(error).strip() or type(error).__name__
-        raise not_fetched(knob, hub_id, said.splitlines()[0]) from error
+        raise unfetched_model(knob, hub_id, said.splitlines()[0]) from error
 
 
 def locate_model(config: TrainingConfig, facts: ModelFacts) -> BaseModel:
@@ -2288,9 +2295,9 @@ def load_part(base: BaseModel, part: str, dtype: torch.dtype, device: Any = "cpu
     except Exception as error:  # a config without sense makes the libraries raise anything
         if isinstance(error, TrainError) or is_out_of_memory(error):
             raise
-        raise damaged(place, f"what cannot be loaded ({error})") from error
+        raise damaged_model(place, f"what cannot be loaded ({error})") from error
     if missing:  # the libraries would go on with random numbers in their place
-        raise damaged(place, f"{len(missing)} weights missing")
+        raise damaged_model(place, f"{len(missing)} weights missing")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -2430,7 +2437,7 @@ def load_tokenizers(base: BaseModel) -> list[Any]:
     try:
         return [CLIPTokenizer.from_pretrained(f, local_files_only=True) for f in folders]
     except Exception as error:  # the library's own exceptions have no common name
-        raise damaged(base.folder, f"no tokenizer ({error})") from error
+        raise damaged_model(base.folder, f"no tokenizer ({error})") from error
 
 
 def load_schedule(base: BaseModel) -> Any:
@@ -2442,7 +2449,7 @@ def load_schedule(base: BaseModel) -> Any:
     try:
         return DDPMScheduler.from_config(config, **own)
     except Exception as error:  # a config without sense
-        raise damaged(base.folder / "scheduler", f"no noise schedule ({error})") from error
+        raise damaged_model(base.folder / "scheduler", f"no noise schedule ({error})") from error
 
 
 @dataclass
@@ -2453,13 +2460,13 @@ class Models:
     device: torch.device
     dtype: torch.dtype
     schedule: Any
-    signal_shares: torch.Tensor  # the schedule's cumulative alphas, [time steps]
+    alphas_cumprod: torch.Tensor  # the schedule's cumulative alphas, [time steps]
     tokenizers: list[Any]
     text_length: int  # tokens that a caption has room for, both ends included
-    latent_scale: float
-    pixels_per_latent: int  # along a side
+    scaling_factor: float
+    vae_scale_factor: int  # along a side
     text_encoders: list[Any] = field(default_factory=list)
-    unet: Any = None
+    denoiser: Any = None
     mixes: bool = False  # whether the denoiser lies in another precision than it computes in
     tiling: bool = False  # whether the VAE decodes previews in pieces
 
@@ -2474,15 +2481,15 @@ class Models:
         levels = vae.get("block_out_channels")
         if not isinstance(scale, (int, float)) or not isinstance(levels, list):
             place = base.vae or base.folder / "vae"
-            raise damaged(place, "no scaling_factor or block_out_channels that make sense")
+            raise damaged_model(place, "no scaling_factor or block_out_channels that make sense")
         if not all(isinstance(length, int) for length in lengths):
-            raise damaged(base.folder, "a max_position_embeddings that is no number")
+            raise damaged_model(base.folder, "a max_position_embeddings that is no number")
         return cls(
             *(base, device, dtype, schedule, schedule.alphas_cumprod.to(device)),
             tokenizers=load_tokenizers(base),
             text_length=min(lengths),
-            latent_scale=scale,
-            pixels_per_latent=pixels_per_latent(levels),
+            scaling_factor=scale,
+            vae_scale_factor=vae_scale_factor(levels),
         )
 
     def load_text_encoders(self, dtype: torch.dtype) -> None:
@@ -2495,7 +2502,7 @@ class Models:
         import torch
 
         if self.device.type != "cuda":
-            self.unet = load_part(self.base, "unet", self.dtype, self.device)
+            self.denoiser = load_part(self.base, "unet", self.dtype, self.device)
             return
         kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         dtype, packs = kinds.get(precision, self.dtype), precision in QUANTISED
@@ -2505,7 +2512,7 @@ class Models:
         if packs:
             pack_linears(unet, precision, self.dtype)
         # Convolutions in half precision read this order of numbers, and else convert to it.
-        self.unet = unet.to(self.device, memory_format=torch.channels_last)
+        self.denoiser = unet.to(self.device, memory_format=torch.channels_last)
 
     def read_text(self, tokens: Sequence[torch.Tensor]) -> TextInputs:
         """Let the text encoders read token numbers, [batch, tokens] for each of them."""
@@ -2513,7 +2520,7 @@ class Models:
         return TextInputs(*self.base.family.read_text(self.text_encoders, ids))
 
     def predict(
-        self, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, sizes: torch.Tensor
+        self, noisy: torch.Tensor, times: torch.Tensor, text: TextInputs, time_ids: torch.Tensor
     ) -> torch.Tensor:
         """Ask the denoiser, in the precision chosen for it.
 
@@ -2524,40 +2531,10 @@ class Models:
 
         noisy, text = noisy.to(self.dtype), text.cast(self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=self.mixes):
-            answer: torch.Tensor = self.base.family.predict(self.unet, noisy, times, text, sizes)
+            answer: torch.Tensor = self.base.family.predict(
+                self.denoiser, noisy, times, text, time_ids
+            )
         return answer
-
-
-def choose_device(config: TrainingConfig) -> torch.device:
-    """Take the processor that was asked for, or the best there is."""
-    import torch
-
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if config.device == "auto":
-        return torch.device(next((kind for kind, there in available.items() if there), "cpu"))
-    device = torch.device(config.device)
-    missing = not available.get(device.type, True)
-    if missing or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        found = "a torch that does not see it"
-        raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", config.device, found)
-    return device
-
-
-def choose_precision(config: TrainingConfig, device: torch.device, events: Emitter) -> torch.dtype:
-    """Take the precision that was asked for where the device is good at it."""
-    import torch
-
-    wanted = config.mixed_precision
-    if device.type != "cuda":
-        for knob in ("mixed_precision", "base_precision"):
-            if vars(config)[knob] in ("fp16", "bf16"):
-                message = f"{knob} {vars(config)[knob]} is for CUDA; using fp32"
-                events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
-        return torch.float32
-    if wanted == "auto":
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if real else torch.float16
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[wanted]
 
 
 # === Text and latent cache ===================================================
@@ -2574,8 +2551,8 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class TextInputs:
     """What the denoiser is told about a caption."""
 
-    hidden: torch.Tensor  # [batch, tokens, width]
-    pooled: torch.Tensor | None  # [batch, width], where the family has it
+    prompt_embeds: torch.Tensor  # [batch, tokens, width]
+    pooled_prompt_embeds: torch.Tensor | None  # [batch, width], where the family has it
 
     def to(self, device: torch.device) -> TextInputs:
         """Move to a device."""
@@ -2590,8 +2567,10 @@ class TextInputs:
         """Join captions to a batch."""
         import torch
 
-        pooled = [text.pooled for text in texts if text.pooled is not None]
-        hidden = torch.cat([text.hidden for text in texts])
+        pooled = [
+            text.pooled_prompt_embeds for text in texts if text.pooled_prompt_embeds is not None
+        ]
+        hidden = torch.cat([text.prompt_embeds for text in texts])
         return cls(hidden, torch.cat(pooled) if pooled else None)
 
     def silenced(self) -> TextInputs:
@@ -2600,7 +2579,10 @@ class TextInputs:
 
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TextInputs:
         """Do the same to all of it."""
-        return TextInputs(change(self.hidden), None if self.pooled is None else change(self.pooled))
+        return TextInputs(
+            change(self.prompt_embeds),
+            None if self.pooled_prompt_embeds is None else change(self.pooled_prompt_embeds),
+        )
 
 
 @dataclass(frozen=True)
@@ -2609,8 +2591,8 @@ class CachedImage:
 
     name: str
     caption: str
-    moments: torch.Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
-    sizes: torch.Tensor  # [6]: original height and width, crop top and left, target both
+    latent_dist: torch.Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
+    time_ids: torch.Tensor  # [6]: original height and width, crop top and left, target both
 
 
 @dataclass(frozen=True)
@@ -2620,11 +2602,11 @@ class Cache:
     images: tuple[CachedImage, ...]  # those of regularization_path last
     tokens: dict[str, list[torch.Tensor]]  # [1, tokens] for every text encoder
     texts: dict[str, TextInputs]  # empty while text encoders learn
-    regular: int = 0  # images of regularization_path
+    regularization: int = 0  # images of regularization_path
 
     def window(self, config: TrainingConfig, step: int) -> list[int]:
         """Name the images of an update by their numbers."""
-        return window(config, len(self.images), step, self.regular)
+        return update_window(config, len(self.images), step, self.regularization)
 
     def read(self, models: Models, captions: Sequence[str]) -> TextInputs:
         """Look captions up, or let the text encoders read them as they are at this step."""
@@ -2660,7 +2642,7 @@ class Shelf:
 
         if self.folder is None:
             return []
-        weights = [gist_of(file) for part in parts for file in part_files(base, part)]
+        weights = [sampled_digest(file) for part in parts for file in part_files(base, part)]
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
     def place(self, *key: object) -> Path | None:
@@ -2798,7 +2780,7 @@ def read_texts(
         # One by one, because the last bits depend on the size of a batch.
         with torch.no_grad():
             made = models.read_text(ids).to(torch.device("cpu"))
-        parts = {"hidden": made.hidden, "pooled": made.pooled}
+        parts = {"prompt_embeds": made.prompt_embeds, "pooled": made.pooled_prompt_embeds}
         return {k: v.contiguous() for k, v in parts.items() if v is not None}
 
     def tasks() -> Iterator[Task]:
@@ -2808,7 +2790,7 @@ def read_texts(
             yield place, None if shelf.find(place) else functools.partial(read, ids)
 
     filled = zip(tokens, shelf.fill(tasks()), strict=True)
-    return {text: TextInputs(kept["hidden"], kept.get("pooled")) for text, kept in filled}
+    return {text: TextInputs(kept["prompt_embeds"], kept.get("pooled")) for text, kept in filled}
 
 
 def encode_images(
@@ -2825,14 +2807,14 @@ def encode_images(
     def look(picture: Picture) -> tuple[Path | None, Any]:
         gist = None
         with contextlib.suppress(OSError):  # is told of below
-            gist = gist_of(picture.path) if shelf.folder else None
+            gist = sampled_digest(picture.path) if shelf.folder else None
         place = shelf.place(weights, gist, config.resolution, config.flip)
         kept = shelf.find(place)
         return place, None if kept else fit_picture(load_checked(picture), config.resolution)
 
     def encode(picture: Picture, fitted: tuple[Image.Image, list[int]]) -> Kept:
         made = encode_image(load_vae_once(), *fitted, flip=config.flip)
-        if not made["moments"].isfinite().all():
+        if not made["latent_dist"].isfinite().all():
             code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
             raise TrainError.at(code, picture.name, "finite latents", bad)
         return made
@@ -2843,7 +2825,7 @@ def encode_images(
             yield place, functools.partial(encode, picture, fitted) if fitted else None
 
     return tuple(
-        CachedImage(picture.name, picture.caption, kept["moments"], kept["sizes"])
+        CachedImage(picture.name, picture.caption, kept["latent_dist"], kept["time_ids"])
         for picture, kept in zip(pictures, shelf.fill(tasks()), strict=True)
     )
 
@@ -2861,7 +2843,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
             yield done, future.result()
 
 
-def encode_image(vae: Any, picture: Image.Image, sizes: list[int], *, flip: bool) -> Kept:
+def encode_image(vae: Any, picture: Image.Image, time_ids: list[int], *, flip: bool) -> Kept:
     """Let the VAE see one picture. Alone, because the last bits depend on the size of a batch."""
     import torch
 
@@ -2869,8 +2851,8 @@ def encode_image(vae: Any, picture: Image.Image, sizes: list[int], *, flip: bool
     forms = [pixels, pixels.flip(-1)] if flip else [pixels]
     with torch.no_grad():
         found = [vae.encode(form).latent_dist for form in forms]
-    moments = torch.stack([torch.cat([d.mean, d.std]) for d in found]).cpu()
-    return {"moments": moments, "sizes": torch.tensor(sizes, dtype=torch.float32)}
+    latent_dist = torch.stack([torch.cat([d.mean, d.std]) for d in found]).cpu()
+    return {"latent_dist": latent_dist, "time_ids": torch.tensor(time_ids, dtype=torch.float32)}
 
 
 # === Objective ===============================================================
@@ -2882,10 +2864,10 @@ class Batch:
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
-    clean: torch.Tensor  # latents, [batch, channels, latent height, latent width]
+    latents: torch.Tensor  # [batch, channels, latent height, latent width]
     noise: torch.Tensor  # the same shape
     timesteps: torch.Tensor  # [batch]
-    sizes: torch.Tensor  # [batch, 6]
+    time_ids: torch.Tensor  # [batch, 6]
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -2905,26 +2887,29 @@ def shuffled(seed: int, epoch: int, count: int, word: str = "epoch") -> list[int
     return order
 
 
-def whose_turn(config: TrainingConfig, position: int, images: int, regular: int) -> int:
+def image_at(config: TrainingConfig, position: int, images: int, regularization: int) -> int:
     """Choose the image for a position in the row of all that is trained on.
 
-    The last `regular` ones, those of regularization_path, take their turns evenly in between.
+    The last `regularization` ones, those of regularization_path, come evenly in between.
     """
-    others, own = config.others(position, regular), images - regular
-    if config.others(position + 1, regular) > others:
-        epoch, place = divmod(others, regular)
-        return own + shuffled(config.seed, epoch, regular, "regular epoch")[place]
-    epoch, place = divmod(position - others, own)
+    before = config.regularization_before(position, regularization)
+    own = images - regularization
+    if config.regularization_before(position + 1, regularization) > before:
+        epoch, place = divmod(before, regularization)
+        return own + shuffled(config.seed, epoch, regularization, "regular epoch")[place]
+    epoch, place = divmod(position - before, own)
     return shuffled(config.seed, epoch, own)[place]
 
 
-def window(config: TrainingConfig, images: int, step: int, regular: int = 0) -> list[int]:
+def update_window(
+    config: TrainingConfig, images: int, step: int, regularization: int = 0
+) -> list[int]:
     """Name the images of one update. Updates run on across the borders of epochs."""
     begin = (step - 1) * config.effective_batch
     end = begin + config.effective_batch
     if config.steps is None:
-        end = min(end, config.drawn(images, regular, config.epochs))
-    return [whose_turn(config, position, images, regular) for position in range(begin, end)]
+        end = min(end, config.drawn(images, regularization, config.epochs))
+    return [image_at(config, position, images, regularization) for position in range(begin, end)]
 
 
 def draw_batch(
@@ -2933,47 +2918,51 @@ def draw_batch(
     """Draw what is left to chance for some slots of an update: a pure function of its arguments."""
     import torch
 
-    clean, noise, timesteps = [], [], []
+    latents, noise, timesteps = [], [], []
     images = [cache.images[index] for _, index in slots]
     for (slot, _), image in zip(slots, images, strict=True):
         chance = seeded(config.seed, "step", step, slot)
-        form = int(torch.randint(len(image.moments), (), generator=chance))
-        mean, deviation = image.moments[form]
-        clean.append(mean + deviation * torch.randn(mean.shape, generator=chance))
+        form = int(torch.randint(len(image.latent_dist), (), generator=chance))
+        mean, deviation = image.latent_dist[form]
+        latents.append(mean + deviation * torch.randn(mean.shape, generator=chance))
         noise.append(torch.randn(mean.shape, generator=chance))
         timesteps.append(torch.randint(steps, (), generator=chance))
     return Batch(
         names=tuple(image.name for image in images),
         captions=tuple(image.caption for image in images),
-        clean=torch.stack(clean),
+        latents=torch.stack(latents),
         noise=torch.stack(noise),
         timesteps=torch.stack(timesteps),
-        sizes=torch.stack([image.sizes for image in images]),
+        time_ids=torch.stack([image.time_ids for image in images]),
     )
 
 
-def add_noise(clean: torch.Tensor, noise: torch.Tensor, signal_share: torch.Tensor) -> torch.Tensor:
-    """Mix latents and noise; `signal_share` is the schedule's cumulative alpha, [batch]."""
-    share = signal_share.view(-1, 1, 1, 1)
-    return share.sqrt() * clean + (1 - share).sqrt() * noise
+def add_noise(
+    latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """Mix latents and noise; `alphas_cumprod` are those of the times drawn, [batch]."""
+    alphas = alphas_cumprod.view(-1, 1, 1, 1)
+    return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
 
 
-def velocity(clean: torch.Tensor, noise: torch.Tensor, signal_share: torch.Tensor) -> torch.Tensor:
+def velocity(
+    latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
     """Tell what a v-prediction model is to answer."""
-    share = signal_share.view(-1, 1, 1, 1)
-    return share.sqrt() * noise - (1 - share).sqrt() * clean
+    alphas = alphas_cumprod.view(-1, 1, 1, 1)
+    return alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
 
 
 def batch_losses(models: Models, batch: Batch, text: TextInputs) -> torch.Tensor:
     """Compare the denoiser's answer with what was added; one loss per image, [batch]."""
-    numbers = (batch.clean, batch.noise, batch.timesteps, batch.sizes)
-    clean, noise, timesteps, sizes = (send(each, models.device) for each in numbers)
-    clean = clean * models.latent_scale
-    share = models.signal_shares[timesteps]
-    answer = models.predict(add_noise(clean, noise, share), timesteps, text, sizes)
+    numbers = (batch.latents, batch.noise, batch.timesteps, batch.time_ids)
+    latents, noise, timesteps, time_ids = (send(each, models.device) for each in numbers)
+    latents = latents * models.scaling_factor
+    alphas = models.alphas_cumprod[timesteps]
+    answer = models.predict(add_noise(latents, noise, alphas), timesteps, text, time_ids)
     wanted = noise
     if models.base.prediction_type == "v_prediction":
-        wanted = velocity(clean, noise, share)
+        wanted = velocity(latents, noise, alphas)
     return (answer.float() - wanted).square().mean(dim=(1, 2, 3))
 
 
@@ -2987,7 +2976,7 @@ def losses_of(
     """Draw some slots of an update, one after another, and let the denoiser answer; [slots]."""
     import torch
 
-    batch = draw_batch(cache, config, step, slots, len(models.signal_shares))
+    batch = draw_batch(cache, config, step, slots, len(models.alphas_cumprod))
     if config.lora_dropout:  # draws from torch's global source
         first, _ = slots[0]
         torch.manual_seed(seeded(config.seed, "dropout", step, first).initial_seed())
@@ -3008,7 +2997,7 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     from peft import LoraConfig
 
     family = models.base.family
-    trained: dict[str, tuple[Any, Any]] = {"unet": (models.unet, UNET_TARGETS)}
+    trained: dict[str, tuple[Any, Any]] = {"unet": (models.denoiser, UNET_TARGETS)}
     if config.train_text_encoder:
         encoders = zip(family.text_parts, models.text_encoders, family.unread_layers, strict=True)
         for part, encoder, unread in encoders:
@@ -3224,7 +3213,7 @@ def check_output(path: Path) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise unusable_output(f"{folder}, which is read-only")
         if is_locked(path / ".lock"):
-            raise busy(path)
+            raise busy_output(path)
     except OSError as error:
         raise unusable_output(str(error)) from error
 
@@ -3235,7 +3224,7 @@ def unusable_output(found: str) -> TrainError:
     return TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "output_path", expected, found)
 
 
-def busy(path: Path) -> TrainError:
+def busy_output(path: Path) -> TrainError:
     """Say that the folder is taken."""
     found = f"{path}, which another run is writing to"
     return TrainError.at(ErrorCode.OUTPUT_BUSY, "output_path", "a folder of its own", found)
@@ -3284,7 +3273,7 @@ def claimed(path: Path) -> Iterator[None]:
         patience = time.monotonic() + LOCK_SECONDS
         while not try_lock(descriptor):
             if time.monotonic() > patience:
-                raise busy(path)
+                raise busy_output(path)
             time.sleep(0.05)
         yield
     finally:
@@ -3326,31 +3315,6 @@ def set_aside(output: Path) -> Path | None:
     except OSError as error:
         raise unusable_output(str(error)) from error
     return target
-
-
-def adapter_numbers(config: TrainingConfig, structure: Structure) -> int:
-    """Count, from shapes alone, the numbers that will learn."""
-    numbers = sum(
-        config.lora_rank * (shape[0] + shape[1])
-        for name, shape in structure.shapes.items()
-        if ATTENTION.search(name) and len(shape) >= 2
-    )
-    # At most: text encoders have fewer layers than the denoiser.
-    return 2 * numbers if config.train_text_encoder else numbers
-
-
-def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int:
-    """Add up, from shapes alone, what so many updates write at most."""
-    numbers = adapter_numbers(config, structure)
-    lora = numbers * (4 if config.save_precision == "fp32" else 2)
-    state = 3 * 4 * numbers  # the adapter and two moments of the optimizer, full precision
-    rounds = 1 + config.sample_at_start + steps // config.validation_steps
-    pictures = rounds * len(preview_prompts(config))
-    return (
-        lora * (1 + steps // config.checkpoint_steps)
-        + state * (config.keep_checkpoints + 1)  # the next is written before the oldest goes
-        + pictures * 3 * config.resolution**2  # a PNG is never larger than its pixels by much
-    )
 
 
 # === LoRA files ==============================================================
@@ -3468,73 +3432,6 @@ def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str,
     return content
 
 
-@dataclass(frozen=True)
-class LossPoint:
-    """One row of loss_history.csv, and the gradient's norm."""
-
-    step: int
-    loss: float | None
-    learning_rate: float
-    grad_norm: float | None
-
-
-def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
-    """Draw the loss over the steps: the single values pale, their running mean strong."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    points = [(p.step, p.loss) for p in history if p.loss is not None and math.isfinite(p.loss)]
-    steps = [step for step, _ in points] or [1]
-    losses = [loss for _, loss in points] or [1.0]
-    image = Image.new("RGB", (2400, 1200), "white")  # reduced in the end: the lines get smooth
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=32)
-    draw.text((180, 28), "Training loss over steps", "black", font)
-    # The highest hundredth may leave the picture: a few outliers would flatten all the rest.
-    across = round_ticks(steps[-1], smallest=1)
-    up = round_ticks(sorted(losses)[int(0.99 * len(losses))] * 1.05)
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        return 180 + 2160 * step / across[-1], 1080 - 980 * min(loss, up[-1]) / up[-1]
-
-    for tick in up:
-        draw.line([place(0, tick), place(across[-1], tick)], "#e6e6e6", 2)
-        draw.text(place(0, tick), f"{tick:g} ", "black", font, anchor="rm")
-    for tick in across:
-        draw.text(place(tick, -0.02 * up[-1]), f"{tick:g}", "black", font, anchor="mt")
-    if points:
-        draw.line(list(map(place, steps, losses)), "#b9cdea", 4, joint="curve")
-        smooth = list(map(place, steps, running_mean(losses)))
-        draw.line(smooth, "#2457a6", 8, joint="curve")
-        draw.circle(smooth[-1], 8, "#2457a6")
-    return image.resize((1200, 600), Image.Resampling.LANCZOS)
-
-
-def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
-    """Divide an axis from zero at round numbers, the last one at or beyond the highest value."""
-    span = max(high, 1e-6) / 5
-    size = 10 ** math.floor(math.log10(span))
-    width = max(smallest, next(size * n for n in (1, 2, 5, 10) if size * n >= span))
-    return [width * n for n in range(max(1, math.ceil(high / width)) + 1)]
-
-
-def running_mean(losses: Sequence[float]) -> Iterator[float]:
-    """Smooth the losses over a tenth of the run."""
-    sums, reach = [0.0, *itertools.accumulate(losses)], len(losses) // 20
-    for index in range(len(losses)):
-        begin, end = max(0, index - reach), min(len(losses), index + reach + 1)
-        yield (sums[end] - sums[begin]) / (end - begin)
-
-
-def write_history(output: Path, history: Sequence[LossPoint]) -> None:
-    """Write loss_history.csv and loss_curve.png."""
-    rows = [
-        f"{p.step},{'' if plain(p.loss) is None else p.loss},{p.learning_rate:.10g}"
-        for p in history
-    ]
-    table = "\n".join(["step,loss,learning_rate", *rows, ""])
-    write_whole(output / "loss_history.csv", table.encode())
-    write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
-
-
 def encode_png(image: Image.Image) -> bytes:
     """Make the bytes of a PNG file."""
     buffer = io.BytesIO()
@@ -3558,17 +3455,18 @@ FIXED_KNOBS = (
 def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str]:
     """Sum up what makes a run this run and no other, in words that can be compared."""
     pictures = plan.dataset.pictures
-    weights = fingerprint([gist_of(path) for path in weight_files(base)])
-    images = fingerprint([gist_of(picture.path) for picture in pictures])
-    mix = f"{plan.dataset.regular} images, {config.regularization_share} of all that is trained on"
+    weights = short_digest([sampled_digest(path) for path in weight_files(base)])
+    images = short_digest([sampled_digest(picture.path) for picture in pictures])
+    others = plan.dataset.regularization_images
+    mix = f"{others} images, {config.regularization_share} of all that is trained on"
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
         "prediction_type": base.prediction_type,
         "images": f"{len(pictures)} images with fingerprint {images}",
-        "captions": f"captions with fingerprint {fingerprint([p.caption for p in pictures])}",
+        "captions": f"captions with fingerprint {short_digest([p.caption for p in pictures])}",
         "effective_batch": str(config.effective_batch),
-        **({"regularization": mix} if plan.dataset.regular else {}),
-        **{knob: str(vars(config)[knob]) for knob in FIXED_KNOBS},
+        **({"regularization": mix} if others else {}),
+        **{knob: str(config.value(knob)) for knob in FIXED_KNOBS},
     }
 
 
@@ -3578,12 +3476,12 @@ def weight_files(base: BaseModel) -> list[Path]:
     return list(dict.fromkeys(file for part in parts for file in part_files(base, part)))
 
 
-def fingerprint(value: object) -> str:
+def short_digest(value: object) -> str:
     """Reduce anything to a few letters that change when it does."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def gist_of(path: Path) -> list[object]:
+def sampled_digest(path: Path) -> list[object]:
     """Tell a file by its size and by pieces of it; reading gigabytes would take too long."""
     size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
@@ -3620,7 +3518,7 @@ def write_state(output: Path, contents: Mapping[str, bytes], manifest: Record) -
         for name, content in contents.items()
     }
     manifest = {"version": STATE_VERSION, **manifest, "files": described}
-    manifest["checksum"] = fingerprint(manifest)
+    manifest["checksum"] = short_digest(manifest)
     try:
         for name, content in contents.items():
             write_whole(staging / name, content)
@@ -3647,7 +3545,7 @@ def read_state(folder: Path) -> SavedState:
     try:
         manifest, problems = parse_json((folder / "manifest.json").read_text(encoding="utf-8"))
         checksum = manifest.pop("checksum", "")
-        if problems or checksum != fingerprint(manifest):
+        if problems or checksum != short_digest(manifest):
             raise ValueError("its manifest is not what was written")
         if manifest["version"] != STATE_VERSION or folder.name != f"step_{manifest['step']}":
             raise ValueError("its manifest is of another version or another step")
@@ -3771,7 +3669,7 @@ def unpack_learner(saved: SavedState, learner: Learner) -> None:
     moments: Record = load_file(saved.folder / "optimizer.safetensors")
     numbers = saved.manifest["optimizer_numbers"]
     if adapter.keys() != learner.parameters.keys():
-        raise damaged(saved.folder, "an adapter with other layers")
+        raise damaged_model(saved.folder, "an adapter with other layers")
     with torch.no_grad():
         for name, parameter in learner.parameters.items():
             parameter.copy_(adapter[name])
@@ -3814,17 +3712,17 @@ def sample_latents(
     trained = {name: models.schedule.config[name] for name in TRAINED_SCHEDULE}
     solver: Any = DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing")
     solver.set_timesteps(config.sample_steps, device=models.device)
-    side = config.resolution // models.pixels_per_latent
+    side = config.resolution // models.vae_scale_factor
     chance = torch.Generator().manual_seed(seed)
     latents = torch.randn((1, 4, side, side), generator=chance).to(models.device)
     latents = latents * solver.init_noise_sigma
     pair = TextInputs.stack(texts).to(models.device)
-    sizes = torch.tensor([[config.resolution] * 2 + [0, 0] + [config.resolution] * 2] * 2)
-    sizes = sizes.to(models.device, torch.float32)
+    time_ids = torch.tensor([[config.resolution] * 2 + [0, 0] + [config.resolution] * 2] * 2)
+    time_ids = time_ids.to(models.device, torch.float32)
     for time_step in solver.timesteps:
         stop.check()
         noisy = solver.scale_model_input(torch.cat([latents, latents]), time_step)
-        plain, drawn = models.predict(noisy, time_step.expand(2), pair, sizes).float().chunk(2)
+        plain, drawn = models.predict(noisy, time_step.expand(2), pair, time_ids).float().chunk(2)
         answer = plain + config.sample_guidance * (drawn - plain)
         (latents,) = solver.step(answer, time_step, latents, return_dict=False)
     return latents
@@ -3839,8 +3737,8 @@ def decode_latents(models: Models, latents: torch.Tensor) -> Image.Image:
     if models.tiling:
         vae.enable_tiling()  # in pieces of the size it was made for, which may be the whole
         vae.tile_sample_min_size = TILE_PIXELS
-        vae.tile_latent_min_size = TILE_PIXELS // models.pixels_per_latent
-    pixels = vae.decode(latents / models.latent_scale).sample[0]  # [3, height, width]
+        vae.tile_latent_min_size = TILE_PIXELS // models.vae_scale_factor
+    pixels = vae.decode(latents / models.scaling_factor).sample[0]  # [3, height, width]
     if not pixels.isfinite().all():
         raise ArithmeticError("the picture is not finite")
     pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
@@ -3853,7 +3751,7 @@ def draw_preview(
     """Draw one picture without touching anything that training depends on."""
     import torch
 
-    networks = (models.unet, *models.text_encoders)
+    networks = (models.denoiser, *models.text_encoders)
     for network in networks:
         network.eval()
     try:
@@ -3867,6 +3765,253 @@ def draw_preview(
     finally:
         for network in networks:
             network.train()
+
+
+# === Device ==================================================================
+
+
+def inspect_device(wanted: str) -> DeviceFacts:
+    """Ask the system, not torch, which processor will train."""
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    kind, _, index = wanted.partition(":")
+    gpu = query_nvidia(int(index or 0)) if kind in ("auto", "cuda") else None
+    return gpu or DeviceFacts(
+        kind="mps" if apple and kind != "cpu" else "cpu",
+        name=processor_name(),
+        memory_total_bytes=memory_bytes("SC_PHYS_PAGES"),
+        memory_free_bytes=free_memory(),
+    )
+
+
+def query_nvidia(index: int) -> DeviceFacts | None:
+    """Read a visible GPU from nvidia-smi, where there is one."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(index)] * (index + 1) if listed is None else listed.split(",")
+    program = shutil.which("nvidia-smi")
+    if program is None or index >= len(visible) or visible[index].strip() in ("", "-1"):
+        return None
+    query = "--query-gpu=name,memory.total,memory.free,driver_version"
+    command = [program, query, "--format=csv,noheader,nounits", f"--id={visible[index].strip()}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        name, total, free, driver = answer.stdout.strip().split(", ")
+        return DeviceFacts(
+            kind="cuda",
+            name=name,
+            memory_total_bytes=mebibytes(total),
+            memory_free_bytes=mebibytes(free),
+            driver=driver,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None  # a driver that does not answer trains nothing
+
+
+def mebibytes(text: str) -> int | None:
+    """Read an amount; a card that shares the main memory says [N/A]."""
+    return int(text) * 2**20 if text.isdecimal() else None
+
+
+def processor_name() -> str:
+    """Name the CPU as its maker calls it, where the system tells."""
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if found := re.search(r"model name\s*: (.+)", cpuinfo):
+            return found.group(1)
+    return platform.machine()
+
+
+def memory_bytes(pages: str) -> int | None:
+    """Read an amount of main memory, where the system tells."""
+    if sys.platform == "win32" or pages not in os.sysconf_names:
+        return None
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory() -> int | None:
+    """Read how much main memory may be taken: what caches would give back too, up to a limit."""
+    free = memory_bytes("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", told):
+            free = 1024 * int(found[1])
+        group = Path("/sys/fs/cgroup")  # of a container; "max" is no number, and no limit
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        told = (group / "memory.stat").read_text(encoding="ascii")
+        counts = {name: int(count) for name, count in map(str.split, told.splitlines())}
+        used = counts["anon"] + counts["shmem"]  # what caches of files take can be taken back
+        free = min(limit - used, free) if free is not None else limit - used
+    return free
+
+
+def choose_device(config: TrainingConfig) -> torch.device:
+    """Take the processor that was asked for, or the best there is."""
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config.device == "auto":
+        return torch.device(next((kind for kind, there in available.items() if there), "cpu"))
+    device = torch.device(config.device)
+    missing = not available.get(device.type, True)
+    if missing or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        found = "a torch that does not see it"
+        raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", config.device, found)
+    return device
+
+
+def choose_precision(config: TrainingConfig, device: torch.device, events: Emitter) -> torch.dtype:
+    """Take the precision that was asked for where the device is good at it."""
+    import torch
+
+    wanted = config.mixed_precision
+    if device.type != "cuda":
+        for knob in ("mixed_precision", "base_precision"):
+            if config.value(knob) in ("fp16", "bf16"):
+                message = f"{knob} {config.value(knob)} is for CUDA; using fp32"
+                events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
+        return torch.float32
+    if wanted == "auto":
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if real else torch.float16
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[wanted]
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Tell which processor trains, once torch has been asked."""
+    import torch
+
+    facts = inspect_device(str(device))
+    if device.type == "cuda" and facts.kind != "cuda":  # nvidia-smi is not everywhere
+        free, total = torch.cuda.mem_get_info(device)
+        facts = DeviceFacts(
+            kind="cuda",
+            name=torch.cuda.get_device_name(device),
+            memory_total_bytes=total,
+            memory_free_bytes=free,
+        )
+    return facts
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, which it else gives back and asks for in every update.
+
+    Measured: a fifth of a step on a CPU. What activations had is not there for previews then.
+    """
+    import ctypes
+
+    most_mapped, trim_threshold = -4, -1  # as glibc's malloc.h numbers them; others have none
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(most_mapped, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Measure the memory that training holds: the device's, or this process's on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_full(device: torch.device) -> bool:
+    """Tell whether a card's memory is taken to the last bit, by whomever."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free < SPILL_SHARE * total
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Tell the most memory that was ever in use."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# === Loss history ============================================================
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """One row of loss_history.csv, and the gradient's norm."""
+
+    step: int
+    loss: float | None
+    learning_rate: float
+    grad_norm: float | None
+
+
+def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
+    """Draw the loss over the steps: the single values pale, their running mean strong."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    points = [(p.step, p.loss) for p in history if p.loss is not None and math.isfinite(p.loss)]
+    steps = [step for step, _ in points] or [1]
+    losses = [loss for _, loss in points] or [1.0]
+    image = Image.new("RGB", (2400, 1200), "white")  # reduced in the end: the lines get smooth
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=32)
+    draw.text((180, 28), "Training loss over steps", "black", font)
+    # The highest hundredth may leave the picture: a few outliers would flatten all the rest.
+    across = round_ticks(steps[-1], smallest=1)
+    up = round_ticks(sorted(losses)[int(0.99 * len(losses))] * 1.05)
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        return 180 + 2160 * step / across[-1], 1080 - 980 * min(loss, up[-1]) / up[-1]
+
+    for tick in up:
+        draw.line([place(0, tick), place(across[-1], tick)], "#e6e6e6", 2)
+        draw.text(place(0, tick), f"{tick:g} ", "black", font, anchor="rm")
+    for tick in across:
+        draw.text(place(tick, -0.02 * up[-1]), f"{tick:g}", "black", font, anchor="mt")
+    if points:
+        draw.line(list(map(place, steps, losses)), "#b9cdea", 4, joint="curve")
+        smooth = list(map(place, steps, running_mean(losses)))
+        draw.line(smooth, "#2457a6", 8, joint="curve")
+        draw.circle(smooth[-1], 8, "#2457a6")
+    return image.resize((1200, 600), Image.Resampling.LANCZOS)
+
+
+def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
+    """Divide an axis from zero at round numbers, the last one at or beyond the highest value."""
+    span = max(high, 1e-6) / 5
+    size = 10 ** math.floor(math.log10(span))
+    width = max(smallest, next(size * n for n in (1, 2, 5, 10) if size * n >= span))
+    return [width * n for n in range(max(1, math.ceil(high / width)) + 1)]
+
+
+def running_mean(losses: Sequence[float]) -> Iterator[float]:
+    """Smooth the losses over a tenth of the run."""
+    sums, reach = [0.0, *itertools.accumulate(losses)], len(losses) // 20
+    for index in range(len(losses)):
+        begin, end = max(0, index - reach), min(len(losses), index + reach + 1)
+        yield (sums[end] - sums[begin]) / (end - begin)
+
+
+def write_history(output: Path, history: Sequence[LossPoint]) -> None:
+    """Write loss_history.csv and loss_curve.png."""
+    rows = [
+        f"{p.step},{'' if plain(p.loss) is None else p.loss},{p.learning_rate:.10g}"
+        for p in history
+    ]
+    table = "\n".join(["step,loss,learning_rate", *rows, ""])
+    write_whole(output / "loss_history.csv", table.encode())
+    write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
 
 
 # === Memory plan =============================================================
@@ -3943,7 +4088,7 @@ def activation_bytes(
     alike = ("auto", run, *QUANTISED)
     if config.base_precision not in alike:  # autocast then widens what norms see
         number_bytes = 4
-    side, depth = config.resolution // structure.pixels_per_latent, halvings(structure.shapes)
+    side, depth = config.resolution // structure.vae_scale_factor, halvings(structure.shapes)
     tokens = structure.tokens
     blocks: Counter[str] = Counter()
     entering: dict[str, float] = {}
@@ -3987,7 +4132,7 @@ def vae_bytes(structure: Structure, maps: float, side: int) -> int:
 
 def cached_bytes(config: TrainingConfig, structure: Structure) -> int:
     """Tell what is kept of one image and its caption."""
-    latents = 4 * (config.resolution // structure.pixels_per_latent) ** 2
+    latents = 4 * (config.resolution // structure.vae_scale_factor) ** 2
     return 4 * ((1 + config.flip) * 2 * latents + structure.tokens * structure.text_width)
 
 
@@ -4104,7 +4249,9 @@ class MemoryPlan:
             peak_bytes=None,
             planned_bytes=self.peak,
             free_bytes=self.free,
-            parts={name: vars(self)[name] for name in (*parts, "cache", "activations", "preview")},
+            parts={
+                name: getattr(self, name) for name in (*parts, "cache", "activations", "preview")
+            },
             choices={
                 knob: f"{'on' if on else 'off'}: {self.peak:,} bytes planned, {room}"
                 for knob, on in chosen.items()
@@ -4134,9 +4281,9 @@ def remedies(
         changed = dataclasses.replace(config, **{knob: better})
         other = MemoryPlan.make(changed, structure, images, device)
         saved = plan.phases[phase] - other.phases[phase]
-        if better != vars(config)[knob] and saved > 0:
+        if better != config.value(knob) and saved > 0:
             hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
-            value = show(vars(config)[knob])
+            value = show(config.value(knob))
             problem = Problem(path=knob, expected=show(better), found=value, hint=hint)
             found.append((not other.fits, -saved, knob, problem))
     return [problem for *_, problem in sorted(found, key=lambda entry: entry[:3])]
@@ -4158,7 +4305,7 @@ def check_paths(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
     """Look at the three places the config names and list all that is wrong with them at once."""
     errors: list[TrainError] = []
     for knob in ("dataset_path", "regularization_path"):
-        if folder := vars(config)[knob]:
+        if folder := config.value(knob):
             with collecting(errors):
                 check_dataset_folder(folder, knob)
     with collecting(errors):
@@ -4207,93 +4354,29 @@ def check_dataset_folder(path: Path, knob: str) -> None:
     raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, expected, found)
 
 
-def inspect_device(wanted: str) -> DeviceFacts:
-    """Ask the system, not torch, which processor will train."""
-    apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    kind, _, index = wanted.partition(":")
-    gpu = query_nvidia(int(index or 0)) if kind in ("auto", "cuda") else None
-    return gpu or DeviceFacts(
-        kind="mps" if apple and kind != "cpu" else "cpu",
-        name=processor_name(),
-        memory_total_bytes=memory_bytes("SC_PHYS_PAGES"),
-        memory_free_bytes=free_memory(),
+def adapter_numbers(config: TrainingConfig, structure: Structure) -> int:
+    """Count, from shapes alone, the numbers that will learn."""
+    numbers = sum(
+        config.lora_rank * (shape[0] + shape[1])
+        for name, shape in structure.shapes.items()
+        if ATTENTION.search(name) and len(shape) >= 2
     )
+    # At most: text encoders have fewer layers than the denoiser.
+    return 2 * numbers if config.train_text_encoder else numbers
 
 
-def query_nvidia(index: int) -> DeviceFacts | None:
-    """Read a visible GPU from nvidia-smi, where there is one."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [str(index)] * (index + 1) if listed is None else listed.split(",")
-    program = shutil.which("nvidia-smi")
-    if program is None or index >= len(visible) or visible[index].strip() in ("", "-1"):
-        return None
-    query = "--query-gpu=name,memory.total,memory.free,driver_version"
-    command = [program, query, "--format=csv,noheader,nounits", f"--id={visible[index].strip()}"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        name, total, free, driver = answer.stdout.strip().split(", ")
-        return DeviceFacts(
-            kind="cuda",
-            name=name,
-            memory_total_bytes=mebibytes(total),
-            memory_free_bytes=mebibytes(free),
-            driver=driver,
-        )
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None  # a driver that does not answer trains nothing
-
-
-def mebibytes(text: str) -> int | None:
-    """Read an amount; a card that shares the main memory says [N/A]."""
-    return int(text) * 2**20 if text.isdecimal() else None
-
-
-def device_facts(device: torch.device) -> DeviceFacts:
-    """Tell which processor trains, once torch has been asked."""
-    import torch
-
-    facts = inspect_device(str(device))
-    if device.type == "cuda" and facts.kind != "cuda":  # nvidia-smi is not everywhere
-        free, total = torch.cuda.mem_get_info(device)
-        facts = DeviceFacts(
-            kind="cuda",
-            name=torch.cuda.get_device_name(device),
-            memory_total_bytes=total,
-            memory_free_bytes=free,
-        )
-    return facts
-
-
-def processor_name() -> str:
-    """Name the CPU as its maker calls it, where the system tells."""
-    with contextlib.suppress(OSError):
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if found := re.search(r"model name\s*: (.+)", cpuinfo):
-            return found.group(1)
-    return platform.machine()
-
-
-def memory_bytes(pages: str) -> int | None:
-    """Read an amount of main memory, where the system tells."""
-    if sys.platform == "win32" or pages not in os.sysconf_names:
-        return None
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_memory() -> int | None:
-    """Read how much main memory may be taken: what caches would give back too, up to a limit."""
-    free = memory_bytes("SC_AVPHYS_PAGES")
-    with contextlib.suppress(OSError, LookupError, ValueError):
-        told = Path("/proc/meminfo").read_text(encoding="ascii")
-        if found := re.search(r"MemAvailable:\s+(\d+) kB", told):
-            free = 1024 * int(found[1])
-        group = Path("/sys/fs/cgroup")  # of a container; "max" is no number, and no limit
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        told = (group / "memory.stat").read_text(encoding="ascii")
-        counts = {name: int(count) for name, count in map(str.split, told.splitlines())}
-        used = counts["anon"] + counts["shmem"]  # what caches of files take can be taken back
-        free = min(limit - used, free) if free is not None else limit - used
-    return free
+def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int:
+    """Add up, from shapes alone, what so many updates write at most."""
+    numbers = adapter_numbers(config, structure)
+    lora = numbers * (4 if config.save_precision == "fp32" else 2)
+    state = 3 * 4 * numbers  # the adapter and two moments of the optimizer, full precision
+    rounds = 1 + config.sample_at_start + steps // config.validation_steps
+    pictures = rounds * len(preview_prompts(config))
+    return (
+        lora * (1 + steps // config.checkpoint_steps)
+        + state * (config.keep_checkpoints + 1)  # the next is written before the oldest goes
+        + pictures * 3 * config.resolution**2  # a PNG is never larger than its pixels by much
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -4326,11 +4409,11 @@ class Preflight:
         device = stop.wait_for(beside(lambda: inspect_device(config.device)))
         events.info(device)
         check_base_precision(config, device)
-        images, regular = len(dataset.pictures), dataset.regular
+        images, regularization = len(dataset.pictures), dataset.regularization_images
         memory = MemoryPlan.make(config, structure, images, device) if structure else None
         if memory:
             events.info(memory.facts())
-        total_steps = config.total_steps(images, regular)
+        total_steps = config.total_steps(images, regularization)
         needed = disk_needed(config, structure, total_steps - done) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
         return cls(
@@ -4379,7 +4462,7 @@ class Preflight:
             **vars(self.dataset.facts),
             effective_batch=config.effective_batch,
             steps_per_epoch=config.steps_per_epoch(
-                len(self.dataset.pictures), self.dataset.regular
+                len(self.dataset.pictures), self.dataset.regularization_images
             ),
             total_steps=self.total_steps,
             family=self.model.family,
@@ -4425,7 +4508,7 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
 # === Training ================================================================
 
 MOST_BAD_STEPS = 10  # updates in a row without a finite loss
-MOST_PROBES = 50  # updates in a row in which fp16's scaler found no factor that works
+MOST_OVERFLOWS = 50  # updates in a row in which fp16's scaler found no factor that works
 COMPILE_STEPS = 1000  # fewer updates do not win back the minute that compiling takes
 TRIAL_SCALE = 1024.0  # lifts a trial's gradients above what fp16 loses
 SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
@@ -4440,7 +4523,7 @@ class Computed:
     learning_rate: float
     loss: torch.Tensor
     grad_norm: torch.Tensor
-    probing: bool  # fp16's scaler tries larger factors until a gradient overflows
+    scaled: bool  # fp16's scaler tries larger factors until a gradient overflows
 
 
 @dataclass
@@ -4472,8 +4555,8 @@ class TrainState:
     history: list[LossPoint] = field(default_factory=list)
     unread: list[Computed] = field(default_factory=list)
     bad_in_a_row: int = 0
-    probes: int = 0
-    told: int = 0  # rows of the history that progress lines have summed up
+    overflows: int = 0  # in a row
+    reported: int = 0  # rows of the history that progress lines have summed up
     loss: float | None = None  # mean of the last progress line
     # A clock that stands still during previews and saving, and left out the first update.
     first_step: int = 1
@@ -4490,13 +4573,13 @@ class TrainState:
     def to_json(self) -> Record:
         """Write down what a later start goes on with; speed is no part of it."""
         rows = [[p.step, p.loss, p.learning_rate, p.grad_norm] for p in self.history]
-        names = ("step", "bad_in_a_row", "told", "loss")
+        names = ("step", "bad_in_a_row", "reported", "loss")
         return {**{name: vars(self)[name] for name in names}, "history": plain(rows)}
 
     @classmethod
     def from_json(cls, record: Record) -> TrainState:
         """Go on with what an earlier start wrote down."""
-        names = ("step", "bad_in_a_row", "told", "loss")
+        names = ("step", "bad_in_a_row", "reported", "loss")
         state = cls(**{name: record[name] for name in names}, first_step=record["step"] + 1)
         state.history = [LossPoint(*row) for row in record["history"]]
         return state
@@ -4553,9 +4636,9 @@ class Run:
         factor = rate(config, step, self.total_steps)
         with self.lock:
             norm, loss = self.learner.step(factor), torch.stack(losses).sum()
-            probing = self.learner.scaler.is_enabled()
+            scaled = self.learner.scaler.is_enabled()
             learning_rate = config.learning_rate * factor
-            self.state.unread.append(Computed(step, learning_rate, loss, norm, probing))
+            self.state.unread.append(Computed(step, learning_rate, loss, norm, scaled))
             self.state.step = step
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
@@ -4563,9 +4646,12 @@ class Run:
 
     def epoch(self) -> int:
         """Count how often every image of dataset_path was seen."""
-        drawn, regular = self.state.step * self.config.effective_batch, self.cache.regular
-        own = drawn - self.config.others(drawn, regular)
-        return own // (len(self.cache.images) - regular)
+        drawn, regularization = (
+            self.state.step * self.config.effective_batch,
+            self.cache.regularization,
+        )
+        own = drawn - self.config.regularization_before(drawn, regularization)
+        return own // (len(self.cache.images) - regularization)
 
     def report(self) -> None:
         """Read what the updates computed and tell it, seldom: reading waits for the device."""
@@ -4581,8 +4667,8 @@ class Run:
         if not wanted:
             return
         self.watch_pace()
-        losses = [point.loss for point in state.history[state.told :] if point.loss is not None]
-        state.told = len(state.history)
+        losses = [point.loss for point in state.history[state.reported :] if point.loss is not None]
+        state.reported = len(state.history)
         state.loss = sum(losses) / len(losses) if losses else None
         pace = state.seconds_per_step
         self.events.emit(
@@ -4626,9 +4712,9 @@ class Run:
             values = [torch.stack([c.loss, c.grad_norm]) for c in unread]
             numbers = torch.stack(values).tolist() if values else []
             for computed, (loss, norm) in zip(unread, numbers, strict=True):
-                probe = computed.probing and not math.isfinite(norm)
-                state.probes = state.probes + 1 if probe else 0
-                finite = math.isfinite(loss) and (math.isfinite(norm) or probe)
+                overflow = computed.scaled and not math.isfinite(norm)
+                state.overflows = state.overflows + 1 if overflow else 0
+                finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
                 kept = loss if finite else None
                 state.history.append(LossPoint(computed.step, kept, computed.learning_rate, norm))
                 state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
@@ -4638,7 +4724,7 @@ class Run:
     def check_loss(self) -> None:
         """End a run that learns nothing any more."""
         allowed = min(MOST_BAD_STEPS, self.total_steps)
-        if self.state.bad_in_a_row >= allowed or self.state.probes >= MOST_PROBES:
+        if self.state.bad_in_a_row >= allowed or self.state.overflows >= MOST_OVERFLOWS:
             expected, found = "a finite loss", f"none in {allowed} updates"
             raise TrainError.at(ErrorCode.LOSS_NOT_FINITE, "learning_rate", expected, found)
 
@@ -4817,7 +4903,7 @@ class LoRATrainer:
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
             models = self._load(base)
-            cache = self._encode(models, plan.dataset.pictures, plan.dataset.regular)
+            cache = self._encode(models, plan.dataset.pictures, plan.dataset.regularization_images)
 
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
@@ -4900,7 +4986,9 @@ class LoRATrainer:
         models.tiling = self.memory.tiling if self.memory else False
         return models
 
-    def _encode(self, models: Models, pictures: Sequence[Picture], regular: int = 0) -> Cache:
+    def _encode(
+        self, models: Models, pictures: Sequence[Picture], regularization: int = 0
+    ) -> Cache:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config = self.config
         self.phase = "encoding"
@@ -4918,7 +5006,7 @@ class LoRATrainer:
         phase = Phase("encoding images", len(pictures), self.events, self.stop)
         images = encode_images(models, pictures, config, shelf, phase)
         self._tell_memory(models.device)
-        return Cache(images, tokens, texts, regular)
+        return Cache(images, tokens, texts, regularization)
 
     def _tell_memory(self, device: torch.device) -> None:
         """Tell what the phase that ends here needed."""
@@ -4944,13 +5032,13 @@ class LoRATrainer:
         models.load_denoiser(self.config.base_precision)
         asked = self.config.gradient_checkpointing
         if self.memory.checkpointing if self.memory else asked is True:
-            models.unet.enable_gradient_checkpointing()
+            models.denoiser.enable_gradient_checkpointing()
             for encoder in models.text_encoders:
                 encoder.activation_checkpointing_enable()
         learner = Learner.build(models, self.config)
         if models.device.type == "cpu":
             keep_freed_memory()
-        for network in (models.unet, *models.text_encoders):
+        for network in (models.denoiser, *models.text_encoders):
             network.train()
         self._tell_memory(models.device)
         self.events.info(
@@ -4982,7 +5070,7 @@ class LoRATrainer:
         try:
             self.stop.wait_for(beside(lambda: compile_blocks(models, cache, learner, config)))
         except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
-            for module in models.unet.modules():
+            for module in models.denoiser.modules():
                 vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
             learner.forget()
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -5054,7 +5142,7 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
 
     expected = trial_gradients(models, cache, learner, config)
     # With this option, dropout draws what it draws in blocks that are not compiled.
-    models.unet.compile_repeated_blocks(dynamic=True, options={"fallback_random": True})
+    models.denoiser.compile_repeated_blocks(dynamic=True, options={"fallback_random": True})
     found = trial_gradients(models, cache, learner, config)
     lengths = torch.stack([e.norm() for e in expected])
     errors = torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]) / lengths
@@ -5115,59 +5203,6 @@ def import_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, which it else gives back and asks for in every update.
-
-    Measured: a fifth of a step on a CPU. What activations had is not there for previews then.
-    """
-    import ctypes
-
-    most_mapped, trim_threshold = -4, -1  # as glibc's malloc.h numbers them; others have none
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(most_mapped, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
-
-
-def memory_in_use(device: torch.device) -> int | None:
-    """Measure the memory that training holds: the device's, or this process's on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.current_allocated_memory()
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def memory_full(device: torch.device) -> bool:
-    """Tell whether a card's memory is taken to the last bit, by whomever."""
-    import torch
-
-    if device.type != "cuda":
-        return False
-    free, total = torch.cuda.mem_get_info(device)
-    return free < SPILL_SHARE * total
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Tell the most memory that was ever in use."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def forget_steps(path: Path, resumed_step: int) -> None:

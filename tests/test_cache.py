@@ -284,7 +284,7 @@ def posterior(vae: Any, pixels: Bytes) -> tuple[torch.Tensor, torch.Tensor]:
 
 def assert_moments(image: CachedImage, form: int, wanted: tuple[torch.Tensor, ...]) -> None:
     """Compare one form of a cached image with mean and deviation."""
-    for found, expected in zip(image.moments[form], wanted, strict=True):
+    for found, expected in zip(image.latent_dist[form], wanted, strict=True):
         assert found.dtype == torch.float32
         assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -295,7 +295,7 @@ def test_every_picture_is_cached_as_the_vae_sees_it(here: Path, built: Path) -> 
     assert [image.name for image in encoded.cache.images] == [f"{n}.png" for n in range(5)]
     assert [image.caption for image in encoded.cache.images] == list("abcde")
     for number, image in enumerate(encoded.cache.images):
-        assert image.moments.shape == (1, 2, 4, SIDE // 8, SIDE // 8)
+        assert image.latent_dist.shape == (1, 2, 4, SIDE // 8, SIDE // 8)
         assert_moments(image, 0, posterior(vae, random_pixels(SIDE, SIDE, number)))
 
 
@@ -305,7 +305,7 @@ def test_both_forms_of_a_picture_are_cached_where_mirroring_is_wanted(
     """A mirrored picture is encoded anew: a VAE does not mirror exactly."""
     (image,) = encode(built / "sdxl", "a", flip=True).cache.images
     vae, pixels = load_vae(built / "sdxl"), random_pixels(SIDE, SIDE)
-    assert image.moments.shape[0] == 2
+    assert image.latent_dist.shape[0] == 2
     assert_moments(image, 0, posterior(vae, pixels))
     assert_moments(image, 1, posterior(vae, pixels[:, ::-1]))
 
@@ -313,8 +313,8 @@ def test_both_forms_of_a_picture_are_cached_where_mirroring_is_wanted(
 def test_the_size_numbers_are_kept_exactly(here: Path, built: Path) -> None:
     """Half precision would round those above 256."""
     (image,) = encode(built / "sdxl", "a").cache.images
-    assert image.sizes.dtype == torch.float32
-    assert image.sizes.tolist() == [SIDE, SIDE, 0, 0, SIDE, SIDE]
+    assert image.time_ids.dtype == torch.float32
+    assert image.time_ids.tolist() == [SIDE, SIDE, 0, 0, SIDE, SIDE]
 
 
 @pytest.mark.parametrize(("family", "scale"), [("sd1", 0.18215), ("sdxl", 0.13025)])
@@ -322,14 +322,14 @@ def test_the_scale_of_latents_is_the_vaes_own(
     here: Path, built: Path, family: str, scale: float
 ) -> None:
     """It comes from the config beside the weights."""
-    assert encode(built / family, "a").models.latent_scale == scale
+    assert encode(built / family, "a").models.scaling_factor == scale
 
 
 def test_another_vae_brings_its_own_scale(here: Path, built: Path) -> None:
     """A family's usual number would be wrong for it."""
     path = build_tiny("sd1", here / "other") / "vae" / "config.json"
     write_json(path, json.loads(path.read_text("utf-8")) | {"scaling_factor": 0.5})
-    assert encode(built / "sd1", "a", vae="other/vae").models.latent_scale == 0.5
+    assert encode(built / "sd1", "a", vae="other/vae").models.scaling_factor == 0.5
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -390,19 +390,19 @@ def test_a_later_run_finds_what_was_encoded(
     second = encode(built / family, "a", "b", flip=True, cache_dir="kept").cache
 
     for one, other in zip(first.images, second.images, strict=True):
-        assert torch.equal(one.moments, other.moments)
-        assert torch.equal(one.sizes, other.sizes)
+        assert torch.equal(one.latent_dist, other.latent_dist)
+        assert torch.equal(one.time_ids, other.time_ids)
     for text in ("a", "b", ""):
-        assert torch.equal(first.texts[text].hidden, second.texts[text].hidden)
-        assert (first.texts[text].pooled is None) == (family == "sd1")
+        assert torch.equal(first.texts[text].prompt_embeds, second.texts[text].prompt_embeds)
+        assert (first.texts[text].pooled_prompt_embeds is None) == (family == "sd1")
 
 
 def test_what_is_kept_equals_what_is_not(here: Path, built: Path) -> None:
     """A folder for the cache changes no bit of the result."""
     kept, made = (encode(built / "sd1", "a", cache_dir=folder).cache for folder in ("kept", None))
 
-    assert torch.equal(kept.images[0].moments, made.images[0].moments)
-    assert torch.equal(kept.texts["a"].hidden, made.texts["a"].hidden)
+    assert torch.equal(kept.images[0].latent_dist, made.images[0].latent_dist)
+    assert torch.equal(kept.texts["a"].prompt_embeds, made.texts["a"].prompt_embeds)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_another_picture_under_the_same_name_is_encoded_anew(here: Path, built: 
     trainer.device = CPU
     (second,) = trainer._encode(models_of(config), pictures[:1]).images
 
-    assert not torch.equal(first.moments, second.moments)
+    assert not torch.equal(first.latent_dist, second.latent_dist)
 
 
 def test_models_share_what_is_the_same(here: Path, built: Path) -> None:
@@ -445,7 +445,7 @@ def test_models_share_what_is_the_same(here: Path, built: Path) -> None:
     encode(built / "sd1", "a", cache_dir="kept")
     before = kept_files(here / "kept")
     encode(built / "sd2", "a", cache_dir="kept")
-    vaes = [train_lora.gist_of(file) for file in built.glob("sd[12]/vae/*.safetensors")]
+    vaes = [train_lora.sampled_digest(file) for file in built.glob("sd[12]/vae/*.safetensors")]
 
     assert vaes[0] == vaes[1]
     assert len(kept_files(here / "kept")) == 2 * len(before) - 1
@@ -458,7 +458,7 @@ def test_a_torn_file_is_made_again(here: Path, built: Path) -> None:
         path.write_bytes(path.read_bytes()[:-7])
     second = encode(built / "sd1", "a", cache_dir="kept").cache
 
-    assert torch.equal(first.images[0].moments, second.images[0].moments)
+    assert torch.equal(first.images[0].latent_dist, second.images[0].latent_dist)
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_a_warning(here: Path, built: Path) -> None:
@@ -490,8 +490,8 @@ def test_a_caption_is_read_as_by_the_pipeline(
     """Bit for bit, the empty prompt and one that is too long included."""
     found = encode(built / family, text).cache.texts[text]
     wanted, _ = pipeline(built / family, family).encode_prompt(text, "cpu", 1, False)
-    assert found.pooled is None
-    assert torch.equal(found.hidden, wanted)
+    assert found.pooled_prompt_embeds is None
+    assert torch.equal(found.prompt_embeds, wanted)
 
 
 @pytest.mark.parametrize("text", [CAPTION, "", "of " * 100])
@@ -502,18 +502,18 @@ def test_a_caption_is_read_as_by_the_pipeline_with_two_encoders(
     found = encode(built / "sdxl", text).cache.texts[text]
     encode_prompt = pipeline(built / "sdxl", "sdxl").encode_prompt
     hidden, _, pooled, _ = encode_prompt(text, do_classifier_free_guidance=False)
-    assert found.pooled is not None
-    assert torch.equal(found.hidden, hidden)
-    assert torch.equal(found.pooled, pooled)
+    assert found.pooled_prompt_embeds is not None
+    assert torch.equal(found.prompt_embeds, hidden)
+    assert torch.equal(found.pooled_prompt_embeds, pooled)
 
 
 def test_silence_is_what_the_pipeline_takes_for_no_negative_prompt(here: Path, built: Path) -> None:
     """SDXL was trained with zeros there."""
     empty = encode(built / "sdxl", "a").cache.texts[""].silenced()
     _, hidden, _, pooled = pipeline(built / "sdxl", "sdxl").encode_prompt("a")
-    assert empty.pooled is not None
-    assert torch.equal(empty.hidden, hidden)
-    assert torch.equal(empty.pooled, pooled)
+    assert empty.pooled_prompt_embeds is not None
+    assert torch.equal(empty.prompt_embeds, hidden)
+    assert torch.equal(empty.pooled_prompt_embeds, pooled)
 
 
 def test_every_text_is_read_once(here: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,13 +540,13 @@ def test_texts_are_read_by_the_encoders_as_they_are_while_these_learn(
     with torch.no_grad():
         found = encoded.cache.read(encoded.models, ["a"])
     wanted, _ = pipeline(built / "sd1", "sd1").encode_prompt("a", "cpu", 1, False)
-    assert torch.equal(found.hidden, wanted)
+    assert torch.equal(found.prompt_embeds, wanted)
 
 
 def summed_up(text: train_lora.TextInputs) -> torch.Tensor:
     """Take the sum of the only caption of a text."""
-    assert text.pooled is not None
-    return text.pooled[0]
+    assert text.pooled_prompt_embeds is not None
+    return text.pooled_prompt_embeds[0]
 
 
 def test_a_batch_of_captions_keeps_their_order(here: Path, built: Path) -> None:
@@ -554,10 +554,10 @@ def test_a_batch_of_captions_keeps_their_order(here: Path, built: Path) -> None:
     encoded = encode(built / "sdxl", "a", "b")
     found = encoded.cache.read(encoded.models, ["b", "a", "b"])
     texts = encoded.cache.texts
-    assert found.pooled is not None
+    assert found.pooled_prompt_embeds is not None
     for index, caption in enumerate("bab"):
-        assert torch.equal(found.hidden[index], texts[caption].hidden[0])
-        assert torch.equal(found.pooled[index], summed_up(texts[caption]))
+        assert torch.equal(found.prompt_embeds[index], texts[caption].prompt_embeds[0])
+        assert torch.equal(found.pooled_prompt_embeds[index], summed_up(texts[caption]))
 
 
 @pytest.mark.parametrize(("words", "codes"), [(75, []), (76, ["caption_truncated"])])
@@ -578,7 +578,7 @@ def test_as_many_tokens_are_read_as_the_text_encoders_have_places(here: Path, fa
     base, long = build_tiny(family, here / "model", tokens=16), " ".join(["of"] * 15)
     found = encode(base, long)
     assert {ids.shape for ids in found.cache.tokens[long]} == {(1, 16)}
-    assert found.cache.texts[long].hidden.shape[1] == 16
+    assert found.cache.texts[long].prompt_embeds.shape[1] == 16
     (warning,) = found.recorder.of_type("warning")
     assert warning["message"].startswith("1 captions have more than 14 tokens")
 

@@ -123,14 +123,14 @@ def answer(ready: Ready, pipe: Any = None) -> torch.Tensor:
     models = ready.models
     if pipe:
         encoders = [getattr(pipe, part) for part in models.base.family.text_parts]
-        models = replace(models, unet=pipe.unet, text_encoders=encoders)
-    networks = (models.unet, *models.text_encoders)
+        models = replace(models, denoiser=pipe.unet, text_encoders=encoders)
+    networks = (models.denoiser, *models.text_encoders)
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         for network in networks:
             network.eval()
         text = ready.cache.read(models, [ready.cache.images[0].caption])
-        sizes = ready.cache.images[0].sizes[None]
+        sizes = ready.cache.images[0].time_ids[None]
         return models.predict(latents, torch.tensor([500]), text, sizes)
 
 

@@ -736,10 +736,10 @@ def test_whatever_sampler_a_model_names_noise_is_added_as_it_was_in_its_training
     """Euler and its kin scale latents in a way no denoiser was trained on."""
     models = prepared_with(build_tiny("sd1", here / "model"), sampler)
     shares = published_shares()
-    assert np.allclose(models.signal_shares.numpy(), shares, rtol=1e-4)
+    assert np.allclose(models.alphas_cumprod.numpy(), shares, rtol=1e-4)
     clean, noise = torch.randn(2, 3, 4, 8, 8)
     times = torch.tensor([0, 500, 999])
-    mixed = train_lora.add_noise(clean, noise, models.signal_shares[times])
+    mixed = train_lora.add_noise(clean, noise, models.alphas_cumprod[times])
     for index, time in enumerate(times.tolist()):
         wanted = math.sqrt(shares[time]) * clean[index] + math.sqrt(1 - shares[time]) * noise[index]
         assert torch.allclose(mixed[index], wanted, atol=1e-5)
@@ -749,6 +749,6 @@ def test_a_schedule_that_ends_in_pure_noise_does_so(here: Path) -> None:
     """Such models say rescale_betas_zero_snr and predict velocity."""
     options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     models = prepared_with(build_tiny("sd2", here / "model"), "DDIMScheduler", **options)
-    shares = models.signal_shares.numpy()
+    shares = models.alphas_cumprod.numpy()
     assert shares[-1] == 0
     assert np.allclose(shares, published_shares(zero_snr=True), rtol=1e-3, atol=1e-7)

@@ -107,7 +107,7 @@ def test_a_file_in_the_original_layout_needs_what_its_folder_needs(built: Path) 
         assert file.tokens == folder.tokens
         assert file.text_width == folder.text_width
         assert file.vae_width == folder.vae_width
-        assert file.pixels_per_latent == folder.pixels_per_latent == 8
+        assert file.vae_scale_factor == folder.vae_scale_factor == 8
         assert needs(file) == pytest.approx(needs(folder), rel=0.02)
 
 

@@ -37,14 +37,14 @@ def synthetic_cache(images: int = 4, forms: int = 1, side: int = 16) -> Cache:
     for number in range(images):
         for form in range(forms):
             moments[number, form, 0] = 10 * number + 100 * form
-    sizes = torch.zeros(6)
-    items = [CachedImage(f"{n}.png", f"caption {n}", moments[n], sizes) for n in range(images)]
+    time_ids = torch.zeros(6)
+    items = [CachedImage(f"{n}.png", f"caption {n}", moments[n], time_ids) for n in range(images)]
     return Cache(tuple(items), {}, {})
 
 
 def same_draws(one: Batch, other: Batch) -> bool:
     """Tell whether two batches are the same, bit for bit."""
-    pairs = [(vars(one)[name], vars(other)[name]) for name in ("clean", "noise", "timesteps")]
+    pairs = [(vars(one)[name], vars(other)[name]) for name in ("latents", "noise", "timesteps")]
     return one.names == other.names and all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -79,7 +79,7 @@ def exchange(ready: Ready) -> tuple[Batch, Overheard, torch.Tensor]:
         ready.cache, ready.config, 1, [(slot, slot) for slot in range(4)], 1000
     )
     batch = replace(batch, timesteps=torch.tensor([0, 1, 500, 999]))
-    overheard = Overheard(ready.models.unet)
+    overheard = Overheard(ready.models.denoiser)
     text = ready.cache.read(ready.models, batch.captions)
     with torch.no_grad():
         losses = train_lora.batch_losses(ready.models, batch, text)
@@ -95,7 +95,7 @@ def test_noisy_latents_and_losses_follow_the_ddpm_formula(
     ready = prepare(tiny_config(ground, family, prediction_type=prediction))
     batch, overheard, losses = exchange(ready)
     share = closed_form_shares()[batch.timesteps].view(-1, 1, 1, 1)
-    clean, noise = batch.clean.double() * LATENT_SCALE[family], batch.noise.double()
+    clean, noise = batch.latents.double() * LATENT_SCALE[family], batch.noise.double()
     noisy, times, _ = overheard.asked
     assert torch.equal(times, batch.timesteps)
     assert torch.allclose(
@@ -115,10 +115,10 @@ def test_noise_and_velocity_equal_those_of_diffusers(family: str, ground: Path) 
     scheduler: Any = DDPMScheduler(**SAMPLING)
     ready = prepare(tiny_config(ground, family))
     batch, overheard, _ = exchange(ready)
-    clean = batch.clean * LATENT_SCALE[family]
+    clean = batch.latents * LATENT_SCALE[family]
     reference = scheduler.add_noise(clean, batch.noise, batch.timesteps)
     assert torch.allclose(overheard.asked[0], reference, atol=1e-6)
-    shares = ready.models.signal_shares[batch.timesteps]
+    shares = ready.models.alphas_cumprod[batch.timesteps]
     expected = scheduler.get_velocity(clean, batch.noise, batch.timesteps)
     assert torch.allclose(train_lora.velocity(clean, batch.noise, shares), expected, atol=1e-6)
 
@@ -139,7 +139,7 @@ def test_losses_are_in_full_precision_on_a_base_in_half(ground: Path) -> None:
     ready = prepare(tiny_config(ground))
     base = ready.models.base
     ready.models = train_lora.Models.prepare(base, torch.device("cpu"), torch.bfloat16)
-    ready.models.unet = train_lora.load_part(base, "unet", torch.bfloat16)
+    ready.models.denoiser = train_lora.load_part(base, "unet", torch.bfloat16)
     batch, overheard, losses = exchange(ready)
     assert overheard.answered.dtype == torch.bfloat16
     expected = (overheard.answered.double() - batch.noise.double()).square().mean(dim=(1, 2, 3))
@@ -164,7 +164,7 @@ def test_draws_do_not_depend_on_batches_or_order(
     for part in parts:
         batch = train_lora.draw_batch(cache, config, 7, [SLOTS[n] for n in part], 1000)
         assert batch.names == tuple(together.names[n] for n in part)
-        for name in ("clean", "noise", "timesteps"):
+        for name in ("latents", "noise", "timesteps"):
             assert torch.equal(vars(batch)[name], vars(together)[name][part])
 
 
@@ -190,7 +190,7 @@ def test_every_step_slot_and_seed_draws_something_of_its_own(config: TrainingCon
             seeded = replace(config, seed=seed)
             batch = train_lora.draw_batch(cache, seeded, step, slots, 1000)
             seen |= {tuple(noise.flatten()[:4].tolist()) for noise in batch.noise}
-            seen |= {tuple((c.flatten()[:4]).tolist()) for c in batch.clean}
+            seen |= {tuple((c.flatten()[:4]).tolist()) for c in batch.latents}
     assert len(seen) == 2 * 2 * 4 * 5
 
 
@@ -202,8 +202,8 @@ config = t.TrainingConfig.from_json(sys.argv[1])
 image = t.CachedImage("a", "a", torch.ones(2, 2, 4, 8, 8), torch.zeros(6))
 cache = t.Cache((image,) * 5, {}, {})
 drawn = [t.draw_batch(cache, config, step, [(0, 1), (1, 4)], 1000) for step in (5, 6)]
-numbers = [[b.clean.tolist(), b.noise.tolist(), b.timesteps.tolist()] for b in drawn]
-numbers.append([t.window(config, 5, step) for step in range(1, 9)])
+numbers = [[b.latents.tolist(), b.noise.tolist(), b.timesteps.tolist()] for b in drawn]
+numbers.append([t.update_window(config, 5, step) for step in range(1, 9)])
 print(hashlib.sha256(json.dumps(numbers).encode()).hexdigest())
 """
 
@@ -228,11 +228,11 @@ def test_latents_are_drawn_anew_from_the_images_distribution(config: TrainingCon
     """Mean 30 and deviation 1 for image 3, independent of the noise that is added."""
     cache, slots = synthetic_cache(side=32), [(slot, 3) for slot in range(20)]
     batch = train_lora.draw_batch(cache, config, 1, slots, 1000)
-    assert float(batch.clean.mean()) == pytest.approx(30, abs=0.02)
-    assert float(batch.clean.std()) == pytest.approx(1, abs=0.02)
+    assert float(batch.latents.mean()) == pytest.approx(30, abs=0.02)
+    assert float(batch.latents.std()) == pytest.approx(1, abs=0.02)
     assert float(batch.noise.mean()) == pytest.approx(0, abs=0.02)
     assert float(batch.noise.std()) == pytest.approx(1, abs=0.02)
-    both = torch.stack([batch.clean.flatten(), batch.noise.flatten()])
+    both = torch.stack([batch.latents.flatten(), batch.noise.flatten()])
     assert abs(float(torch.corrcoef(both)[0, 1])) < 0.02
 
 
@@ -250,7 +250,7 @@ def test_both_forms_of_a_flipped_image_are_drawn(config: TrainingConfig) -> None
     """About as often plain as mirrored; the form decides the whole picture."""
     cache = synthetic_cache(forms=2)
     batch = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], 1000)
-    means = batch.clean.mean(dim=(1, 2, 3))
+    means = batch.latents.mean(dim=(1, 2, 3))
     mirrored = int((means > 50).sum())
     assert bool(((means < 1) | (means > 99)).all())
     assert 65 < mirrored < 135
@@ -259,10 +259,10 @@ def test_both_forms_of_a_flipped_image_are_drawn(config: TrainingConfig) -> None
 def test_flip_keeps_a_form_mirrored_before_the_vae(ground: Path) -> None:
     """The second form is what the VAE makes of the mirrored picture."""
     ready = prepare(tiny_config(ground, flip=True))
-    plain, mirrored = ready.cache.images[2].moments
-    assert len(ready.cache.images[2].moments) == 2
+    plain, mirrored = ready.cache.images[2].latent_dist
+    assert len(ready.cache.images[2].latent_dist) == 2
     assert not torch.equal(plain, mirrored)
-    without = prepare(tiny_config(ground)).cache.images[2].moments
+    without = prepare(tiny_config(ground)).cache.images[2].latent_dist
     assert without.shape[0] == 1
     assert torch.equal(without[0], plain)
 
@@ -281,7 +281,7 @@ def test_every_image_is_seen_once_an_epoch(
     shape: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": passes}
     config = tiny_config(ground, epochs=epochs, **shape)
     total = config.total_steps(images)
-    windows = [train_lora.window(config, images, step) for step in range(1, total + 1)]
+    windows = [train_lora.update_window(config, images, step) for step in range(1, total + 1)]
     assert {len(each) for each in windows[:-1]} <= {batch * passes}
     assert 0 < len(windows[-1]) <= batch * passes
     seen = [image for each in windows for image in each]
@@ -294,7 +294,7 @@ def test_epochs_are_shuffled_each_in_its_own_way(config: TrainingConfig) -> None
     """Order depends on the seed and the epoch."""
     large = replace(config, batch_size=20)
     orders = [
-        tuple(train_lora.window(replace(large, seed=seed), 20, step))
+        tuple(train_lora.update_window(replace(large, seed=seed), 20, step))
         for seed in (0, 1)
         for step in (1, 2, 3)
     ]
@@ -310,7 +310,9 @@ def test_images_for_regularization_have_their_share_of_every_stretch(
     own, regular = 5, 3
     config = tiny_config(ground, epochs=4, batch_size=2, regularization_share=share)
     total = config.total_steps(own + regular, regular)
-    windows = [train_lora.window(config, own + regular, n, regular) for n in range(1, total + 1)]
+    windows = [
+        train_lora.update_window(config, own + regular, n, regular) for n in range(1, total + 1)
+    ]
     drawn = [image for each in windows for image in each]
     others = [image - own for image in drawn if image >= own]
     for end in range(1, len(drawn) + 1):
@@ -335,7 +337,7 @@ def test_epochs_are_counted_exactly_for_every_share(config: TrainingConfig) -> N
 def test_folders_of_the_same_size_are_shuffled_apart(config: TrainingConfig) -> None:
     """Else the same two images would always stand beside each other."""
     pairs = replace(config, batch_size=2, regularization_share=0.5)
-    met = {tuple(sorted(train_lora.window(pairs, 12, step, 6))) for step in range(1, 13)}
+    met = {tuple(sorted(train_lora.update_window(pairs, 12, step, 6))) for step in range(1, 13)}
     assert len(met) > 6
 
 
@@ -343,7 +345,9 @@ def test_a_share_means_nothing_without_images_for_regularization(config: Trainin
     """Without them every slot belongs to the dataset."""
     halved = replace(config, regularization_share=0.9)
     for step in (1, 2, 7):
-        assert train_lora.window(halved, 5, step) == train_lora.window(config, 5, step)
+        assert train_lora.update_window(halved, 5, step) == train_lora.update_window(
+            config, 5, step
+        )
     assert halved.total_steps(5) == config.total_steps(5)
 
 
@@ -355,7 +359,7 @@ def test_windows_do_not_depend_on_how_an_update_is_split(
     split = replace(config, batch_size=batch, gradient_accumulation_steps=passes)
     whole = replace(config, batch_size=6, gradient_accumulation_steps=1)
     for step in (1, 2, 9):
-        assert train_lora.window(split, 4, step) == train_lora.window(whole, 4, step)
+        assert train_lora.update_window(split, 4, step) == train_lora.update_window(whole, 4, step)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +432,7 @@ def test_silence_has_the_shape_of_a_text() -> None:
     """Zeros for both numbers that a family may have."""
     text = TextInputs(torch.ones(1, 77, 8), torch.ones(1, 4))
     silent = text.silenced()
-    assert silent.pooled is not None
-    assert silent.hidden.shape == (1, 77, 8)
-    assert not silent.hidden.any()
-    assert not silent.pooled.any()
+    assert silent.pooled_prompt_embeds is not None
+    assert silent.prompt_embeds.shape == (1, 77, 8)
+    assert not silent.prompt_embeds.any()
+    assert not silent.pooled_prompt_embeds.any()

@@ -68,7 +68,7 @@ def test_a_base_in_another_precision_is_computed_with_in_the_runs(
     """As with base_precision fp32 on a card; the adapter is in half all the same."""
     config = tiny_config(ground)
     ready = prepare(config)
-    for parameter in ready.models.unet.parameters():
+    for parameter in ready.models.denoiser.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.float()
     ready.models.mixes = True

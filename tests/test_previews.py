@@ -300,7 +300,7 @@ def snapshot(networks: list[Any]) -> Record:
 def test_training_state_is_the_same_after_a_preview(here: Path, built: Path, family: str) -> None:
     """Numbers, gradients, modes and every source of chance."""
     studio, learner = open_studio(built / family, train_text_encoder=True, lora_dropout=0.5)
-    networks = [studio.models.unet, *studio.models.text_encoders]
+    networks = [studio.models.denoiser, *studio.models.text_encoders]
     for parameter in learner.parameters.values():
         parameter.grad = torch.full_like(parameter, 0.25)
 
@@ -366,7 +366,7 @@ def test_a_failed_preview_leaves_training_as_it_was(here: Path, built: Path) -> 
     studio, _ = open_studio(built / "sd1", lora_dropout=0.5)
     with pytest.raises(KeyError):
         studio.draw(sample_prompts=("never encoded",))
-    assert all(module.training for module in studio.models.unet.modules())
+    assert all(module.training for module in studio.models.denoiser.modules())
     assert torch.is_grad_enabled()
 
 
@@ -381,11 +381,11 @@ def test_a_stop_ends_a_preview_before_its_next_step(here: Path, built: Path) -> 
         if len(steps) == 3:
             stop.request("SIGTERM")
 
-    studio.models.unet.register_forward_hook(count)
+    studio.models.denoiser.register_forward_hook(count)
     with pytest.raises(TrainingInterrupted):
         studio.draw(stop=stop)
     assert len(steps) == 3
-    assert studio.models.unet.training
+    assert studio.models.denoiser.training
 
 
 @pytest.mark.parametrize("validation_steps", [2, 99])

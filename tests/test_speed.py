@@ -140,7 +140,7 @@ def test_blocks_in_half_precision_can_be_compiled(
     monkeypatch.setattr(CompiledFxGraph, "__call__", counted)
     with stance:
         ready.make_updates(2)
-    blocks = repeated(ready.models.unet)
+    blocks = repeated(ready.models.denoiser)
     assert "compile_failed" not in ready.recorder.codes()
     assert len(calls) == 2 * 2 * len(blocks)  # updates, there and back
 
@@ -154,7 +154,7 @@ def test_blocks_with_other_gradients_are_not_used(
     monkeypatch.setattr(train_lora, "choose_precision", lambda *_: dtype)
     config = tiny_config(ground, compile="on")
     ready = prepare(config)
-    unet = ready.models.unet
+    unet = ready.models.denoiser
     blocks = repeated(unet)
 
     def compile_wrongly(**_: object) -> None:
@@ -189,7 +189,7 @@ def test_a_cpu_compiles_only_when_it_is_told_to(ground: Path) -> None:
     ready = prepare(config)
     trainer = train_lora.LoRATrainer(config, ready.events)
     trainer._compile(ready.models, ready.cache, ready.learner, 2000)
-    assert not any(vars(m).get("_compiled_call_impl") for m in ready.models.unet.modules())
+    assert not any(vars(m).get("_compiled_call_impl") for m in ready.models.denoiser.modules())
 
 
 # --- The heap ---

@@ -55,7 +55,7 @@ class Ready(Run):
         kept = dict(
             zip(self.models.base.family.text_parts, self.models.text_encoders, strict=False)
         )
-        return {"unet": self.models.unet, **kept}
+        return {"unet": self.models.denoiser, **kept}
 
 
 def prepare(config: TrainingConfig) -> Ready:
@@ -66,7 +66,7 @@ def prepare(config: TrainingConfig) -> Ready:
     models = trainer._load(train_lora.locate_model(config, facts))
     dataset = train_lora.scan_dataset(config, trainer.events, trainer.stop)
     cache = trainer._encode(models, dataset.pictures)
-    corners = (replace(i, moments=i.moments[..., :8, :8].clone()) for i in cache.images)
+    corners = (replace(i, latent_dist=i.latent_dist[..., :8, :8].clone()) for i in cache.images)
     cache = replace(cache, images=tuple(corners))
     learner = trainer._adapt(models, facts)
     return Ready(
