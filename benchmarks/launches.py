@@ -28,7 +28,7 @@ from models import DENOISERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_lora import UNET_TARGETS, Twins
+from train_lora import ATTENTION, Twins
 
 Norm = Callable[..., torch.Tensor]
 
@@ -83,7 +83,7 @@ def adapted(size: str) -> tuple[Any, dict[str, Any]]:
     shape = DENOISERS[size] | NARROW[size] | {"cross_attention_dim": 64}
     unet: Any = UNet2DConditionModel(**shape)
     unet.requires_grad_(requires_grad=False).to(torch.bfloat16)
-    unet.add_adapter(LoraConfig(r=16, target_modules=UNET_TARGETS))
+    unet.add_adapter(LoraConfig(r=16, target_modules=ATTENTION))
     cast_training_params(unet, torch.float32)
     return unet, {name: p for name, p in unet.named_parameters() if p.requires_grad}
 

@@ -169,6 +169,7 @@ def write_model(folder: Path, family: str = "sd1", **unet: Any) -> Path:
     write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"w": (4, 4)})
     for encoder in ["text_encoder"] + ["text_encoder_2"] * (family == "sdxl"):
         write_safetensors(folder / encoder / "model.safetensors", {"w": (4, 4)})
+        write_json(folder / encoder / "config.json", {})
     return folder
 
 

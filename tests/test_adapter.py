@@ -15,7 +15,7 @@ import torch
 from conftest import Recorder
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
-from tiny_runs import FAMILIES, Ready, prepare, tiny_base, tiny_config
+from tiny_runs import FAMILIES, Ready, one_of, prepare, tiny_base, tiny_config
 
 import train_lora
 from train_lora import ErrorCode
@@ -184,7 +184,7 @@ def test_a_short_window_follows_the_mean_of_its_own_images(ground: Path) -> None
     ready.learner.optimizer = None
     restore(ready, before)
     slots = [(0, train_lora.update_window(ready.config, 5, 2)[0])]
-    batch = train_lora.draw_batch(ready.cache, ready.config, 2, slots, 1000)
+    batch = train_lora.draw_batch(ready.cache, ready.config, 2, slots, one_of(1000))
     text = ready.cache.read(ready.models, batch.captions)
     torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())
     expected = {name: p.grad for name, p in ready.learner.parameters.items()}
@@ -248,7 +248,7 @@ def test_one_image_is_learned_by_heart(ground: Path) -> None:
     """Eighty updates on one image at one time step halve the loss."""
     ready = prepare(tiny_config(ground, learning_rate=0.02, lora_rank=16, lora_alpha=16))
     models, cache, learner = ready.models, ready.cache, ready.learner
-    batch = train_lora.draw_batch(cache, ready.config, 1, [(0, 0)], 1000)
+    batch = train_lora.draw_batch(cache, ready.config, 1, [(0, 0)], one_of(1000))
     text = cache.read(models, batch.captions)
     losses = []
     for _ in range(80):
@@ -483,7 +483,7 @@ def gradient_of(ready: Ready) -> Tensors:
     """Tell the gradient of the next update without making it."""
     config, step = ready.config, ready.state.step + 1
     slots = list(enumerate(train_lora.update_window(config, len(ready.cache.images), step)))
-    batch = train_lora.draw_batch(ready.cache, config, step, slots, 1000)
+    batch = train_lora.draw_batch(ready.cache, config, step, slots, one_of(1000))
     text = ready.cache.read(ready.models, batch.captions)
     torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())
     found = {}

@@ -322,14 +322,14 @@ def test_the_scale_of_latents_is_the_vaes_own(
     here: Path, built: Path, family: str, scale: float
 ) -> None:
     """It comes from the config beside the weights."""
-    assert encode(built / family, "a").models.scaling_factor == scale
+    assert encode(built / family, "a").models.vae_config["scaling_factor"] == scale
 
 
 def test_another_vae_brings_its_own_scale(here: Path, built: Path) -> None:
     """A family's usual number would be wrong for it."""
     path = build_tiny("sd1", here / "other") / "vae" / "config.json"
     write_json(path, json.loads(path.read_text("utf-8")) | {"scaling_factor": 0.5})
-    assert encode(built / "sd1", "a", vae="other/vae").models.scaling_factor == 0.5
+    assert encode(built / "sd1", "a", vae="other/vae").models.vae_config["scaling_factor"] == 0.5
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -393,8 +393,8 @@ def test_a_later_run_finds_what_was_encoded(
         assert torch.equal(one.latent_dist, other.latent_dist)
         assert torch.equal(one.time_ids, other.time_ids)
     for text in ("a", "b", ""):
-        assert torch.equal(first.texts[text].prompt_embeds, second.texts[text].prompt_embeds)
-        assert (first.texts[text].pooled_prompt_embeds is None) == (family == "sd1")
+        assert torch.equal(first.texts[text]["prompt_embeds"], second.texts[text]["prompt_embeds"])
+        assert ("pooled_prompt_embeds" not in first.texts[text]) == (family == "sd1")
 
 
 def test_what_is_kept_equals_what_is_not(here: Path, built: Path) -> None:
@@ -402,7 +402,7 @@ def test_what_is_kept_equals_what_is_not(here: Path, built: Path) -> None:
     kept, made = (encode(built / "sd1", "a", cache_dir=folder).cache for folder in ("kept", None))
 
     assert torch.equal(kept.images[0].latent_dist, made.images[0].latent_dist)
-    assert torch.equal(kept.texts["a"].prompt_embeds, made.texts["a"].prompt_embeds)
+    assert torch.equal(kept.texts["a"]["prompt_embeds"], made.texts["a"]["prompt_embeds"])
 
 
 @pytest.mark.parametrize(
@@ -490,8 +490,8 @@ def test_a_caption_is_read_as_by_the_pipeline(
     """Bit for bit, the empty prompt and one that is too long included."""
     found = encode(built / family, text).cache.texts[text]
     wanted, _ = pipeline(built / family, family).encode_prompt(text, "cpu", 1, False)
-    assert found.pooled_prompt_embeds is None
-    assert torch.equal(found.prompt_embeds, wanted)
+    assert list(found) == ["prompt_embeds"]
+    assert torch.equal(found["prompt_embeds"], wanted)
 
 
 @pytest.mark.parametrize("text", [CAPTION, "", "of " * 100])
@@ -502,18 +502,16 @@ def test_a_caption_is_read_as_by_the_pipeline_with_two_encoders(
     found = encode(built / "sdxl", text).cache.texts[text]
     encode_prompt = pipeline(built / "sdxl", "sdxl").encode_prompt
     hidden, _, pooled, _ = encode_prompt(text, do_classifier_free_guidance=False)
-    assert found.pooled_prompt_embeds is not None
-    assert torch.equal(found.prompt_embeds, hidden)
-    assert torch.equal(found.pooled_prompt_embeds, pooled)
+    assert torch.equal(found["prompt_embeds"], hidden)
+    assert torch.equal(found["pooled_prompt_embeds"], pooled)
 
 
 def test_silence_is_what_the_pipeline_takes_for_no_negative_prompt(here: Path, built: Path) -> None:
     """SDXL was trained with zeros there."""
     empty = encode(built / "sdxl", "a").cache.texts[""].silenced()
     _, hidden, _, pooled = pipeline(built / "sdxl", "sdxl").encode_prompt("a")
-    assert empty.pooled_prompt_embeds is not None
-    assert torch.equal(empty.prompt_embeds, hidden)
-    assert torch.equal(empty.pooled_prompt_embeds, pooled)
+    assert torch.equal(empty["prompt_embeds"], hidden)
+    assert torch.equal(empty["pooled_prompt_embeds"], pooled)
 
 
 def test_every_text_is_read_once(here: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,13 +538,12 @@ def test_texts_are_read_by_the_encoders_as_they_are_while_these_learn(
     with torch.no_grad():
         found = encoded.cache.read(encoded.models, ["a"])
     wanted, _ = pipeline(built / "sd1", "sd1").encode_prompt("a", "cpu", 1, False)
-    assert torch.equal(found.prompt_embeds, wanted)
+    assert torch.equal(found["prompt_embeds"], wanted)
 
 
-def summed_up(text: train_lora.TextInputs) -> torch.Tensor:
+def summed_up(text: train_lora.Conditioning) -> torch.Tensor:
     """Take the sum of the only caption of a text."""
-    assert text.pooled_prompt_embeds is not None
-    return text.pooled_prompt_embeds[0]
+    return text["pooled_prompt_embeds"][0]
 
 
 def test_a_batch_of_captions_keeps_their_order(here: Path, built: Path) -> None:
@@ -554,10 +551,9 @@ def test_a_batch_of_captions_keeps_their_order(here: Path, built: Path) -> None:
     encoded = encode(built / "sdxl", "a", "b")
     found = encoded.cache.read(encoded.models, ["b", "a", "b"])
     texts = encoded.cache.texts
-    assert found.pooled_prompt_embeds is not None
     for index, caption in enumerate("bab"):
-        assert torch.equal(found.prompt_embeds[index], texts[caption].prompt_embeds[0])
-        assert torch.equal(found.pooled_prompt_embeds[index], summed_up(texts[caption]))
+        assert torch.equal(found["prompt_embeds"][index], texts[caption]["prompt_embeds"][0])
+        assert torch.equal(found["pooled_prompt_embeds"][index], summed_up(texts[caption]))
 
 
 @pytest.mark.parametrize(("words", "codes"), [(75, []), (76, ["caption_truncated"])])
@@ -578,7 +574,7 @@ def test_as_many_tokens_are_read_as_the_text_encoders_have_places(here: Path, fa
     base, long = build_tiny(family, here / "model", tokens=16), " ".join(["of"] * 15)
     found = encode(base, long)
     assert {ids.shape for ids in found.cache.tokens[long]} == {(1, 16)}
-    assert found.cache.texts[long].prompt_embeds.shape[1] == 16
+    assert found.cache.texts[long]["prompt_embeds"].shape[1] == 16
     (warning,) = found.recorder.of_type("warning")
     assert warning["message"].startswith("1 captions have more than 14 tokens")
 

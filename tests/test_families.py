@@ -7,12 +7,27 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import PROGRAM, load_config, write_json, write_model, write_safetensors
+import torch
+from conftest import (
+    PROGRAM,
+    Recorder,
+    load_config,
+    write_image,
+    write_json,
+    write_model,
+    write_safetensors,
+)
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from tiny_models import build_tiny
 
 import train_lora
 from train_lora import ErrorCode, ModelFacts
@@ -109,7 +124,8 @@ def test_the_attention_layers_are_named_alike_in_both_layouts(here: Path, family
     write_safetensors(here / "model.safetensors", SINGLE_FILES[family])
     _, structure = train_lora.inspect_model(load_config(base_model="model.safetensors"))
     assert structure is not None
-    found = [name for name in structure.shapes if train_lora.ATTENTION.search(name)]
+    pattern = structure.family.denoiser.targets + r"\.weight"
+    found = [name for name in structure.shapes if re.fullmatch(pattern, name)]
     assert len(found) == 3
 
 
@@ -230,8 +246,7 @@ def test_a_model_with_further_inputs_is_refused_by_name(
 def write_refiner_folder(path: Path) -> None:
     """Write an SDXL refiner as diffusers does: the second text encoder alone."""
     write_model(path, "sdxl")
-    (path / "text_encoder" / "model.safetensors").unlink()
-    (path / "text_encoder").rmdir()
+    shutil.rmtree(path / "text_encoder")
 
 
 def write_refiner_file(path: Path) -> None:
@@ -253,8 +268,7 @@ def write_large_unet_only(path: Path) -> None:
 def write_bare_folder(path: Path) -> None:
     """Write a diffusers folder without text encoder."""
     write_model(path)
-    (path / "text_encoder" / "model.safetensors").unlink()
-    (path / "text_encoder").rmdir()
+    shutil.rmtree(path / "text_encoder")
 
 
 def write_transformer_folder(path: Path) -> None:
@@ -644,3 +658,77 @@ def test_the_description_of_the_family_names_all_of_them() -> None:
 def test_every_family_stands_under_its_own_name() -> None:
     """A record is found by what it is called."""
     assert [family.name for family in train_lora.FAMILIES.values()] == list(train_lora.FAMILIES)
+
+
+# --- room for another family ---
+
+
+def flow_matching() -> train_lora.Objective:
+    """Teach the straight way from noise to picture, whose times are shares of noise."""
+
+    def share(times: torch.Tensor) -> torch.Tensor:
+        return times.view(-1, 1, 1, 1)
+
+    def solver(schedule: Any, steps: int, latents: torch.Tensor) -> Any:
+        schedule.set_timesteps(steps, device=latents.device)
+        return schedule
+
+    return train_lora.Objective(
+        prediction_type="flow",
+        load_schedule=lambda _, config: FlowMatchEulerDiscreteScheduler(shift=config["shift"]),
+        draw_time=lambda _, latents, chance: torch.rand((), generator=chance) * len(latents) / 4,
+        mix=lambda _, latents, noise, t: (1 - share(t)) * latents + share(t) * noise,
+        target=lambda _, latents, noise, __: noise - latents,
+        weight=lambda _, times: 2 * torch.ones_like(times),
+        solver=solver,
+    )
+
+
+def another_family() -> train_lora.Family:
+    """Describe a family with a denoiser, an objective and conditioning of its own."""
+    sd1 = train_lora.SD1
+
+    def predict(denoiser: Any, noisy: Any, times: Any, told: train_lora.Conditioning) -> Any:
+        assert told["mask"].dtype == torch.bool
+        return denoiser(noisy, times * 1000, told["words"]).sample
+
+    def read(encoders: Any, tokens: Any) -> train_lora.Conditioning:
+        words = encoders[0](tokens[0]).last_hidden_state
+        return train_lora.Conditioning(words=words, mask=tokens[0] != 0)
+
+    return replace(
+        sd1,
+        name="another",
+        title="Another",
+        denoiser=replace(sd1.denoiser, folder="transformer", lora_prefix="lora_another"),
+        recognises=lambda headers: "transformer" in headers.configs,
+        refuses=lambda _: None,
+        resolution=lambda _: 256,
+        prediction=lambda _: "flow",
+        measure=lambda _: {"vae_scale_factor": 8, "vae_width": 8, "tokens": 77, "text_width": 32},
+        read_text=read,
+        predict=predict,
+        objectives=(flow_matching(),),
+        architectures={"flow": "another"},
+        header={},
+    )
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_another_family_is_one_record(
+    here: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model is found, planned, trained by its own objective, drawn and saved; SD's still is."""
+    monkeypatch.setitem(train_lora.FAMILIES, "another", another_family())
+    folder = build_tiny("sd1", here / "model")
+    assert inspect().family == "sd1"
+    (folder / "unet").rename(folder / "transformer")
+    write_json(folder / "scheduler" / "scheduler_config.json", {"shift": 3.0})
+    write_image(here / "data" / "image.png", (256, 256))
+    config = load_config(resolution=256, sample_steps=2, steps=2, lora_rank=2, learning_rate=0.01)
+    done = train_lora.LoRATrainer(config, train_lora.Emitter(recorder)).train()
+    learned = load_file(done.final_path)
+    assert all(name.startswith("lora_another_") for name in learned)
+    assert all(value.any() for name, value in learned.items() if "lora_up" in name)
+    assert len(recorder.of_type("sample")) == 1
+    assert recorder.codes() == []

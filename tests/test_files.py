@@ -86,7 +86,7 @@ def test_diffusers_adds_alpha_by_rank_times_b_a(
     shape = {"lora_alpha": alpha, "lora_rank": rank, "train_text_encoder": text}
     ready = trained(ground, tmp_path / "out", family, **shape)
     pipe = load_pipeline(tiny_base(family, ground / "bases"))
-    parts = ["unet", *ready.models.base.family.text_parts]
+    parts = ["unet", *(part.folder for part in ready.models.base.family.text_encoders)]
     before = {part: weights_of(getattr(pipe, part)) for part in parts}
     pipe.load_lora_weights(str(tmp_path / "out"))
     pipe.fuse_lora(components=parts if text else ["unet"])
@@ -122,7 +122,7 @@ def answer(ready: Ready, pipe: Any = None) -> torch.Tensor:
     """Let the model in training, or a pipeline's networks, predict for a caption they read."""
     models = ready.models
     if pipe:
-        encoders = [getattr(pipe, part) for part in models.base.family.text_parts]
+        encoders = [getattr(pipe, part.folder) for part in models.base.family.text_encoders]
         models = replace(models, denoiser=pipe.unet, text_encoders=encoders)
     networks = (models.denoiser, *models.text_encoders)
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3))

@@ -81,8 +81,8 @@ def locate(base_model: object, **changes: Any) -> BaseModel:
 def load_everything(base: BaseModel) -> dict[str, Any]:
     """Load all parts of a base model."""
     Models.prepare(base, CPU, torch.float32)
-    names = ("unet", "vae", *base.family.text_parts)
-    return {name: train_lora.load_part(base, name, torch.float32) for name in names}
+    parts = base.family.networks
+    return {part.folder: train_lora.load_part(base, part, torch.float32) for part in parts}
 
 
 def reason(base_model: object, **changes: Any) -> TrainError:
@@ -211,9 +211,9 @@ def test_every_layout_gives_the_same_numbers_without_network(
 def test_weights_come_in_the_wanted_precision(here: Path, built: Path, lay_out: Layout) -> None:
     """Half precision is rounded once, from what stands in the file."""
     base = locate(lay_out("sdxl", built, here))
-    for part in ("unet", "text_encoder_2"):
+    for part in (base.family.denoiser, base.family.text_encoders[1]):
         model = train_lora.load_part(base, part, torch.bfloat16)
-        state, wanted = same_names(model.state_dict()), on_disk(built / "sdxl", part)
+        state, wanted = same_names(model.state_dict()), on_disk(built / "sdxl", part.folder)
         assert all(torch.equal(state[name], wanted[name].bfloat16()) for name in wanted)
 
 
@@ -223,13 +223,14 @@ def test_packed_layers_compute_and_pass_gradients_on(
 ) -> None:
     """The package packs on a CPU too, though only slowly: what comes out is nearly the same."""
     pytest.importorskip("bitsandbytes")
-    unet = train_lora.load_part(locate(built / "sd1"), "unet", torch.float32)
+    base = locate(built / "sd1")
+    unet = train_lora.load_part(base, base.family.denoiser, torch.float32)
     torch.manual_seed(0)
     width = unet.config.cross_attention_dim
     given = (torch.randn(2, 4, 32, 32), torch.tensor([10, 900]), torch.randn(2, 16, width))
     expected = unet(*given).sample
     train_lora.pack_linears(unet, precision, torch.float32)
-    unet.to(CPU).add_adapter(LoraConfig(r=2, target_modules=train_lora.UNET_TARGETS))
+    unet.to(CPU).add_adapter(LoraConfig(r=2, target_modules=base.family.denoiser.targets))
     found = unet(*given).sample
     assert (found - expected).norm() < error * expected.norm()
     found.square().mean().backward()
@@ -736,10 +737,10 @@ def test_whatever_sampler_a_model_names_noise_is_added_as_it_was_in_its_training
     """Euler and its kin scale latents in a way no denoiser was trained on."""
     models = prepared_with(build_tiny("sd1", here / "model"), sampler)
     shares = published_shares()
-    assert np.allclose(models.alphas_cumprod.numpy(), shares, rtol=1e-4)
+    assert np.allclose(models.schedule.alphas_cumprod.numpy(), shares, rtol=1e-4)
     clean, noise = torch.randn(2, 3, 4, 8, 8)
     times = torch.tensor([0, 500, 999])
-    mixed = train_lora.add_noise(clean, noise, models.alphas_cumprod[times])
+    mixed = models.base.objective.mix(models.schedule, clean, noise, times)
     for index, time in enumerate(times.tolist()):
         wanted = math.sqrt(shares[time]) * clean[index] + math.sqrt(1 - shares[time]) * noise[index]
         assert torch.allclose(mixed[index], wanted, atol=1e-5)
@@ -749,6 +750,6 @@ def test_a_schedule_that_ends_in_pure_noise_does_so(here: Path) -> None:
     """Such models say rescale_betas_zero_snr and predict velocity."""
     options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     models = prepared_with(build_tiny("sd2", here / "model"), "DDIMScheduler", **options)
-    shares = models.alphas_cumprod.numpy()
+    shares = models.schedule.alphas_cumprod.numpy()
     assert shares[-1] == 0
     assert np.allclose(shares, published_shares(zero_snr=True), rtol=1e-3, atol=1e-7)

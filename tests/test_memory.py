@@ -33,17 +33,9 @@ def on_meta(size: str) -> Any:
 def structure_of(unet: Any, **parts: train_lora.Shapes) -> Structure:
     """Describe a base model as its headers would."""
     shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
-    return Structure(
-        source="folder",
-        parts={"unet": shapes, "vae": HALVING, "text_encoder": {}} | parts,
-        weights_bytes=0,
-        input_channels=4,
-        micro_conditioning=False,
-        linear_projection=False,
-        text_encoders=(True, False),
-        native_resolution=512,
-        prediction_type="epsilon",
-    )
+    networks = {"unet": shapes, "vae": HALVING, "text_encoder": {}} | parts
+    family = train_lora.SD1
+    return Structure(family=family, parts=networks, **family.measure(networks))
 
 
 def kept_by_torch(unet: Any, config: TrainingConfig, dtype: torch.dtype) -> int:
@@ -53,7 +45,7 @@ def kept_by_torch(unet: Any, config: TrainingConfig, dtype: torch.dtype) -> int:
     """
     unet.requires_grad_(requires_grad=False)
     with torch.device("meta"):
-        unet.add_adapter(LoraConfig(r=16, target_modules=train_lora.UNET_TARGETS))
+        unet.add_adapter(LoraConfig(r=16, target_modules=train_lora.ATTENTION))
     unet.to(dtype)
     ours = {value.untyped_storage()._cdata for value in unet.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -102,8 +94,9 @@ def test_activations_are_what_torch_keeps(
 def test_a_file_in_the_original_layout_needs_what_its_folder_needs(built: Path) -> None:
     """Names differ, the network does not."""
     for family in ("sd1", "sd2", "sdxl"):
-        folder = train_lora.read_folder(built / family)
-        file = train_lora.read_file(built / f"{family}.safetensors")
+        record = train_lora.FAMILIES[family]
+        folder = Structure.of(train_lora.read_folder(built / family), record)
+        file = Structure.of(train_lora.read_file(built / f"{family}.safetensors"), record)
         assert file.tokens == folder.tokens
         assert file.text_width == folder.text_width
         assert file.vae_width == folder.vae_width

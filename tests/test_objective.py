@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler
 from tiny_models import SAMPLING
-from tiny_runs import FAMILIES, Ready, prepare, tiny_config
+from tiny_runs import FAMILIES, Ready, one_of, prepare, tiny_config
 
 import train_lora
-from train_lora import Batch, Cache, CachedImage, TextInputs, TrainingConfig
+from train_lora import Batch, Cache, CachedImage, Conditioning, TrainingConfig
 
 LATENT_SCALE = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
@@ -76,7 +76,7 @@ class Overheard:
 def exchange(ready: Ready) -> tuple[Batch, Overheard, torch.Tensor]:
     """Let a denoiser answer for four images; return what was drawn, said and lost."""
     batch = train_lora.draw_batch(
-        ready.cache, ready.config, 1, [(slot, slot) for slot in range(4)], 1000
+        ready.cache, ready.config, 1, [(slot, slot) for slot in range(4)], one_of(1000)
     )
     batch = replace(batch, timesteps=torch.tensor([0, 1, 500, 999]))
     overheard = Overheard(ready.models.denoiser)
@@ -118,9 +118,10 @@ def test_noise_and_velocity_equal_those_of_diffusers(family: str, ground: Path) 
     clean = batch.latents * LATENT_SCALE[family]
     reference = scheduler.add_noise(clean, batch.noise, batch.timesteps)
     assert torch.allclose(overheard.asked[0], reference, atol=1e-6)
-    shares = ready.models.alphas_cumprod[batch.timesteps]
     expected = scheduler.get_velocity(clean, batch.noise, batch.timesteps)
-    assert torch.allclose(train_lora.velocity(clean, batch.noise, shares), expected, atol=1e-6)
+    numbers = (clean, batch.noise, batch.timesteps)
+    found = train_lora.DDPM_VELOCITY.target(ready.models.schedule, *numbers)
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_sdxl_is_told_the_sizes_of_the_images_drawn(ground: Path) -> None:
@@ -139,7 +140,7 @@ def test_losses_are_in_full_precision_on_a_base_in_half(ground: Path) -> None:
     ready = prepare(tiny_config(ground))
     base = ready.models.base
     ready.models = train_lora.Models.prepare(base, torch.device("cpu"), torch.bfloat16)
-    ready.models.denoiser = train_lora.load_part(base, "unet", torch.bfloat16)
+    ready.models.denoiser = train_lora.load_part(base, base.family.denoiser, torch.bfloat16)
     batch, overheard, losses = exchange(ready)
     assert overheard.answered.dtype == torch.bfloat16
     expected = (overheard.answered.double() - batch.noise.double()).square().mean(dim=(1, 2, 3))
@@ -160,9 +161,9 @@ def test_draws_do_not_depend_on_batches_or_order(
 ) -> None:
     """A slot of an update draws the same, whoever stands beside it."""
     cache = synthetic_cache()
-    together = train_lora.draw_batch(cache, config, 7, SLOTS, 1000)
+    together = train_lora.draw_batch(cache, config, 7, SLOTS, one_of(1000))
     for part in parts:
-        batch = train_lora.draw_batch(cache, config, 7, [SLOTS[n] for n in part], 1000)
+        batch = train_lora.draw_batch(cache, config, 7, [SLOTS[n] for n in part], one_of(1000))
         assert batch.names == tuple(together.names[n] for n in part)
         for name in ("latents", "noise", "timesteps"):
             assert torch.equal(vars(batch)[name], vars(together)[name][part])
@@ -173,11 +174,11 @@ def test_draws_neither_use_nor_move_the_global_source_of_chance(config: Training
     cache = synthetic_cache()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        first = train_lora.draw_batch(cache, config, 3, SLOTS, 1000)
+        first = train_lora.draw_batch(cache, config, 3, SLOTS, one_of(1000))
         moved = torch.rand(1)
         torch.manual_seed(1)
         assert torch.equal(torch.rand(1), moved)
-        assert same_draws(first, train_lora.draw_batch(cache, config, 3, SLOTS, 1000))
+        assert same_draws(first, train_lora.draw_batch(cache, config, 3, SLOTS, one_of(1000)))
 
 
 def test_every_step_slot_and_seed_draws_something_of_its_own(config: TrainingConfig) -> None:
@@ -188,20 +189,22 @@ def test_every_step_slot_and_seed_draws_something_of_its_own(config: TrainingCon
         for step in (1, 2, 11, 111):
             slots = [(slot, 0) for slot in (0, 1, 2, 11, 111)]
             seeded = replace(config, seed=seed)
-            batch = train_lora.draw_batch(cache, seeded, step, slots, 1000)
+            batch = train_lora.draw_batch(cache, seeded, step, slots, one_of(1000))
             seen |= {tuple(noise.flatten()[:4].tolist()) for noise in batch.noise}
             seen |= {tuple((c.flatten()[:4]).tolist()) for c in batch.latents}
     assert len(seen) == 2 * 2 * 4 * 5
 
 
 DIGEST = """
-import hashlib, json, sys, torch
+import functools, hashlib, json, sys, torch
+from diffusers import DDPMScheduler
 import train_lora as t
 torch.manual_seed(int(sys.argv[2])); torch.rand(3)
 config = t.TrainingConfig.from_json(sys.argv[1])
 image = t.CachedImage("a", "a", torch.ones(2, 2, 4, 8, 8), torch.zeros(6))
 cache = t.Cache((image,) * 5, {}, {})
-drawn = [t.draw_batch(cache, config, step, [(0, 1), (1, 4)], 1000) for step in (5, 6)]
+draw = functools.partial(t.draw_step, DDPMScheduler())
+drawn = [t.draw_batch(cache, config, step, [(0, 1), (1, 4)], draw) for step in (5, 6)]
 numbers = [[b.latents.tolist(), b.noise.tolist(), b.timesteps.tolist()] for b in drawn]
 numbers.append([t.update_window(config, 5, step) for step in range(1, 9)])
 print(hashlib.sha256(json.dumps(numbers).encode()).hexdigest())
@@ -227,7 +230,7 @@ def test_another_process_draws_the_same(config: TrainingConfig, ground: Path) ->
 def test_latents_are_drawn_anew_from_the_images_distribution(config: TrainingConfig) -> None:
     """Mean 30 and deviation 1 for image 3, independent of the noise that is added."""
     cache, slots = synthetic_cache(side=32), [(slot, 3) for slot in range(20)]
-    batch = train_lora.draw_batch(cache, config, 1, slots, 1000)
+    batch = train_lora.draw_batch(cache, config, 1, slots, one_of(1000))
     assert float(batch.latents.mean()) == pytest.approx(30, abs=0.02)
     assert float(batch.latents.std()) == pytest.approx(1, abs=0.02)
     assert float(batch.noise.mean()) == pytest.approx(0, abs=0.02)
@@ -239,17 +242,19 @@ def test_latents_are_drawn_anew_from_the_images_distribution(config: TrainingCon
 def test_timesteps_are_uniform_over_the_whole_schedule(config: TrainingConfig) -> None:
     """Ten equal ranges of 4,000 draws hold 400 each, give or take five deviations; ends occur."""
     cache = synthetic_cache(side=1)
-    drawn = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(4000)], 1000).timesteps
+    drawn = train_lora.draw_batch(
+        cache, config, 1, [(s, 0) for s in range(4000)], one_of(1000)
+    ).timesteps
     counts = torch.histc(drawn.double(), bins=10, min=0, max=1000)
     assert bool(((counts - 400).abs() < 5 * 19).all())
-    few = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], 3).timesteps
+    few = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], one_of(3)).timesteps
     assert set(few.tolist()) == {0, 1, 2}
 
 
 def test_both_forms_of_a_flipped_image_are_drawn(config: TrainingConfig) -> None:
     """About as often plain as mirrored; the form decides the whole picture."""
     cache = synthetic_cache(forms=2)
-    batch = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], 1000)
+    batch = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], one_of(1000))
     means = batch.latents.mean(dim=(1, 2, 3))
     mirrored = int((means > 50).sum())
     assert bool(((means < 1) | (means > 99)).all())
@@ -429,10 +434,23 @@ def test_events_tell_the_epoch_and_every_step_once(ground: Path, tmp_path: Path)
 
 
 def test_silence_has_the_shape_of_a_text() -> None:
-    """Zeros for both numbers that a family may have."""
-    text = TextInputs(torch.ones(1, 77, 8), torch.ones(1, 4))
+    """Zeros for all that a family is told."""
+    text = Conditioning(prompt_embeds=torch.ones(1, 77, 8), pooled=torch.ones(1, 4))
     silent = text.silenced()
-    assert silent.pooled_prompt_embeds is not None
-    assert silent.prompt_embeds.shape == (1, 77, 8)
-    assert not silent.prompt_embeds.any()
-    assert not silent.pooled_prompt_embeds.any()
+    assert {name: tuple(each.shape) for name, each in silent.items()} == {
+        "prompt_embeds": (1, 77, 8),
+        "pooled": (1, 4),
+    }
+    assert not any(each.any() for each in silent.values())
+
+
+def test_texts_of_different_lengths_stand_in_one_batch() -> None:
+    """Zeros fill the shorter ones up, and a mask that a family gives tells where."""
+    texts = [
+        Conditioning(embeds=torch.ones(1, n, 2), mask=torch.ones(1, n, dtype=torch.bool))
+        for n in (3, 1)
+    ]
+    batch = Conditioning.stack(texts).cast(torch.bfloat16)
+    assert batch["embeds"].shape == (2, 3, 2)
+    assert batch["mask"].tolist() == [[True] * 3, [True, False, False]]
+    assert not batch["embeds"][1, 1:].any()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import FAMILIES, Ready, prepare, tiny_config
+from tiny_runs import FAMILIES, Ready, one_of, prepare, tiny_config
 
 import train_lora
 from launches import Calls
@@ -36,7 +36,7 @@ def gradients(ready: Ready, strength: float = 1.0, slots: int = 4) -> Tensors:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=chance))
     ready.learner.refresh()
     for slot in range(slots):
-        batch = train_lora.draw_batch(ready.cache, ready.config, 1, [(slot, slot)], 1000)
+        batch = train_lora.draw_batch(ready.cache, ready.config, 1, [(slot, slot)], one_of(1000))
         text = ready.cache.read(ready.models, batch.captions)
         (train_lora.batch_losses(ready.models, batch, text).sum() * strength).backward()
         ready.learner.collect()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conftest import Recorder, write_config
+from diffusers import DDPMScheduler
 from tiny_models import build_tiny
 
 import train_lora
 from train_lora import LoRATrainer, Run, TrainingConfig, TrainState
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
@@ -53,7 +58,11 @@ class Ready(Run):
     def networks(self) -> dict[str, Any]:
         """Name the denoiser and the text encoders that are kept."""
         kept = dict(
-            zip(self.models.base.family.text_parts, self.models.text_encoders, strict=False)
+            zip(
+                [p.folder for p in self.models.base.family.text_encoders],
+                self.models.text_encoders,
+                strict=False,
+            )
         )
         return {"unet": self.models.denoiser, **kept}
 
@@ -75,3 +84,9 @@ def prepare(config: TrainingConfig) -> Ready:
         origin={"run_id": "test", "identity": {}},
         recorder=recorder,
     )
+
+
+def one_of(steps: int) -> Callable[[torch.Tensor, torch.Generator], torch.Tensor]:
+    """Draw times as an objective does whose schedule has so many steps."""
+    schedule = DDPMScheduler(num_train_timesteps=steps)
+    return functools.partial(train_lora.draw_step, schedule)
