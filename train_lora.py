@@ -149,6 +149,7 @@ class WarningCode(Code):
         "A knob stands twice, with two values.",
         "training_params wins; remove one.",
     )
+    KNOB_WITHOUT_EFFECT = "A knob has no effect beside another.", "Remove it, or change the other."
     LEARNING_RATE_LOW = "Little will be learned at this rate.", "1e-4 suits most runs."
     RESOLUTION_UNUSUAL = "The base was made for another size.", "Use the model's own size."
     TRIGGER_WORDS_EMPTY = "Only captions call the concept.", "Give a word unless this is a style."
@@ -233,6 +234,8 @@ class TrainingInterrupted(BaseException):
 
 # === JSON ====================================================================
 
+NUMBER_LENGTH = 500  # a few thousand longer ones would hold the interpreter, deaf to signals
+
 
 def parse_json(text: str) -> tuple[Any, list[Problem]]:
     """Parse JSON, noting what Python's parser lets pass: NaN, infinity, a key given twice."""
@@ -241,8 +244,13 @@ def parse_json(text: str) -> tuple[Any, list[Problem]]:
     def note(path: str, expected: str, found: str) -> None:
         problems.append(Problem(path=path, expected=expected, found=found, hint="Mend the file."))
 
+    def whole(digits: str) -> int:
+        if len(digits) > NUMBER_LENGTH:
+            raise ValueError(f"a number of {len(digits)} characters")
+        return int(digits)
+
     def number(digits: str) -> float:
-        value = float(digits)
+        value = float(digits) if len(digits) <= NUMBER_LENGTH else whole(digits)
         if not math.isfinite(value):
             note("$", "a finite number", digits)
         return value
@@ -254,7 +262,8 @@ def parse_json(text: str) -> tuple[Any, list[Problem]]:
                 note(key, "every key once", f"it {count} times")
         return dict(pairs)
 
-    document = json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=unique)
+    hooks: Record = {"parse_constant": number, "parse_float": number, "parse_int": whole}
+    document = json.loads(text, object_pairs_hook=unique, **hooks)
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -864,7 +873,7 @@ def parse_config(text: str) -> Record:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise bad_json("strict JSON", f"{error.msg} at {place}", "Mend this place.") from error
-    except (RecursionError, ValueError) as error:  # 100,000 brackets; a number of 5,000 digits
+    except (RecursionError, ValueError) as error:  # 100,000 brackets; a number of 501 digits
         raise bad_json("a config", f"JSON beyond all measure ({error})", "") from error
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_NOT_JSON, problems)
@@ -1132,24 +1141,15 @@ class TrainingConfig:
 
 def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     """List values that are fine alone but do not go together."""
-    if config.learning_rate > HIGH_LEARNING_RATE:
-        yield Problem(
-            path="learning_rate",
-            expected=f"at most {HIGH_LEARNING_RATE} with this optimizer",
-            found=show(config.learning_rate),
-            hint="1e-4 suits most runs.",
-        )
-    data, output = (Path(os.path.realpath(p)) for p in (config.dataset_path, config.output_path))
-    spoiled = "Samples would become training images."
-    for knob, other, taken, hint in (
-        ("output_path", "dataset_path", [data], spoiled),
-        ("regularization_path", "dataset_path", [data], "It is for images of other things."),
-        ("regularization_path", "output_path", [output, output / "samples"], spoiled),
-    ):
-        path = config.value(knob)
-        if path and Path(os.path.realpath(path)) in taken:
-            expected, found = f"a folder other than {other}", show(str(path))
-            yield Problem(path=knob, expected=expected, found=found, hint=hint)
+    for knob in ("learning_rate", "text_encoder_learning_rate"):
+        if (config.value(knob) or 0) > HIGH_LEARNING_RATE:
+            yield Problem(
+                path=knob,
+                expected=f"at most {HIGH_LEARNING_RATE} with this optimizer",
+                found=show(config.value(knob)),
+                hint="1e-4 suits most runs.",
+            )
+    yield from folders_in_conflict(config)
     if config.mixed_precision == "no" and config.base_precision in ("bf16", "fp16"):
         yield Problem(
             path="base_precision",
@@ -1157,6 +1157,60 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
             found=show(config.base_precision),
             hint="Set mixed_precision to auto, or base_precision to auto.",
         )
+
+
+def folders_in_conflict(config: TrainingConfig) -> Iterator[Problem]:
+    """List folders that would become part of each other."""
+    spoiled, foreign = "Samples would become training images.", "It is for images of other things."
+    for knob, other, clash, hint in (
+        ("output_path", "dataset_path", same_folder, spoiled),
+        ("dataset_path", "output_path", is_written_by_run, spoiled),
+        ("regularization_path", "dataset_path", same_folder, foreign),
+        ("regularization_path", "output_path", same_folder, spoiled),
+        ("regularization_path", "output_path", is_written_by_run, spoiled),
+    ):
+        path = config.value(knob)
+        if path and clash(path, config.value(other)):
+            expected, found = f"a folder other than {other}", show(str(path))
+            yield Problem(path=knob, expected=expected, found=found, hint=hint)
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Tell whether two names lead to one place."""
+    return place_of(real_path(one)) == place_of(real_path(other))
+
+
+def real_path(path: Path) -> Path:
+    """Follow links as far as there are any; Path.resolve fails on what cannot be."""
+    return Path(os.path.realpath(path))
+
+
+def place_of(real: Path) -> object:
+    """Tell places apart, also where the file system ignores case; by spelling what is not there."""
+    try:
+        status = real.stat()
+    except (OSError, ValueError):
+        return real
+    return status.st_dev, status.st_ino
+
+
+def is_written_by_run(path: Path, output: Path) -> bool:
+    """Tell whether a place lies inside what a run puts into its output folder."""
+    place, folder = real_path(path), real_path(output)
+    home = place_of(folder)
+    for inner in (place, *place.parents):
+        if place_of(inner.parent) == home:
+            own = inner.name in OWN_FILES or inner.name.startswith("earlier_")
+            return own or place_of(inner) in {place_of(folder / name) for name in OWN_FILES}
+    return False
+
+
+# Without effect while the other knob is set (True), or is not.
+IDLE_KNOBS = {
+    ("epochs", "steps"): True,
+    ("text_encoder_learning_rate", "train_text_encoder"): False,
+    ("regularization_share", "regularization_path"): False,
+}
 
 
 def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
@@ -1168,6 +1222,14 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
             data={"learning_rate": rate},
             message=f"learning_rate {rate:g} is very low; 1e-4 suits most runs",
         )
+    for (knob, other), idle in IDLE_KNOBS.items():
+        value, beside = config.value(knob), config.value(other)
+        if bool(beside) is idle and value != knobs()[knob]["default"]:
+            yield WarningEvent(
+                code=WarningCode.KNOB_WITHOUT_EFFECT,
+                data={"key": knob, "value": value, "because": other},
+                message=f"{knob} {show(value)} has no effect beside {other} {show(plain(beside))}",
+            )
     if not config.trigger_words:
         yield WarningEvent(
             code=WarningCode.TRIGGER_WORDS_EMPTY,
@@ -4562,7 +4624,8 @@ def check_extras(config: TrainingConfig) -> None:
     if package := OPTIMIZER_PACKAGES.get(config.optimizer):
         check_package(package, "optimizer")
     folder = config.model_config_path
-    if folder and not any(config.is_file() for config in denoisers_in(folder)):
+    # os.path.isfile, because a path may be too long to be asked about
+    if folder and not any(os.path.isfile(config) for config in denoisers_in(folder)):  # noqa: PTH113
         expected = "a diffusers folder with configs and tokenizers"
         raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "model_config_path", expected, str(folder))
     if config.vae and not is_local(config.vae) and not HUB_ID.fullmatch(config.vae):
@@ -4629,9 +4692,9 @@ class Preflight:
         model: tuple[ModelFacts, Structure | None],
         events: Emitter,
         stop: StopRequest,
-        done: int = 0,
+        done: int | None = None,
     ) -> Preflight:
-        """Look at everything and tell what there is."""
+        """Look at everything and tell what there is; `done` updates where training follows."""
         facts, structure = model
         report_model(config, facts, events)
         dataset = scan_dataset(config, events, stop)
@@ -4644,7 +4707,7 @@ class Preflight:
         if memory:
             events.info(memory.facts())
         total_steps = config.total_steps(images, regularization)
-        needed = disk_needed(config, structure, total_steps - done) if structure else None
+        needed = disk_needed(config, structure, total_steps - (done or 0)) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
         return cls(
             dataset=dataset,

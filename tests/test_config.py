@@ -9,6 +9,10 @@ import json
 import operator
 import os
 import random
+import shutil
+import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import typing
@@ -111,6 +115,53 @@ def test_every_knob_explains_itself(name: str) -> None:
     assert all(knob[key] for key in ("title", "description", "examples", "hint"))
     assert knob["description"].endswith(".")
     assert ("default" in knob) == (name not in TOP)
+
+
+def patterned(schema: Any) -> list[Record]:
+    """List all that has a pattern, however deep in a schema."""
+    if isinstance(schema, list):
+        return [found for item in schema for found in patterned(item)]
+    if not isinstance(schema, dict):
+        return []
+    inner = [found for item in schema.values() for found in patterned(item)]
+    return [schema] if "pattern" in schema else inner
+
+
+def as_elsewhere(schema: Record) -> Record:
+    """Let `$` mean the very end; to Python it is also the place before a last line break."""
+    changed = {key: as_elsewhere(value) for key, value in schema.items() if isinstance(value, dict)}
+    pattern = {"pattern": schema["pattern"].replace("$", r"\Z")} if "pattern" in schema else {}
+    return {**schema, **changed, **pattern}
+
+
+@pytest.mark.parametrize("knob", patterned(SCHEMA))
+def test_every_pattern_means_the_same_to_all_validators(knob: Record) -> None:
+    """A host that checks a config in another language comes to the same verdict."""
+    here, elsewhere = (jsonschema.Draft7Validator(each) for each in (knob, as_elsewhere(knob)))
+    offered = [*knob.get("examples", []), knob.get("default"), "a", ""]
+    for text in (text for text in offered if isinstance(text, str)):
+        for other in (text, text + "\n", "\n" + text, text + "\r\n", text + "\0", text + "\0\n"):
+            assert here.is_valid(other) == elsewhere.is_valid(other)
+
+
+@pytest.mark.parametrize("name", ["device", "dataset_path", "vae", "cache_dir"])
+def test_a_value_followed_by_what_does_not_belong_to_it_is_refused(name: str) -> None:
+    """A line break behind a device, a NUL behind a path."""
+    behind = "\n" if name == "device" else "\0"
+    for value in (f"cpu{behind}", f"{behind}cpu"):
+        assert [problem.path for problem in refusal_with(**{name: value}).problems] == [name]
+
+
+@pytest.mark.parametrize("value", ["cpu", "mps", "auto", "cuda", "cuda:0", "cuda:9", "cuda:10"])
+def test_a_device_is_named_as_torch_names_it(value: str) -> None:
+    """With the number of a card, where there are several."""
+    assert load_config(device=value).device == value
+
+
+@pytest.mark.parametrize("value", ["", "cuda:", "cuda:01", "cuda:100", "cpu:0", "xcpu", "gpu"])
+def test_what_is_no_device_is_refused(value: str) -> None:
+    """By the schema, before anything is looked for."""
+    assert refusal_with(device=value).code is ErrorCode.CONFIG_INVALID
 
 
 @pytest.mark.parametrize("name", KNOBS)
@@ -382,6 +433,29 @@ def test_an_integer_of_5000_digits_is_refused() -> None:
     assert error.code in (ErrorCode.CONFIG_NOT_JSON, ErrorCode.CONFIG_INVALID)
 
 
+@pytest.mark.parametrize(
+    "text", ["9" * 1000, "-" + "9" * 1000, "0." + "3" * 1000, "1" * 1000 + "e-990"]
+)
+def test_a_number_has_no_more_digits_than_anybody_writes(text: str) -> None:
+    """Computing with a few thousand long numbers could hold the interpreter for half a minute."""
+    for document in (text, f'{{"shape": [1, {text}]}}'):
+        with pytest.raises(ValueError, match=r"a number of 1\d\d\d characters"):
+            train_lora.parse_json(document)
+    assert "characters" in refusal_of(f'{{"seed": {text}}}'.encode()).problems[0].found
+
+
+def test_a_header_of_long_numbers_is_refused_before_any_is_read() -> None:
+    """2.4 MB are enough for 600 numbers of 4,000 digits."""
+    shape = ", ".join(["9" * 4000] * 600)
+    entry = f'{{"dtype": "F32", "shape": [{shape}], "data_offsets": [0, 4]}}'
+    header = f'{{"w": {entry}}}'.encode()
+    path = Path("model.safetensors")
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(TrainError, match="a number of 4000 characters") as refused:
+        train_lora.read_header(path)
+    assert refused.value.code is ErrorCode.MODEL_DAMAGED
+
+
 @pytest.mark.parametrize("name", ["seed", "learning_rate", "lora_alpha", "resolution"])
 def test_an_integer_of_400_digits_is_out_of_range(name: str) -> None:
     """A number that no float can hold is compared all the same."""
@@ -582,12 +656,101 @@ def test_images_for_regularization_lie_in_a_folder_of_their_own(folder: str) -> 
     assert [problem.path for problem in error.problems] == ["regularization_path"]
 
 
+@pytest.mark.parametrize("knob", ["dataset_path", "regularization_path"])
+@pytest.mark.parametrize(
+    "folder", ["samples", "samples/deeper", "checkpoints", "state/step_5", "earlier_3/samples"]
+)
+def test_what_a_run_writes_is_no_data(knob: str, folder: str) -> None:
+    """Samples would become training images, and --fresh would move them away."""
+    for made in (False, True):
+        if made:
+            Path("out", folder).mkdir(parents=True)
+        error = refusal_with(output_path="./out/", **{knob: f"x/../out/{folder}"})
+        assert error.code is ErrorCode.CONFIG_CONFLICT
+        assert [problem.path for problem in error.problems] == [knob]
+
+
+@pytest.mark.parametrize("folder", ["out/images", "out/samples_of_mine", "out/images/samples"])
+def test_images_may_lie_beside_what_a_run_writes(folder: str) -> None:
+    """Some keep everything about a LoRA in one folder."""
+    assert load_config(dataset_path=folder).dataset_path == Path(folder).absolute()
+
+
+def mounted(*arguments: str) -> int:
+    """Preflight where the folder `data` can also be reached as `again`, without a link."""
+    Path("data", "out").mkdir(parents=True, exist_ok=True)
+    Path("again").mkdir(exist_ok=True)
+    command = f'mount --bind data again && exec "{sys.executable}" "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command, "sh", *arguments], capture_output=True, check=False
+    )
+    return done.returncode
+
+
+def test_one_folder_under_two_names_is_one_folder() -> None:
+    """As where the file system does not care for case: the system is asked, not the spelling."""
+    if not shutil.which("unshare") or mounted("-c", "") != 0:
+        pytest.skip("needs the right to mount")
+    for changes in (
+        {"output_path": "again"},
+        {"regularization_path": "again"},
+        {"output_path": "data/out", "regularization_path": "again/out/samples"},
+        {"output_path": "data/out", "dataset_path": "again/out/samples"},
+    ):
+        write_config(Path.cwd(), **changes)
+        look = "import train_lora; train_lora.TrainingConfig.from_json('config.json')"
+        check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {look}"
+        assert mounted("-c", check) == 1
+    write_config(Path.cwd(), output_path="again/out")
+    assert mounted("-c", check) == 0
+
+
 @pytest.mark.parametrize("output", ["data", "./data/", "data/.", "data/../data", "link"])
 def test_the_output_may_not_go_into_the_dataset_folder_itself(output: str) -> None:
     """However the folder is spelled, samples must not become training images."""
     Path("data").mkdir()
     Path("link").symlink_to("data")
     assert refusal_with(output_path=output).code is ErrorCode.CONFIG_CONFLICT
+
+
+@pytest.mark.parametrize("knob", ["learning_rate", "text_encoder_learning_rate"])
+def test_no_network_learns_at_a_rate_that_destroys_it(knob: str) -> None:
+    """What the denoiser cannot stand, the text encoders cannot either."""
+    error = refusal_with(train_text_encoder=True, **{knob: 0.11})
+    assert error.code is ErrorCode.CONFIG_CONFLICT
+    assert [problem.path for problem in error.problems] == [knob]
+    assert vars(load_config(train_text_encoder=True, **{knob: 0.1}))[knob] == 0.1
+
+
+IDLE: list[tuple[Record, list[str]]] = [
+    ({"steps": 5, "epochs": 3}, ["epochs"]),
+    ({"steps": 5, "training_params": {"epochs": 3}}, ["epochs"]),
+    ({"epochs": 3}, []),
+    ({"steps": 5, "epochs": 10}, []),
+    ({"text_encoder_learning_rate": 1e-5}, ["text_encoder_learning_rate"]),
+    ({"text_encoder_learning_rate": 1e-5, "train_text_encoder": True}, []),
+    ({"regularization_share": 0.25}, ["regularization_share"]),
+    ({"regularization_share": 0.25, "regularization_path": "others"}, []),
+    ({"regularization_share": 0.5}, []),
+    ({"steps": 5, "epochs": 3, "regularization_share": 0.25}, ["epochs", "regularization_share"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "idle"), IDLE)
+def test_a_knob_without_effect_is_remarked_on(changes: Record, idle: list[str]) -> None:
+    """With what keeps it from having one; what equals the default surprises nobody."""
+    config = load_config(**changes)
+    assert [remark.data["key"] for remark in config.remarks] == idle
+    assert {remark.code for remark in config.remarks} <= {WarningCode.KNOB_WITHOUT_EFFECT}
+    assert all(remark.data["because"] in KNOBS for remark in config.remarks)
+
+
+def test_an_override_without_effect_is_remarked_on() -> None:
+    """Who types it waits for something to happen."""
+    config = TrainingConfig.from_json(write_config(Path.cwd(), steps=5), {"epochs": 3})
+    (remark,) = config.remarks
+    assert remark.data == {"key": "epochs", "value": 3, "because": "steps"}
+    assert remark.message == "epochs 3 has no effect beside steps 5"
 
 
 @pytest.mark.parametrize(
@@ -606,6 +769,20 @@ def test_the_output_may_not_go_into_the_dataset_folder_itself(output: str) -> No
 def test_what_is_seldom_meant_is_remarked_on(changes: Record, codes: list[str]) -> None:
     """A rate below 1e-5 and an empty list of words are allowed, with a warning."""
     assert remarks(load_config(**changes)) == codes
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "x/" * 3000, "data/" + "x" * 300 + "/y"])
+@pytest.mark.parametrize("knob", [name for name in KNOBS if KNOBS[name].get("format") == "path"])
+def test_a_path_longer_than_any_ends_in_an_error_that_has_a_name(
+    in_workspace: Path, events: train_lora.Emitter, recorder: Recorder, knob: str, place: str
+) -> None:
+    """The file system refuses even to look; the cache alone may fail later, with a warning."""
+    config = load_config(**{knob: place})
+    with contextlib.suppress(TrainError):
+        train_lora.LoRATrainer(config, events).validate()
+    last = recorder.records[-1]
+    assert last.get("code") != "internal_error"
+    assert (last["type"] == "error") == (knob != "cache_dir")
 
 
 # --- Two forms ----------------------------------------------------------------
