@@ -65,9 +65,9 @@ import traceback
 import types
 import typing
 import uuid
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -1445,6 +1445,9 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # no other decoder ever sees a u
 EXIF_ORIENTATION = 0x0112
 CAPTION_BYTES = 64 * 1024  # a text encoder reads a few hundred of them
 METADATA_BYTES = 64 * 2**20
+REFUSED_LINES = 5  # told in full; what is wrong with a thousand more is known then
+PIXELS_AT_ONCE = 2**26  # decoded by all threads together; a WebP takes 16 bytes for each
+QUICK_PIXELS = 2**22  # unpacked for doubt alone where no run follows: a tenth of a second
 
 
 class Unusable(Exception):
@@ -1482,34 +1485,38 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 
 
 def find_files(
-    root: Path, apart: Container[Path], events: Emitter, label: str = ""
+    root: Path, apart: Iterable[Path], events: Emitter, label: str = ""
 ) -> dict[str, Path]:
     """List a folder's files by label and path inside it, leaving out the folders set apart."""
     found: dict[str, Path] = {}
+    waiting, set_apart = [root], {place_of(folder) for folder in apart}
 
     def name_of(path: Path) -> str:
         return PurePosixPath(label, path.relative_to(root).as_posix()).as_posix()
-
-    def unreadable(error: OSError) -> None:
-        skip(Path(error.filename), f"it cannot be read ({error.strerror})")
 
     def skip(folder: Path, reason: str) -> None:
         name = name_of(folder)
         message = f"Skipped folder {name}: {reason}"
         events.warn(WarningCode.FOLDER_SKIPPED, message, file=name, reason=reason)
 
-    for here, folders, files in os.walk(root, onerror=unreadable):
-        folder = Path(here)
-        for name in sorted(folders):
-            named_like_image = name.lower().endswith(IMAGE_SUFFIXES)
-            if is_hidden(name) or folder / name in apart:
-                folders.remove(name)
-            elif named_like_image or (folder / name).is_symlink():
-                folders.remove(name)
-                skip(folder / name, "named like an image" if named_like_image else "it is a link")
-        for name in sorted(files):
-            if not is_hidden(name):
-                found[name_of(folder / name)] = folder / name
+    while waiting:  # os.walk would call itself, and a thousand folders deep end in an error
+        folder = waiting.pop()
+        try:
+            inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            skip(folder, f"it cannot be read ({error.strerror})")
+            continue
+        for entry in inside:
+            path, linked = folder / entry.name, entry.is_symlink()
+            is_folder = os.path.isdir(path) if linked else entry.is_dir()  # noqa: PTH112, never raises
+            if is_hidden(entry.name) or (is_folder and place_of(path) in set_apart):
+                continue
+            if not is_folder:
+                found[name_of(path)] = path
+            elif linked or entry.name.lower().endswith(IMAGE_SUFFIXES):
+                skip(path, "it is a link" if linked else "named like an image")
+            else:
+                waiting.append(path)
     return found
 
 
@@ -1532,26 +1539,117 @@ def check_plain_file(path: Path, root: Path) -> None:
         raise Unusable("an empty file")
 
 
-def inspect_image(path: Path, root: Path) -> tuple[int, int]:
-    """Decode an image far enough to trust it; return width and height as a viewer shows them."""
-    from PIL import Image, UnidentifiedImageError
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What is known of an image after a first look."""
 
-    check_plain_file(path, root)
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+    width: int  # pixels, as a viewer shows it
+    height: int
+    packed_bytes: int = 0  # of a PNG, whose pixels have not been unpacked
+
+
+class Inspector:
+    """Looks at images in parallel, and never at more pixels at once than memory holds."""
+
+    def __init__(self, events: Emitter, stop: StopRequest, *, thorough: bool) -> None:
+        """Begin with nothing in hand; `thorough` leaves no pixel of any image undecoded."""
+        self.events, self.stop = events, stop
+        self._quick_pixels = math.inf if thorough else QUICK_PIXELS
+        self._free = PIXELS_AT_ONCE
+        self._changed = threading.Condition()
+
+    def inspect(self, files: Mapping[str, Path], root: Path) -> dict[str, tuple[int, int]]:
+        """Return the sizes of the usable images, in order; name the others."""
+        looks = self._each("checking", files, lambda name: self._look(files[name], root))
+        doubtful = list(self._choose_doubtful(looks))
+        sound = self._each("unpacking", doubtful, lambda n: self._unpack(files[n], looks[n]))
+        broken = set(doubtful) - set(sound)
+        return {n: (look.width, look.height) for n, look in looks.items() if n not in broken}
+
+    def _each(self, verb: str, names: Collection[str], work: Callable[[str], R]) -> dict[str, R]:
+        """Do the same to many images; leave out and name those that turn out unusable."""
+        results: dict[str, R] = {}
+        phase = Phase(f"{verb} images", len(names), self.events, self.stop)
+        pool = ThreadPoolExecutor(thread_name_prefix="images")
+        try:
+            tasks = [(name, pool.submit(work, name)) for name in names]
+            for done, (name, task) in enumerate(tasks):
+                phase.at(done)
+                try:
+                    results[name] = task.result()
+                except Unusable as reason:
+                    message = f"Skipped {name}: {reason}"
+                    code = WarningCode.IMAGE_SKIPPED
+                    self.events.warn(code, message, file=name, reason=str(reason))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return results
+
+    def _look(self, path: Path, root: Path) -> Look:
+        """Decode an image as far as is cheap."""
+        from PIL import Image
+
+        check_plain_file(path, root)
+        with naming_damage(), Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > (most := Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Unusable(f"more than {most} pixels")
             # Phones write JPEGs with further pictures behind the first; only that one counts.
             # Single pictures of some formats do not have the attribute at all.
             if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
                 raise Unusable("an animation")
-            width, height = image.size
             # A PNG's orientation may stand behind the pixels; looking there would decode them.
-            early = image.format != "PNG" or "exif" in image.info
-            sideways = early and image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-            if image.format == "PNG":
-                image.verify()  # the checksums of all chunks, without unpacking them
-            else:
-                image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
-                image.load()
+            packed = image.format == "PNG"
+            early = not packed or "exif" in image.info
+            if early and image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
+                width, height = height, width
+            with self._room(width * height):
+                if packed:
+                    image.verify()  # the checksums of all chunks, without unpacking them
+                else:
+                    image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
+                    image.load()
+        packed_bytes = path.stat().st_size if packed else 0
+        return Look(width=width, height=height, packed_bytes=packed_bytes)
+
+    def _choose_doubtful(self, looks: Mapping[str, Look]) -> Iterator[str]:
+        """Choose what to unpack after all: first the files that are small for their pixels."""
+        packed = [name for name, look in looks.items() if look.packed_bytes]
+        pixels = {name: looks[name].width * looks[name].height for name in packed}
+        for name in sorted(packed, key=lambda name: looks[name].packed_bytes / pixels[name]):
+            if pixels[name] <= self._quick_pixels:
+                self._quick_pixels -= pixels[name]
+                yield name
+
+    def _unpack(self, path: Path, look: Look) -> None:
+        """Do to an image what training does first."""
+        with self._room(look.width * look.height), naming_damage():
+            load_picture(path)
+
+    @contextlib.contextmanager
+    def _room(self, pixels: int) -> Iterator[None]:
+        """Wait until so many pixels fit into memory; an image larger than all goes alone."""
+        pixels = min(pixels, PIXELS_AT_ONCE)
+        with self._changed:
+            while pixels > self._free:
+                self.stop.check()
+                self._changed.wait(0.1)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def naming_damage() -> Iterator[None]:
+    """Say in a few words why a decoder failed."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
     except Unusable:
         raise
     except UnidentifiedImageError as error:
@@ -1560,32 +1658,6 @@ def inspect_image(path: Path, root: Path) -> tuple[int, int]:
         raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except Exception as error:  # hostile bytes make decoders raise anything
         raise Unusable(f"damaged ({error})") from error
-    return (height, width) if sideways else (width, height)
-
-
-def inspect_images(
-    files: Sequence[tuple[str, Path]], root: Path, events: Emitter, stop: StopRequest
-) -> dict[str, tuple[int, int]]:
-    """Decode all images in parallel and in order; return the sizes of the usable ones."""
-    from PIL import Image
-
-    sizes: dict[str, tuple[int, int]] = {}
-    phase = Phase("checking images", len(files), events, stop)
-    pool = ThreadPoolExecutor(thread_name_prefix="images")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            tasks = [(name, pool.submit(inspect_image, path, root)) for name, path in files]
-            for done, (name, task) in enumerate(tasks):
-                phase.at(done)
-                try:
-                    sizes[name] = task.result()
-                except Unusable as reason:
-                    message = f"Skipped {name}: {reason}"
-                    events.warn(WarningCode.IMAGE_SKIPPED, message, file=name, reason=str(reason))
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return sizes
 
 
 def read_inside(path: Path, root: Path, limit_bytes: int) -> bytes:
@@ -1603,6 +1675,8 @@ def read_inside(path: Path, root: Path, limit_bytes: int) -> bytes:
 
 def decode_caption(content: bytes) -> str:
     """Turn bytes into one line of text."""
+    if len(content) > CAPTION_BYTES:
+        raise Unusable(f"larger than {CAPTION_BYTES // 1024} KiB")
     try:
         text = " ".join(content.decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
@@ -1612,24 +1686,33 @@ def decode_caption(content: bytes) -> str:
     return text
 
 
-def read_metadata(files: Mapping[str, Path], root: Path, events: Emitter) -> dict[str, str]:
+def read_metadata(
+    files: Mapping[str, Path], root: Path, events: Emitter, stop: StopRequest
+) -> dict[str, str]:
     """Read the captions of every metadata.jsonl, keyed by the image's path inside the dataset."""
     captions: dict[str, str] = {}
     for name in (n for n in files if PurePosixPath(n).name == "metadata.jsonl"):
         try:
-            lines = read_inside(files[name], root, METADATA_BYTES).split(b"\n")
+            lines = io.BytesIO(read_inside(files[name], root, METADATA_BYTES))
         except Unusable as reason:
             warn_caption(name, reason, events)
             continue
+        refused, first = 0, []
         for number, line in enumerate(lines, start=1):
+            stop.check()
             try:
                 if line.strip():
                     image, caption = parse_metadata(line, PurePosixPath(name).parent, files)
                     captions[image] = caption
             except Unusable as reason:
-                message = f"Cannot use line {number} of {name}: {reason}"
-                data = {"file": name, "line": number, "reason": str(reason)}
-                events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
+                refused += 1
+                if refused <= REFUSED_LINES:
+                    first.append({"line": number, "reason": str(reason)})
+        if refused:
+            message = f"Cannot use {refused} lines of {name}, such as {first[0]['line']}: "
+            message += str(first[0]["reason"])
+            data = {"file": name, "lines": refused, "first": first}
+            events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
     return captions
 
 
@@ -1659,7 +1742,9 @@ def warn_caption(name: str, reason: Unusable, events: Emitter) -> None:
     events.warn(WarningCode.CAPTION_UNUSABLE, message, file=name, reason=str(reason))
 
 
-def read_sidecars(files: Mapping[str, Path], root: Path, events: Emitter) -> dict[str, str]:
+def read_sidecars(
+    files: Mapping[str, Path], root: Path, events: Emitter, stop: StopRequest
+) -> dict[str, str]:
     """Read image.txt beside every image that has one, keyed by the image's path."""
     texts = {name[:-4]: name for name in files if name.lower().endswith(".txt")}
     captions: dict[str, str] = {}
@@ -1668,6 +1753,7 @@ def read_sidecars(files: Mapping[str, Path], root: Path, events: Emitter) -> dic
         name = texts.get(stem)
         if name is None or f".{suffix.lower()}" not in IMAGE_SUFFIXES:
             continue
+        stop.check()
         try:
             captions[image] = decode_caption(read_inside(files[name], root, CAPTION_BYTES))
         except Unusable as reason:
@@ -1676,27 +1762,14 @@ def read_sidecars(files: Mapping[str, Path], root: Path, events: Emitter) -> dic
 
 
 def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
-    """Let every trigger word stand in the caption exactly once, in front where it was missing."""
+    """Put every trigger word that the caption lacks in front of it, and change nothing else."""
     words = list(dict.fromkeys(" ".join(word.split()) for word in trigger_words))
-    # A word inside a longer one counts as present, so the longer ones are looked for first.
-    longest_first = sorted(words, key=len, reverse=True)
     front: list[str] = []
-    for word in longest_first:
+    # A word inside a longer one counts as present, so the longer ones are looked for first.
+    for word in sorted(words, key=len, reverse=True):
         if not stands_in(word, (caption, *front)):
             front.append(word)
-    text = ", ".join(filter(None, [*sorted(front, key=words.index), caption]))
-    seen: list[str] = []
-
-    def keep_first(match: re.Match[str]) -> str:
-        repeated = stands_in(match[0], seen)
-        seen.append(match[0])
-        return "" if repeated else match[0]
-
-    any_word = "|".join(map(re.escape, longest_first)) or "(?!)"
-    kept = re.sub(rf"(?<!\w)(?:{any_word})(?!\w)", keep_first, text, flags=re.IGNORECASE)
-    if kept == text:
-        return text
-    return " ".join(re.sub(r"\s*(,\s*)+", ", ", kept).split()).strip(" ,")
+    return ", ".join(filter(None, [*sorted(front, key=words.index), caption]))
 
 
 def stands_in(word: str, texts: Iterable[str]) -> bool:
@@ -1705,14 +1778,17 @@ def stands_in(word: str, texts: Iterable[str]) -> bool:
     return any(map(alone.search, texts))
 
 
-def scan_dataset(config: TrainingConfig, events: Emitter, stop: StopRequest) -> Dataset:
+def scan_dataset(
+    config: TrainingConfig, events: Emitter, stop: StopRequest, *, thorough: bool = False
+) -> Dataset:
     """Find the usable images and their captions; name whatever is left out."""
     places = (config.dataset_path, config.regularization_path, config.output_path)
     roots = [place.resolve() for place in places if place]
-    own, others = scan_folder(roots[0], config.trigger_words, roots[1:], events, stop), Scan()
+    inspector = Inspector(events, stop, thorough=thorough)
+    own, others = scan_folder(roots[0], config.trigger_words, roots[1:], inspector), Scan()
     check_pictures(own, config.dataset_path, config, events)
     if config.regularization_path:
-        others = scan_folder(roots[1], (), roots, events, stop, label=roots[1].name)
+        others = scan_folder(roots[1], (), roots, inspector, label=roots[1].name)
         check_pictures(others, config.regularization_path, config, events)
     counts = Counter(f"{picture.width}x{picture.height}" for picture in own.pictures)
     facts = DatasetFacts(
@@ -1739,16 +1815,16 @@ class Scan:
 def scan_folder(
     root: Path,
     trigger_words: Iterable[str],
-    apart: Container[Path],
-    events: Emitter,
-    stop: StopRequest,
+    apart: Iterable[Path],
+    inspector: Inspector,
     label: str = "",
 ) -> Scan:
     """Find the usable images of one folder and their captions."""
+    events, stop = inspector.events, inspector.stop
     files = find_files(root, apart, events, label)
     candidates = sorted((n for n in files if n.lower().endswith(IMAGE_SUFFIXES)), key=natural_key)
-    sizes = inspect_images([(name, files[name]) for name in candidates], root, events, stop)
-    captions = read_metadata(files, root, events) | read_sidecars(files, root, events)
+    sizes = inspector.inspect({name: files[name] for name in candidates}, root)
+    captions = read_metadata(files, root, events, stop) | read_sidecars(files, root, events, stop)
     pictures = tuple(
         Picture(
             name=name,
@@ -4697,7 +4773,8 @@ class Preflight:
         """Look at everything and tell what there is; `done` updates where training follows."""
         facts, structure = model
         report_model(config, facts, events)
-        dataset = scan_dataset(config, events, stop)
+        # Who goes on has decoded every image before, and none may have changed.
+        dataset = scan_dataset(config, events, stop, thorough=done == 0)
         # A driver in trouble can take very long.
         device = stop.wait_for(beside(lambda: inspect_device(config.device)))
         events.info(device)
