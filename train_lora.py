@@ -171,6 +171,7 @@ class WarningCode(Code):
         "Updates became slow while the card's memory is full: the driver swaps.",
         "Lower batch_size or resolution, or close other programs.",
     )
+    CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
 
@@ -3007,22 +3008,26 @@ class Cache:
 
 
 Kept = Tensors
-Task = tuple["Path | None", "Callable[[], Kept] | None"]  # where a thing lies, or how it is made
 
-# Part of every name on the shelf; a change in what is computed needs another.
-SHELF_VERSION = 2
+# Part of every key; a change in what is computed needs another.
+SHELF_VERSION = 3
+PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
 
 
 @dataclass
 class Shelf:
     """A folder where later runs find what encoders computed, each thing under all it depends on.
 
-    What comes from there is mapped into memory, and takes none before it is read.
+    Things lie in packs. A pack is written once, whole or not at all, under a name that nobody else
+    takes, so that any number of runs share a folder. What comes from there is mapped into memory,
+    and takes none before it is read.
     """
 
     folder: Path | None  # None keeps nothing
     device: torch.device
     events: Emitter
+    loose: dict[str, Kept] = field(default_factory=dict)  # in no pack
+    packs: dict[str, Path] = field(default_factory=dict)  # where the others are
 
     def origin(self, base: BaseModel, parts: Iterable[Part]) -> list[object]:
         """Tell what everything that some networks compute depends on."""
@@ -3033,57 +3038,125 @@ class Shelf:
         weights = [sampled_digest(file) for part in parts for file in base.files(part)]
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
-    def place(self, *key: object) -> Path | None:
-        """Name the file for a thing."""
-        if self.folder is None:
-            return None
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
-        return self.folder / name[:2] / f"{name}.safetensors"
-
-    def find(self, place: Path | None) -> Kept | None:
-        """Look for a thing. One that is torn counts as missing, and is made again."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(place) if place and place.is_file() else None
-        except (OSError, SafetensorError):
-            return None
-
-    def keep(self, place: Path | None, made: Kept) -> bool:
-        """Keep a thing, where there is a folder. One that fails is not asked again."""
-        from safetensors.torch import save
-
-        if place is None or self.folder is None:
-            return False
-        try:
-            write_whole(place, save(made))
-        except OSError as error:
-            self.folder, reason = None, error.strerror or str(error)
-            message = f"Nothing more is kept in cache_dir: {reason}"
-            self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
-            return False
-        return True
-
-    def fill(self, tasks: Iterable[Task]) -> list[Kept]:
-        """Make what is missing, and return everything.
+    def fill(
+        self,
+        origin: list[object],
+        keys: Sequence[str],
+        make: Callable[[list[int]], Iterator[Kept]],
+        phase: Phase,
+    ) -> list[Kept]:
+        """Make what is missing, and return everything in order.
 
         Nothing is mapped before the last thing is made: a map that lasts keeps an encoder's freed
         memory from being used again. Measured: 10,000 images took 4.5 GiB so.
         """
-        held: list[Path | Kept | None] = []
-        for place, make in tasks:
-            made = make() if make else None
-            held.append(made if made and not self.keep(place, made) else place)
-        return [each if isinstance(each, dict) else self.fetch(each) for each in held]
+        section = self.folder / key_of(origin)[:16] if self.folder else None
+        if section:
+            self.find(section, set(keys), phase)
+        missing = {key: n for n, key in enumerate(keys) if key not in self.packs}
+        made = make(list(missing.values()))
+        try:
+            for done, key in enumerate(missing, start=len(keys) - len(missing)):
+                phase.at(done)
+                self.loose[key] = next(made)
+                if self.folder and sum(map(bytes_of, self.loose.values())) >= PACK_BYTES:
+                    self.pack(section)
+        finally:
+            self.pack(section)
+        return self.fetch(keys)
 
-    def fetch(self, place: Path | None) -> Kept:
-        """Take a thing that was there a moment ago."""
-        found = self.find(place)
-        if found is None:
-            message = f"cache_dir lost {place} while it was filled"
-            raise TrainError(ErrorCode.SAVE_FAILED, message)
-        return found
+    def find(self, section: Path, wanted: set[str], phase: Phase) -> None:
+        """Look for things in all packs, and tell of those that are not what they say."""
+        from safetensors import SafetensorError
+
+        bad: set[str] = set()
+        for pack in sorted(section.glob("*.safetensors")):
+            phase.at(len(wanted & self.packs.keys()))
+            try:
+                for key, kept, checksum in read_pack(pack, wanted - self.packs.keys()):
+                    if checksum == checksum_of(key, kept):
+                        self.packs[key] = pack
+                    else:
+                        bad.add(key)
+            except (OSError, SafetensorError, ValueError):
+                bad.add(pack.name)
+        bad -= self.packs.keys()
+        if bad:
+            message = f"{len(bad)} things in {section} are damaged, and are made again"
+            self.events.warn(
+                WarningCode.CACHE_DAMAGED, message, folder=str(section), things=len(bad)
+            )
+
+    def pack(self, section: Path | None) -> None:
+        """Put what is loose into a pack. Where that fails, nothing more is kept."""
+        from safetensors.torch import save
+
+        if section is None or self.folder is None or not self.loose:
+            return
+        tensors = {f"{key}/{n}": t for key, kept in self.loose.items() for n, t in kept.items()}
+        checksums = {key: checksum_of(key, kept) for key, kept in self.loose.items()}
+        place = section / f"{uuid.uuid4().hex}.safetensors"
+        try:
+            write_whole(place, save(tensors, checksums))
+        except OSError as error:
+            self.folder, reason = None, error.strerror or str(error)
+            message = f"Nothing more is kept in cache_dir: {reason}"
+            self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
+            return
+        self.packs |= dict.fromkeys(self.loose, place)
+        self.loose.clear()
+
+    def fetch(self, keys: Sequence[str]) -> list[Kept]:
+        """Take things that were there a moment ago."""
+        from safetensors import SafetensorError
+
+        things, wanted = dict(self.loose), defaultdict(set)
+        for key in set(keys) & self.packs.keys():
+            wanted[self.packs[key]].add(key)  # another pack may hold a damaged one
+        try:
+            for pack, inside in wanted.items():
+                things |= {key: kept for key, kept, _ in read_pack(pack, inside)}
+            return [things[key] for key in keys]
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            message = f"cache_dir lost what it was filled with ({error})"
+            raise TrainError(ErrorCode.SAVE_FAILED, message) from error
+
+
+def key_of(*what: object) -> str:
+    """Name a thing by all that it depends on."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def bytes_of(kept: Kept) -> int:
+    """Tell how much memory a thing takes."""
+    return sum(tensor.nbytes for tensor in kept.values())
+
+
+def checksum_of(key: str, kept: Kept) -> str:
+    """Sum up what a thing is, and all its bytes."""
+    import torch
+
+    parts = sorted(kept.items())
+    checksum = zlib.crc32(repr([(key, n, t.dtype, t.shape) for n, t in parts]).encode())
+    for _, tensor in parts:
+        checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), checksum)
+    return f"{checksum:08x}"
+
+
+def read_pack(path: Path, wanted: set[str]) -> Iterator[tuple[str, Kept, str]]:
+    """Map some of the things in a pack, each with the checksum it should have."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as pack:
+        parts: dict[str, list[str]] = {}
+        for name in pack.keys():  # noqa: SIM118, this is no dictionary
+            key, _, part = name.partition("/")
+            parts.setdefault(key, []).append(part)
+        checksums = pack.metadata() or {}
+        if checksums.keys() != parts.keys():
+            raise ValueError("a pack whose list is wrong")
+        for key in wanted & parts.keys():
+            yield key, {n: pack.get_tensor(f"{key}/{n}") for n in parts[key]}, checksums[key]
 
 
 def load_picture(path: Path) -> Image.Image:
@@ -3155,24 +3228,21 @@ def read_texts(
     """Let the text encoders read what is new to the shelf; they are loaded for the first of it."""
     import torch
 
-    weights = shelf.origin(models.base, models.base.family.text_encoders)
+    origin = shelf.origin(models.base, models.base.family.text_encoders)
 
-    def read(ids: list[torch.Tensor]) -> Kept:
-        if not models.text_encoders:
+    def read(numbers: list[int]) -> Iterator[Kept]:
+        if numbers and not models.text_encoders:
             # Read once, text can have the better precision.
             models.load_text_encoders(torch.float32)
-        # One by one, because the last bits depend on the size of a batch.
-        with torch.no_grad():
-            made = models.read_text(ids).to(torch.device("cpu"))
-        return {name: tensor.contiguous() for name, tensor in made.items()}
+        for number in numbers:
+            # One by one, because the last bits depend on the size of a batch.
+            with torch.no_grad():
+                made = models.read_text(rows[number]).to(torch.device("cpu"))
+            yield {name: tensor.contiguous() for name, tensor in made.items()}
 
-    def tasks() -> Iterator[Task]:
-        for done, ids in enumerate(tokens.values()):
-            phase.at(done)
-            place = shelf.place(weights, [numbers.tolist() for numbers in ids])
-            yield place, None if shelf.find(place) else functools.partial(read, ids)
-
-    filled = zip(tokens, shelf.fill(tasks()), strict=True)
+    rows = list(tokens.values())
+    keys = [key_of(origin, [ids.tolist() for ids in row]) for row in rows]
+    filled = zip(tokens, shelf.fill(origin, keys, read, phase), strict=True)
     return {text: Conditioning(kept) for text, kept in filled}
 
 
@@ -3183,34 +3253,34 @@ def encode_images(
     import torch
 
     family = models.base.family
-    weights = shelf.origin(models.base, [family.vae])
-    load_vae_once = functools.cache(
-        lambda: load_part(models.base, family.vae, torch.float32, models.device)
-    )
+    origin = shelf.origin(models.base, [family.vae])
 
-    def look(picture: Picture) -> tuple[Path | None, Any]:
-        gist = None
+    def name(picture: Picture) -> str:
+        content: object = picture.name
         with contextlib.suppress(OSError):  # is told of below
-            gist = sampled_digest(picture.path) if shelf.folder else None
-        place = shelf.place(weights, gist, config.resolution, config.flip)
-        kept = shelf.find(place)
-        return place, None if kept else fit_picture(load_checked(picture), config.resolution)
+            content = sampled_digest(picture.path) if shelf.folder else content
+        return key_of(origin, content, config.resolution, config.flip)
 
-    def encode(picture: Picture, fitted: tuple[Image.Image, list[int]]) -> Kept:
-        made = encode_image(family, load_vae_once(), *fitted, flip=config.flip)
-        if not made["latent_dist"].isfinite().all():
-            code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
-            raise TrainError.at(code, picture.name, "finite latents", bad)
-        return made
+    def load(picture: Picture) -> tuple[Image.Image, list[int]]:
+        return fit_picture(load_checked(picture), config.resolution)
 
-    def tasks() -> Iterator[Task]:
-        for done, (picture, (place, fitted)) in enumerate(ahead(look, pictures)):
-            phase.at(done)
-            yield place, functools.partial(encode, picture, fitted) if fitted else None
+    def encode(numbers: list[int]) -> Iterator[Kept]:
+        vae = load_part(models.base, family.vae, torch.float32, models.device) if numbers else None
+        for picture, fitted in ahead(load, [pictures[number] for number in numbers]):
+            made = encode_image(family, vae, *fitted, flip=config.flip)
+            if not made["latent_dist"].isfinite().all():
+                code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
+                raise TrainError.at(code, picture.name, "finite latents", bad)
+            yield made
 
+    keys: list[str] = []
+    for _, key in ahead(name, pictures):
+        keys.append(key)
+        if shelf.folder:
+            phase.at(0)
     return tuple(
         CachedImage(picture.name, picture.caption, kept["latent_dist"], kept["time_ids"])
-        for picture, kept in zip(pictures, shelf.fill(tasks()), strict=True)
+        for picture, kept in zip(pictures, shelf.fill(origin, keys, encode, phase), strict=True)
     )
 
 

@@ -9,7 +9,8 @@ import itertools
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import transformers
 from conftest import Recorder, load_config, write_image, write_json
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
 
@@ -374,9 +376,18 @@ def test_a_picture_that_cannot_be_read_any_more_is_named(
 # --- what is kept for later runs ---
 
 
-def kept_files(folder: Path) -> set[str]:
-    """List what lies in a cache folder."""
-    return {path.name for path in folder.rglob("*") if path.is_file()}
+def packs_in(folder: Path) -> list[Path]:
+    """List the files in a cache folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def kept_things(folder: Path) -> set[str]:
+    """List what lies in all packs of a cache folder."""
+    things: set[str] = set()
+    for path in packs_in(folder):
+        with safe_open(path, "pt") as pack:
+            things |= pack.metadata().keys()
+    return things
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -421,10 +432,10 @@ def test_only_what_changes_the_result_is_encoded_anew(
     """Each thing is known by all that it depends on, and by nothing else."""
     prompts = {"sample_prompts": ["a prompt"]}
     encode(built / "sd1", "a", cache_dir="kept", **prompts)
-    before = kept_files(here / "kept")
+    before = kept_things(here / "kept")
     encode(built / "sd1", "a", cache_dir="kept", **{**prompts, **changes})
 
-    assert len(kept_files(here / "kept") - before) == texts + images
+    assert len(kept_things(here / "kept") - before) == texts + images
 
 
 def test_another_picture_under_the_same_name_is_encoded_anew(here: Path, built: Path) -> None:
@@ -443,12 +454,12 @@ def test_another_picture_under_the_same_name_is_encoded_anew(here: Path, built: 
 def test_models_share_what_is_the_same(here: Path, built: Path) -> None:
     """Weights are part of the name: another text encoder reads anew, the same VAE does not."""
     encode(built / "sd1", "a", cache_dir="kept")
-    before = kept_files(here / "kept")
+    before = kept_things(here / "kept")
     encode(built / "sd2", "a", cache_dir="kept")
     vaes = [train_lora.sampled_digest(file) for file in built.glob("sd[12]/vae/*.safetensors")]
 
     assert vaes[0] == vaes[1]
-    assert len(kept_files(here / "kept")) == 2 * len(before) - 1
+    assert len(kept_things(here / "kept")) == 2 * len(before) - 1
 
 
 def test_a_torn_file_is_made_again(here: Path, built: Path) -> None:
@@ -459,6 +470,200 @@ def test_a_torn_file_is_made_again(here: Path, built: Path) -> None:
     second = encode(built / "sd1", "a", cache_dir="kept").cache
 
     assert torch.equal(first.images[0].latent_dist, second.images[0].latent_dist)
+
+
+def same_cache(one: Cache, other: Cache) -> bool:
+    """Compare all numbers of two caches."""
+    return all(
+        torch.equal(a.latent_dist, b.latent_dist) and torch.equal(a.time_ids, b.time_ids)
+        for a, b in zip(one.images, other.images, strict=True)
+    ) and all(
+        torch.equal(one.texts[text].prompt_embeds, other.texts[text].prompt_embeds)
+        for text in one.texts
+    )
+
+
+def damage(path: Path) -> None:
+    """Flip a bit of the last number in a file."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.unlink()  # else it would change under those that have it mapped
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed_told_and_made_again(here: Path, built: Path) -> None:
+    """Once: the next run finds what is whole, and has nothing to tell."""
+    first = encode(built / "sd1", *"abc", cache_dir="kept")
+    for path in packs_in(here / "kept"):
+        damage(path)
+    second, third = (encode(built / "sd1", *"abc", cache_dir="kept") for _ in range(2))
+
+    assert same_cache(first.cache, second.cache)
+    assert same_cache(first.cache, third.cache)
+    told = [warning["data"] for warning in second.recorder.of_type("warning")]
+    assert second.recorder.codes() == ["cache_damaged"] * 2  # one for texts, one for images
+    assert [data["things"] for data in told] == [1, 1]
+    assert (first.recorder.codes(), third.recorder.codes()) == ([], [])
+
+
+def test_swapped_things_are_noticed(here: Path, built: Path) -> None:
+    """Another image's latents are as finite and as well formed as the right ones."""
+    first = encode(built / "sd1", "a", "b", cache_dir="kept").cache
+    for path in packs_in(here / "kept"):
+        tensors = load_file(path)
+        with safe_open(path, "pt") as pack:
+            checksums = pack.metadata()
+        one, other = sorted({name.partition("/")[0] for name in tensors})[:2]
+        for part in {name.partition("/")[2] for name in tensors}:
+            mine, yours = f"{one}/{part}", f"{other}/{part}"
+            tensors[mine], tensors[yours] = tensors[yours].clone(), tensors[mine].clone()
+        checksums[one], checksums[other] = checksums[other], checksums[one]
+        path.unlink()
+        save_file(tensors, path, checksums)
+    second = encode(built / "sd1", "a", "b", cache_dir="kept")
+
+    assert same_cache(first, second.cache)
+    assert [w["data"]["things"] for w in second.recorder.of_type("warning")] == [2, 2]
+
+
+def test_swapped_packs_are_as_good_as_before(here: Path, built: Path) -> None:
+    """What a thing is stands beside its bytes, not in the name of its file."""
+    first = encode(built / "sd1", "a", cache_dir="kept").cache
+    encode(built / "sd1", "a", cache_dir="kept", sample_prompts=["another"])
+    one, other = next(
+        folder for folder in map(packs_in, (here / "kept").iterdir()) if len(folder) == 2
+    )
+    one.rename(here / "aside")
+    other.rename(one)
+    (here / "aside").rename(other)
+    second = encode(built / "sd1", "a", cache_dir="kept")
+
+    assert same_cache(first, second.cache)
+    assert second.recorder.codes() == []
+
+
+def fill(shelf: Shelf, *names: str, made: list[str] | None = None) -> list[train_lora.Kept]:
+    """Let a shelf give back one small thing for every name, and note those that are made."""
+    phase = train_lora.Phase("encoding", len(names), shelf.events, StopRequest())
+    keys = [train_lora.key_of(name) for name in names]
+
+    def make(numbers: list[int]) -> Iterator[train_lora.Kept]:
+        for number in numbers:
+            if made is not None:
+                made.append(names[number])
+            chance = torch.Generator().manual_seed(zlib.crc32(names[number].encode()))
+            numbers_of = torch.randn((2, 3), generator=chance)
+            yield {"a": numbers_of, "b": numbers_of.sum().half()}
+
+    return shelf.fill(["origin"], keys, make, phase)
+
+
+def equal_things(found: list[train_lora.Kept], wanted: list[train_lora.Kept]) -> bool:
+    """Compare things with all their numbers."""
+    return [{n: t.tolist() for n, t in kept.items()} for kept in found] == [
+        {n: t.tolist() for n, t in kept.items()} for kept in wanted
+    ]
+
+
+def test_no_bit_of_a_pack_can_flip_without_being_noticed(here: Path) -> None:
+    """In the header or in the numbers: what is given back is right, and the damage is told."""
+    wanted = fill(Shelf(None, CPU, Emitter()), "x", "y")
+    fill(Shelf(here / "kept", CPU, Emitter()), "x", "y")
+    (path,) = packs_in(here / "kept")
+    sound, untold = path.read_bytes(), 0
+    for bit in range(0, 8 * len(sound), 37):
+        changed = bytearray(sound)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        recorder = Recorder()
+        assert equal_things(fill(Shelf(here / "kept", CPU, Emitter(recorder)), "x", "y"), wanted)
+        untold += recorder.codes() != ["cache_damaged"]
+        for other in packs_in(here / "kept"):
+            if other != path:
+                other.unlink()
+    assert untold <= 2  # blanks between header and numbers
+
+
+def test_many_things_lie_in_few_files_of_a_limited_size(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system maps some 65,000 files, and a dataset may have more images."""
+    names = [str(number) for number in range(500)]
+    fill(Shelf(here / "one", CPU, Emitter()), *names)
+    assert len(packs_in(here / "one")) == 1
+    monkeypatch.setattr(train_lora, "PACK_BYTES", 100 * 26)
+    fill(Shelf(here / "five", CPU, Emitter()), *names)
+    assert len(packs_in(here / "five")) == 5
+    assert kept_things(here / "one") == kept_things(here / "five")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_what_is_kept_is_mapped_once_for_each_pack(here: Path) -> None:
+    """Memory is taken by what is read alone, and no file stays open."""
+    names = [str(number) for number in range(500)]
+    fill(Shelf(here / "kept", CPU, Emitter()), *names)
+    held = fill(Shelf(here / "kept", CPU, Emitter()), *names)
+    (path,) = packs_in(here / "kept")
+    assert Path("/proc/self/maps").read_text("utf-8").count(str(path)) == 1
+    assert str(path) not in [
+        str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.exists()
+    ]
+    assert len(held) == 500
+
+
+def test_runs_that_fill_one_folder_at_once_do_not_meet(here: Path) -> None:
+    """Two containers give their only process the same number."""
+    wanted = fill(Shelf(None, CPU, Emitter()), *"abcdef")
+    with ThreadPoolExecutor(4) as pool:
+        shelves = [Shelf(here / "kept", CPU, Emitter()) for _ in range(4)]
+        results = list(pool.map(lambda shelf: fill(shelf, *"abcdef"), shelves))
+    made: list[str] = []
+    later = fill(Shelf(here / "kept", CPU, Emitter()), *"abcdef", made=made)
+    assert all(equal_things(found, wanted) for found in [*results, later])
+    assert made == []
+    assert all(path.suffix == ".safetensors" for path in packs_in(here / "kept"))
+
+
+def test_things_that_are_alike_are_made_once(here: Path) -> None:
+    """The same picture may lie in a dataset twice."""
+    made: list[str] = []
+    found = fill(Shelf(here / "kept", CPU, Emitter()), "a", "b", "a", made=made)
+    assert sorted(made) == ["a", "b"]
+    assert equal_things(found[:1], found[2:])
+
+
+def test_what_was_made_before_an_end_is_kept(here: Path) -> None:
+    """A run that is stopped while it encodes goes on there."""
+    shelf = Shelf(here / "kept", CPU, Emitter())
+    phase = train_lora.Phase("encoding", 9, Emitter(), StopRequest())
+
+    def make(numbers: list[int]) -> Iterator[train_lora.Kept]:
+        yield from ({"a": torch.tensor([number])} for number in numbers[:5])
+        raise train_lora.TrainingInterrupted("SIGTERM")
+
+    keys = [train_lora.key_of(number) for number in range(9)]
+    with pytest.raises(train_lora.TrainingInterrupted):
+        shelf.fill(["origin"], keys, make, phase)
+    assert kept_things(here / "kept") == set(keys[:5])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_plan_knows_what_an_image_and_its_caption_take(
+    here: Path, built: Path, family: str, flip: bool
+) -> None:
+    """On the disk as in memory; names and sums beside them come to little."""
+    changes = {"base_model": str(built / family), "resolution": SIDE, "flip": flip}
+    config = load_config(**changes)
+    _, structure = train_lora.inspect_model(config)
+    assert structure
+    found = encode(built / family, *"abcd", flip=flip).cache
+    texts = [vars(found.texts[image.caption]) for image in found.images]
+    tensors = [tensor for text in texts for tensor in text.values() if tensor is not None]
+    tensors += [image.latent_dist for image in found.images]
+    tensors += [image.time_ids for image in found.images]
+    planned = 4 * train_lora.cached_bytes(config, structure)
+    assert 0.9 <= planned / sum(tensor.nbytes for tensor in tensors) <= 1.1
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_a_warning(here: Path, built: Path) -> None:

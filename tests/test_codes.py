@@ -225,6 +225,15 @@ def damage_newest_state(folder: Path) -> None:
     (folder / "out" / "state" / "step_2" / "adapter.safetensors").write_bytes(b"flipped")
 
 
+def damage_cache(folder: Path) -> None:
+    """Flip a bit in everything that is kept for later runs, and start another run."""
+    for path in (folder / "kept").rglob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    shutil.rmtree(folder / "out")
+
+
 def write_sd2_file(folder: Path) -> None:
     """Write the header of a single file of SD 2, which does not say what it predicts."""
     unet = "model.diffusion_model.input_blocks"
@@ -290,6 +299,7 @@ ERRORS: dict[ErrorCode, Scene] = {
 
 WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.CONFIG_VALUE_TWICE: configured(seed=1, training_params={"seed": 2}),
+    WarningCode.KNOB_WITHOUT_EFFECT: configured(steps=5, epochs=3),
     WarningCode.LEARNING_RATE_LOW: configured(learning_rate=5e-6),
     WarningCode.RESOLUTION_UNUSUAL: configured(resolution=2048),
     WarningCode.TRIGGER_WORDS_EMPTY: configured(trigger_words=[]),
@@ -308,6 +318,7 @@ WARNINGS: dict[WarningCode, Scene] = {
         obstruct("checkpoints", by_folder=False), steps=2, checkpoint_steps=1
     ),
     WarningCode.STATE_IGNORED: again(damage_newest_state, steps=2, checkpoint_steps=1),
+    WarningCode.CACHE_DAMAGED: again(damage_cache, cache_dir="kept"),
     WarningCode.CACHE_FAILED: trained(cache_dir="/dev/null"),
     WarningCode.COMPILE_FAILED: compile_without_compiler,
     WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),
