@@ -1178,18 +1178,13 @@ def folders_in_conflict(config: TrainingConfig) -> Iterator[Problem]:
 
 def same_folder(one: Path, other: Path) -> bool:
     """Tell whether two names lead to one place."""
-    return place_of(real_path(one)) == place_of(real_path(other))
+    return place_of(os.path.realpath(one)) == place_of(os.path.realpath(other))
 
 
-def real_path(path: Path) -> Path:
-    """Follow links as far as there are any; Path.resolve fails on what cannot be."""
-    return Path(os.path.realpath(path))
-
-
-def place_of(real: Path) -> object:
+def place_of(real: str) -> object:
     """Tell places apart, also where the file system ignores case; by spelling what is not there."""
     try:
-        status = real.stat()
+        status = os.stat(real)  # noqa: PTH116, making a Path of every parent would take minutes
     except (OSError, ValueError):
         return real
     return status.st_dev, status.st_ino
@@ -1197,12 +1192,12 @@ def place_of(real: Path) -> object:
 
 def is_written_by_run(path: Path, output: Path) -> bool:
     """Tell whether a place lies inside what a run puts into its output folder."""
-    place, folder = real_path(path), real_path(output)
-    home = place_of(folder)
+    place, folder = Path(os.path.realpath(path)), os.path.realpath(output)
+    home, own = place_of(folder), {place_of(f"{folder}/{name}") for name in OWN_FILES}
     for inner in (place, *place.parents):
-        if place_of(inner.parent) == home:
-            own = inner.name in OWN_FILES or inner.name.startswith("earlier_")
-            return own or place_of(inner) in {place_of(folder / name) for name in OWN_FILES}
+        if place_of(str(inner.parent)) == home:
+            named = inner.name in OWN_FILES or inner.name.startswith("earlier_")
+            return named or place_of(str(inner)) in own
     return False
 
 
@@ -1490,7 +1485,7 @@ def find_files(
 ) -> dict[str, Path]:
     """List a folder's files by label and path inside it, leaving out the folders set apart."""
     found: dict[str, Path] = {}
-    waiting, set_apart = [root], {place_of(folder) for folder in apart}
+    waiting, set_apart = [root], {place_of(str(folder)) for folder in apart}
 
     def name_of(path: Path) -> str:
         return PurePosixPath(label, path.relative_to(root).as_posix()).as_posix()
@@ -1510,7 +1505,7 @@ def find_files(
         for entry in inside:
             path, linked = folder / entry.name, entry.is_symlink()
             is_folder = os.path.isdir(path) if linked else entry.is_dir()  # noqa: PTH112, never raises
-            if is_hidden(entry.name) or (is_folder and place_of(path) in set_apart):
+            if is_hidden(entry.name) or (is_folder and place_of(str(path)) in set_apart):
                 continue
             if not is_folder:
                 found[name_of(path)] = path
@@ -1564,26 +1559,30 @@ class Inspector:
         looks = self._each("checking", files, lambda name: self._look(files[name], root))
         doubtful = list(self._choose_doubtful(looks))
         sound = self._each("unpacking", doubtful, lambda n: self._unpack(files[n], looks[n]))
-        broken = set(doubtful) - set(sound)
+        broken = set(doubtful) - sound.keys()
         return {n: (look.width, look.height) for n, look in looks.items() if n not in broken}
 
     def _each(self, verb: str, names: Collection[str], work: Callable[[str], R]) -> dict[str, R]:
         """Do the same to many images; leave out and name those that turn out unusable."""
         results: dict[str, R] = {}
         phase = Phase(f"{verb} images", len(names), self.events, self.stop)
-        pool = ThreadPoolExecutor(thread_name_prefix="images")
-        try:
-            tasks = [(name, pool.submit(work, name)) for name in names]
-            for done, (name, task) in enumerate(tasks):
+        phase.at(0)
+
+        def attempt(name: str) -> R | Unusable:
+            try:
+                return work(name)
+            except Unusable as reason:
+                return reason
+
+        looked = ahead(attempt, names, 4 + (os.cpu_count() or 1))
+        for done, (name, found) in enumerate(looked, start=1):
+            if done < len(names):
                 phase.at(done)
-                try:
-                    results[name] = task.result()
-                except Unusable as reason:
-                    message = f"Skipped {name}: {reason}"
-                    code = WarningCode.IMAGE_SKIPPED
-                    self.events.warn(code, message, file=name, reason=str(reason))
-        finally:
-            pool.shutdown(cancel_futures=True)
+            if isinstance(found, Unusable):
+                message, reason = f"Skipped {name}: {found}", str(found)
+                self.events.warn(WarningCode.IMAGE_SKIPPED, message, file=name, reason=reason)
+            else:
+                results[name] = found
         return results
 
     def _look(self, path: Path, root: Path) -> Look:
@@ -1610,16 +1609,15 @@ class Inspector:
                 else:
                     image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
                     image.load()
-        packed_bytes = path.stat().st_size if packed else 0
+            packed_bytes = path.stat().st_size if packed else 0
         return Look(width=width, height=height, packed_bytes=packed_bytes)
 
     def _choose_doubtful(self, looks: Mapping[str, Look]) -> Iterator[str]:
         """Choose what to unpack after all: first the files that are small for their pixels."""
-        packed = [name for name, look in looks.items() if look.packed_bytes]
-        pixels = {name: looks[name].width * looks[name].height for name in packed}
-        for name in sorted(packed, key=lambda name: looks[name].packed_bytes / pixels[name]):
-            if pixels[name] <= self._quick_pixels:
-                self._quick_pixels -= pixels[name]
+        packed = {n: look.width * look.height for n, look in looks.items() if look.packed_bytes}
+        for name in sorted(packed, key=lambda name: looks[name].packed_bytes / packed[name]):
+            if packed[name] <= self._quick_pixels:
+                self._quick_pixels -= packed[name]
                 yield name
 
     def _unpack(self, path: Path, look: Look) -> None:
@@ -2461,7 +2459,8 @@ def read_folder(folder: Path) -> Headers:
 def denoisers_in(folder: Path) -> list[Path]:
     """List the configs in a folder that say how a denoiser is built."""
     names = {family.denoiser.folder for family in FAMILIES.values()}
-    return [folder / name / "config.json" for name in names if (folder / name).exists()]
+    # Path.exists would fail on a path that is too long to be asked about.
+    return [folder / n / "config.json" for n in names if os.path.exists(folder / n)]  # noqa: PTH110
 
 
 def refuse_other_folder(folder: Path) -> None:
@@ -3050,7 +3049,7 @@ class Shelf:
         Nothing is mapped before the last thing is made: a map that lasts keeps an encoder's freed
         memory from being used again. Measured: 10,000 images took 4.5 GiB so.
         """
-        section = self.folder / key_of(origin)[:16] if self.folder else None
+        section = self.folder and self.folder / key_of(origin)[:16]
         if section:
             self.find(section, set(keys), phase)
         missing = {key: n for n, key in enumerate(keys) if key not in self.packs}
@@ -3059,8 +3058,7 @@ class Shelf:
             for done, key in enumerate(missing, start=len(keys) - len(missing)):
                 phase.at(done)
                 self.loose[key] = next(made)
-                if self.folder and sum(map(bytes_of, self.loose.values())) >= PACK_BYTES:
-                    self.pack(section)
+                self.pack(section, PACK_BYTES)
         finally:
             self.pack(section)
         return self.fetch(keys)
@@ -3087,13 +3085,15 @@ class Shelf:
                 WarningCode.CACHE_DAMAGED, message, folder=str(section), things=len(bad)
             )
 
-    def pack(self, section: Path | None) -> None:
+    def pack(self, section: Path | None, least_bytes: int = 1) -> None:
         """Put what is loose into a pack. Where that fails, nothing more is kept."""
         from safetensors.torch import save
 
-        if section is None or self.folder is None or not self.loose:
+        if section is None or self.folder is None:
             return
         tensors = {f"{key}/{n}": t for key, kept in self.loose.items() for n, t in kept.items()}
+        if sum(tensor.nbytes for tensor in tensors.values()) < least_bytes:
+            return
         checksums = {key: checksum_of(key, kept) for key, kept in self.loose.items()}
         place = section / f"{uuid.uuid4().hex}.safetensors"
         try:
@@ -3125,11 +3125,6 @@ class Shelf:
 def key_of(*what: object) -> str:
     """Name a thing by all that it depends on."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-def bytes_of(kept: Kept) -> int:
-    """Tell how much memory a thing takes."""
-    return sum(tensor.nbytes for tensor in kept.values())
 
 
 def checksum_of(key: str, kept: Kept) -> str:
@@ -3257,8 +3252,10 @@ def encode_images(
 
     def name(picture: Picture) -> str:
         content: object = picture.name
-        with contextlib.suppress(OSError):  # is told of below
-            content = sampled_digest(picture.path) if shelf.folder else content
+        if shelf.folder:
+            phase.at(0)
+            with contextlib.suppress(OSError):  # is told of below
+                content = sampled_digest(picture.path)
         return key_of(origin, content, config.resolution, config.flip)
 
     def load(picture: Picture) -> tuple[Image.Image, list[int]]:
@@ -3273,24 +3270,20 @@ def encode_images(
                 raise TrainError.at(code, picture.name, "finite latents", bad)
             yield made
 
-    keys: list[str] = []
-    for _, key in ahead(name, pictures):
-        keys.append(key)
-        if shelf.folder:
-            phase.at(0)
+    keys = [key for _, key in ahead(name, pictures)]
     return tuple(
         CachedImage(picture.name, picture.caption, kept["latent_dist"], kept["time_ids"])
         for picture, kept in zip(pictures, shelf.fill(origin, keys, encode, phase), strict=True)
     )
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+def ahead(work: Callable[[T], R], items: Iterable[T], threads: int = 2) -> Iterator[tuple[T, R]]:
     """Work on the next few items in other threads while the caller is busy with one."""
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         pending: deque[tuple[T, Future[R]]] = deque()
         for item in items:
             pending.append((item, pool.submit(work, item)))
-            if len(pending) > 4:
+            if len(pending) > 2 * threads:
                 done, future = pending.popleft()
                 yield done, future.result()
         for done, future in pending:
@@ -4770,8 +4763,7 @@ def check_extras(config: TrainingConfig) -> None:
     if package := OPTIMIZER_PACKAGES.get(config.optimizer):
         check_package(package, "optimizer")
     folder = config.model_config_path
-    # os.path.isfile, because a path may be too long to be asked about
-    if folder and not any(os.path.isfile(config) for config in denoisers_in(folder)):  # noqa: PTH113
+    if folder and not any(config.is_file() for config in denoisers_in(folder)):
         expected = "a diffusers folder with configs and tokenizers"
         raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "model_config_path", expected, str(folder))
     if config.vae and not is_local(config.vae) and not HUB_ID.fullmatch(config.vae):

@@ -478,7 +478,7 @@ def same_cache(one: Cache, other: Cache) -> bool:
         torch.equal(a.latent_dist, b.latent_dist) and torch.equal(a.time_ids, b.time_ids)
         for a, b in zip(one.images, other.images, strict=True)
     ) and all(
-        torch.equal(one.texts[text].prompt_embeds, other.texts[text].prompt_embeds)
+        torch.equal(one.texts[text]["prompt_embeds"], other.texts[text]["prompt_embeds"])
         for text in one.texts
     )
 
@@ -658,8 +658,8 @@ def test_the_plan_knows_what_an_image_and_its_caption_take(
     _, structure = train_lora.inspect_model(config)
     assert structure
     found = encode(built / family, *"abcd", flip=flip).cache
-    texts = [vars(found.texts[image.caption]) for image in found.images]
-    tensors = [tensor for text in texts for tensor in text.values() if tensor is not None]
+    texts = [found.texts[image.caption] for image in found.images]
+    tensors = [tensor for text in texts for tensor in text.values()]
     tensors += [image.latent_dist for image in found.images]
     tensors += [image.time_ids for image in found.images]
     planned = 4 * train_lora.cached_bytes(config, structure)

@@ -7,10 +7,8 @@ import json
 import math
 import resource
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,12 +133,12 @@ def trained(prepare: Callable[[Path], object] | None = None, **changes: Any) -> 
     return play
 
 
-def start(folder: Path) -> list[Record]:
+def start(folder: Path, *listeners: Callable[[Record], None]) -> list[Record]:
     """Start a training that may fail."""
     heard = Recorder()
     config = train_lora.TrainingConfig.from_json(folder / "config.json")
     with contextlib.suppress(train_lora.TrainError):
-        train_lora.LoRATrainer(config, train_lora.Emitter(heard)).train()
+        train_lora.LoRATrainer(config, train_lora.Emitter(heard, *listeners)).train()
     return heard.records
 
 
@@ -225,13 +223,16 @@ def damage_newest_state(folder: Path) -> None:
     (folder / "out" / "state" / "step_2" / "adapter.safetensors").write_bytes(b"flipped")
 
 
-def damage_cache(folder: Path) -> None:
-    """Flip a bit in everything that is kept for later runs, and start another run."""
+def damage_cache(folder: Path) -> list[Record]:
+    """Flip a bit in everything that is kept for later runs, and start another one."""
+    write_tiny_run(folder, cache_dir=str(folder / "kept"))
+    start(folder)
     for path in (folder / "kept").rglob("*.safetensors"):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
     shutil.rmtree(folder / "out")
+    return start(folder)
 
 
 def write_sd2_file(folder: Path) -> None:
@@ -245,17 +246,15 @@ def write_sd2_file(folder: Path) -> None:
     write_safetensors(folder / "sd2.safetensors", shapes)
 
 
-def hollow_image(folder: Path) -> None:
-    """Write a PNG whose checksums are sound and whose pixels are missing."""
+def change_image_after_the_check(folder: Path) -> list[Record]:
+    """Overwrite an image as soon as the dataset has been found sound."""
+    write_tiny_run(folder)
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+    def overwrite(record: Record) -> None:
+        if record.get("topic") == "dataset":
+            write_text("data/image1.png", "no image any more")(folder)
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 300, 300, 8, 2, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(bytes(100)))
-    content = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
-    (folder / "data" / "image1.png").write_bytes(content)
+    return start(folder, overwrite)
 
 
 def compile_without_compiler(folder: Path) -> list[Record]:
@@ -288,7 +287,7 @@ ERRORS: dict[ErrorCode, Scene] = {
     ErrorCode.RUN_CHANGED: again(lambda folder: write_tiny_run(folder, seed=1)),
     ErrorCode.RUN_EXISTS: trained(obstruct("lora_final.safetensors", by_folder=False)),
     ErrorCode.STATE_DAMAGED: trained(obstruct("state/step_1", by_folder=True)),
-    ErrorCode.IMAGE_UNREADABLE: trained(hollow_image),
+    ErrorCode.IMAGE_UNREADABLE: change_image_after_the_check,
     ErrorCode.DEVICE_UNAVAILABLE: trained(device="cuda:99"),
     ErrorCode.LATENTS_NOT_FINITE: trained(poison("vae", "encoder.conv_in.bias")),
     ErrorCode.LOSS_NOT_FINITE: trained(poison("unet", "conv_out.bias"), steps=20),
@@ -318,7 +317,7 @@ WARNINGS: dict[WarningCode, Scene] = {
         obstruct("checkpoints", by_folder=False), steps=2, checkpoint_steps=1
     ),
     WarningCode.STATE_IGNORED: again(damage_newest_state, steps=2, checkpoint_steps=1),
-    WarningCode.CACHE_DAMAGED: again(damage_cache, cache_dir="kept"),
+    WarningCode.CACHE_DAMAGED: damage_cache,
     WarningCode.CACHE_FAILED: trained(cache_dir="/dev/null"),
     WarningCode.COMPILE_FAILED: compile_without_compiler,
     WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),

@@ -668,8 +668,9 @@ def test_before_training_every_png_is_unpacked_and_else_those_with_room_for_doub
 ) -> None:
     """A preflight must be quick, so it unpacks a few: first those that say little per pixel."""
     monkeypatch.setattr(train_lora, "QUICK_PIXELS", 3 * 48 * 48)
+    broken = packed_png(broken_stream())
     for number in range(4):
-        (data / f"{number}.png").write_bytes(packed_png(broken_stream()))
+        (data / f"{number}.png").write_bytes(broken)
     (data / "hollow.png").write_bytes(packed_png(zlib.compress(bytes(99))))
     write_image(data / "good.jpg")
     found = train_lora.scan_dataset(load_config(), events, stop, thorough=thorough)
