@@ -135,9 +135,9 @@ def trained(prepare: Callable[[Path], object] | None = None, **changes: Any) -> 
     return play
 
 
-def start(folder: Path) -> list[Record]:
+def start(folder: Path, listener: Recorder | None = None) -> list[Record]:
     """Start a training that may fail."""
-    heard = Recorder()
+    heard = listener or Recorder()
     config = train_lora.TrainingConfig.from_json(folder / "config.json")
     with contextlib.suppress(train_lora.TrainError):
         train_lora.LoRATrainer(config, train_lora.Emitter(heard)).train()
@@ -192,6 +192,27 @@ def take_memory_away(folder: Path) -> list[Record]:
                 resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
     check_stream(b"".join(lines))
     return [json.loads(line) for line in lines]
+
+
+class Remover(Recorder):
+    """A listener that removes the output folder once the device is known."""
+
+    def __init__(self, output: Path) -> None:
+        """Take the folder."""
+        super().__init__()
+        self.output = output
+
+    def __call__(self, record: Record) -> None:
+        """Keep the record, and maybe strike."""
+        super().__call__(record)
+        if record.get("topic") == "device":
+            shutil.rmtree(self.output)
+
+
+def remove_output(folder: Path) -> list[Record]:
+    """Train while somebody tidies up."""
+    write_tiny_run(folder)
+    return start(folder, Remover(folder / "out"))
 
 
 def obstruct(name: str, *, by_folder: bool) -> Callable[[Path], object]:
@@ -311,6 +332,7 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.CACHE_FAILED: trained(cache_dir="/dev/null"),
     WarningCode.COMPILE_FAILED: compile_without_compiler,
     WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),
+    WarningCode.OUTPUT_REMOVED: remove_output,
 }
 
 
