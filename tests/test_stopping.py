@@ -534,13 +534,15 @@ def test_a_run_can_be_stopped_while_it_scans(slow: Path) -> None:
 
 
 def test_waiting_for_a_config_can_be_stopped(workspace: Path) -> None:
-    """A host that never sends the config over stdin can still end the program."""
-    command = (sys.executable, PROGRAM, "--config", "-")
-    with started(*command, cwd=workspace, stdin=subprocess.PIPE) as child:
-        time.sleep(0.5)  # until it reads; nothing tells when
+    """A host that never sends the config can still end the program."""
+    (workspace / "config.json").unlink()
+    os.mkfifo(workspace / "config.json")
+    with (
+        started(*program(), cwd=workspace) as child,
+        (workspace / "config.json").open("wb"),  # opens when the trainer reads
+    ):
         child.process.send_signal(signal.SIGTERM)
 
-        child.process.wait(CONTRACT_SECONDS)
         assert child.end() == 143
         assert child.last["reason"] == "SIGTERM"
 
