@@ -35,6 +35,13 @@ Exit codes: 0 complete or valid, 1 error, 2 wrong command line, 128 + signal whe
 
 from __future__ import annotations
 
+import signal
+import sys
+
+# A stop signal that comes while the rest is imported waits until StopRequest listens.
+if __name__ == "__main__" and sys.platform != "win32":
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+
 import argparse
 import contextlib
 import dataclasses
@@ -53,12 +60,10 @@ import platform
 import re
 import select
 import shutil
-import signal
 import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -74,6 +79,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -85,7 +91,7 @@ __version__ = "0.1.0"
 
 # The number hosts look at. The minor part grows with added types, fields and values;
 # the major part would say that something they rely on has changed.
-PROTOCOL = "1.0"
+PROTOCOL = "1.1"
 
 SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 
@@ -174,6 +180,7 @@ class WarningCode(Code):
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
+    OUTPUT_REMOVED = "output_path was removed under the run.", "Leave it alone until the last line."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +224,7 @@ class TrainError(Exception):
         return cls.listing(code, [problem])
 
 
-StopReason = Literal["SIGINT", "SIGTERM", "SIGHUP", "stop_file", "host_gone"]
+StopReason = Literal["SIGINT", "SIGTERM", "SIGHUP", "stop_file", "host_gone", "output_full"]
 CheckpointReason = Literal["periodic", "interrupted"]
 
 
@@ -306,20 +313,25 @@ def plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What an info line holds in `data`. The class name gives its topic."""
+class Event:
+    """One line on stdout. The docstring of each kind tells when it is sent."""
 
-    says: ClassVar[str]
+    wire: ClassVar[dict[str, str]] = {}  # how hosts tell the kind: its `type`, and maybe `topic`
+    says: ClassVar[str] = "{message}"
     ends_run: ClassVar[bool] = False
 
-    @classmethod
-    def topic(cls) -> str:
-        """Name the topic as hosts see it."""
-        return cls.__name__.removesuffix("Facts").lower()
+    def __init_subclass__(cls, **wire: str) -> None:
+        """Take the words that hosts know; what a class is called does not matter to them."""
+        cls.wire = {**cls.wire, **wire}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceFacts(Facts):
+class Facts(Event, type="info"):
+    """A fact worth showing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts(Facts, topic="device"):
     """The processor that will train, as far as it is known without loading torch."""
 
     says: ClassVar[str] = "Device: {name} ({kind})"
@@ -331,7 +343,7 @@ class DeviceFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts(Facts):
+class ModelFacts(Facts, topic="model"):
     """The base model, as far as its headers tell; null while it is not downloaded."""
 
     says: ClassVar[str] = "Base model: {source}, family {family}, {parameters} parameters"
@@ -348,7 +360,7 @@ class ModelFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetFacts(Facts):
+class DatasetFacts(Facts, topic="dataset"):
     """The training images and their captions."""
 
     says: ClassVar[str] = "Dataset: {images} images, {captions_found} captions, {skipped} skipped"
@@ -361,7 +373,7 @@ class DatasetFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhaseFacts(Facts):
+class PhaseFacts(Facts, topic="phase"):
     """How far a longer preparation has come."""
 
     says: ClassVar[str] = "{name}: {done} of {total}"
@@ -371,7 +383,7 @@ class PhaseFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryFacts(Facts):
+class MemoryFacts(Facts, topic="memory"):
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
     says: ClassVar[str] = "Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured"
@@ -385,7 +397,7 @@ class MemoryFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeFacts(Facts):
+class ResumeFacts(Facts, topic="resume"):
     """Where the run begins."""
 
     says: ClassVar[str] = "The run begins after step {step}"
@@ -395,7 +407,7 @@ class ResumeFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidFacts(DatasetFacts):
+class ValidFacts(DatasetFacts, topic="valid"):
     """The whole report of a preflight that found nothing wrong. Always the last line."""
 
     says: ClassVar[str] = "Valid: {images} images, {total_steps} steps on {device}"
@@ -416,20 +428,7 @@ FACTS: tuple[type[Facts], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
-    """One line on stdout. The class name gives its type, the docstring tells when it is sent."""
-
-    says: ClassVar[str] = "{message}"
-    ends_run: ClassVar[bool] = False
-
-    @classmethod
-    def type(cls) -> str:
-        """Name the type as hosts see it."""
-        return cls.__name__.removesuffix("Event").lower()
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartEvent(Event):
+class StartEvent(Event, type="start"):
     """First line once the config is valid."""
 
     says: ClassVar[str] = "train_lora {version}, protocol {protocol}"
@@ -443,16 +442,7 @@ class StartEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoEvent(Event):
-    """A fact worth showing."""
-
-    topic: Annotated[str, "what it is about; fixes the fields of `data`"]
-    data: Annotated[Facts, "the fact; see the topics"]
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarningEvent(Event):
+class WarningEvent(Event, type="warning"):
     """Something to know; the run goes on."""
 
     code: Annotated[WarningCode, "which warning"]
@@ -461,7 +451,7 @@ class WarningEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgressEvent(Event):
+class ProgressEvent(Event, type="progress"):
     """At most 2 per second and about 1,000 per run; always the first and the last step."""
 
     says: ClassVar[str] = "Step {step} of {total_steps}, loss {loss}"
@@ -480,7 +470,7 @@ class ProgressEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleEvent(Event):
+class SampleEvent(Event, type="sample"):
     """A preview image is complete on disk."""
 
     says: ClassVar[str] = "Sample at step {step}: {prompt}"
@@ -491,7 +481,7 @@ class SampleEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointEvent(Event):
+class CheckpointEvent(Event, type="checkpoint"):
     """A checkpoint is complete on disk."""
 
     says: ClassVar[str] = "Checkpoint at step {step}"
@@ -502,7 +492,7 @@ class CheckpointEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompleteEvent(Event):
+class CompleteEvent(Event, type="complete"):
     """Last line of a finished run."""
 
     says: ClassVar[str] = "Complete: {step} steps in {total_time} s"
@@ -519,7 +509,7 @@ class CompleteEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterruptedEvent(Event):
+class InterruptedEvent(Event, type="interrupted"):
     """Last line of a stopped run."""
 
     says: ClassVar[str] = "Interrupted by {reason} at step {step}"
@@ -531,7 +521,7 @@ class InterruptedEvent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorEvent(Event):
+class ErrorEvent(Event, type="error"):
     """Last line of a failed run."""
 
     ends_run: ClassVar[bool] = True
@@ -543,7 +533,7 @@ class ErrorEvent(Event):
 
 
 EVENTS: tuple[type[Event], ...] = (
-    *(StartEvent, InfoEvent, WarningEvent, ProgressEvent, SampleEvent, CheckpointEvent),
+    *(StartEvent, Facts, WarningEvent, ProgressEvent, SampleEvent, CheckpointEvent),
     *(CompleteEvent, InterruptedEvent, ErrorEvent),
 )
 
@@ -552,6 +542,10 @@ ENVELOPE: dict[str, Any] = {
     "seq": Annotated[int, "from 1; a gap means dropped progress"],
     "timestamp": Annotated[str, "RFC 3339, UTC, milliseconds"],
     "message": Annotated[str, "one sentence for a status bar; never parse it"],
+}
+INFO: dict[str, Any] = {
+    "topic": Annotated[str, "what it is about; fixes the fields of `data`"],
+    "data": Annotated[Facts, "the fact; see the topics"],
 }
 
 JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
@@ -564,24 +558,31 @@ def describe_type(hint: Any) -> Record:
         return {**describe_type(arguments[0]), "description": arguments[1]}
     if origin in (typing.Union, types.UnionType):
         return {"type": [describe_type(argument)["type"] for argument in arguments]}
-    if origin is Literal:
-        return {"type": "string", "enum": list(arguments)}
+    if origin is Literal:  # a later version may know more
+        return {"type": "string", "examples": list(arguments)}
     if origin is tuple:
         return {"type": "array", "items": describe_type(arguments[0])}
     if origin is dict:
         values = {} if arguments[1] is Any else describe_type(arguments[1])
         return {"type": "object", "additionalProperties": values}
     if issubclass(hint, Code):
-        return {"type": "string", "enum": [code.word for code in hint]}
+        return {"type": "string", "examples": [code.word for code in hint]}
     if issubclass(hint, (Facts, Problem)):
-        return describe_object(payload_types(hint), hint.__doc__ or "")
+        return describe_object(field_types(hint), hint.__doc__ or "")
     return {"type": JSON_TYPES[hint]}
 
 
-def payload_types(cls: type) -> dict[str, Any]:
-    """List an event's own fields with their annotations; the message belongs to the envelope."""
+def field_types(cls: type) -> dict[str, Any]:
+    """List a class's own fields with their annotations; the message belongs to the envelope."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name not in ENVELOPE}
+
+
+def payload_types(cls: type[Event]) -> dict[str, Any]:
+    """List what follows the envelope; what a fact holds stands apart."""
+    if not issubclass(cls, Facts):
+        return field_types(cls)
+    return INFO if cls is Facts else INFO | {"data": cls}
 
 
 def describe_object(fields: Mapping[str, Any], description: str) -> Record:
@@ -594,31 +595,35 @@ def describe_object(fields: Mapping[str, Any], description: str) -> Record:
     }
 
 
-def describe_event(cls: type[Event], facts: type[Facts] | None = None) -> Record:
+def describe_event(cls: type[Event]) -> Record:
     """Describe one type of line; for `info`, one topic of it."""
-    fields = ENVELOPE | payload_types(cls) | ({"data": facts} if facts else {})
-    schema = describe_object(fields, cls.__doc__ or "")
-    schema["properties"]["type"] = {"const": cls.type()}
-    if facts:
-        schema["properties"]["topic"] = {"const": facts.topic()}
+    schema = describe_object(ENVELOPE | payload_types(cls), cls.__doc__ or "")
+    schema["properties"] |= {key: {"const": word} for key, word in cls.wire.items()}
     return schema
 
 
 def event_schema() -> Record:
     """Describe every line the program can print, from the event classes alone."""
-    lines = [describe_event(cls) for cls in EVENTS if cls is not InfoEvent]
+    kinds = [cls for cls in EVENTS if cls is not Facts] + [*FACTS]
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": f"Events of train_lora.py, protocol {PROTOCOL}",
         "description": "One JSON object per line. Ignore types, fields and values you do not know.",
-        "oneOf": lines + [describe_event(InfoEvent, facts) for facts in FACTS],
+        "oneOf": [describe_event(cls) for cls in kinds],
     }
 
 
+def say(value: Any) -> Any:
+    """Put a value as a person reads it: no None, no dozen digits, no power of ten."""
+    if isinstance(value, (int, float)):
+        exact = isinstance(value, int) or abs(value) >= 1000
+        return f"{value:,.0f}" if exact else f"{value:.4g}"
+    return "unknown" if value is None else value
+
+
 def fill(template: str, values: Record) -> str:
-    """Put values into a sentence, where nobody wants to read None or a dozen digits."""
-    words = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
-    return template.format_map({k: "unknown" if v is None else v for k, v in words.items()})
+    """Put values into a sentence."""
+    return template.format_map({key: say(value) for key, value in values.items()})
 
 
 def utc_now() -> str:
@@ -638,7 +643,7 @@ class Emitter:
         """Start counting lines and time."""
         self._listeners = list(listeners)
         self.warnings: Counter[str] = Counter()
-        self.ended = False
+        self.last: Event | None = None  # the line that ended the run
         self._seq = 0
         self._started = time.monotonic()
         self._progress_step: int | None = None
@@ -660,7 +665,7 @@ class Emitter:
     def emit(self, event: Event) -> bool:
         """Send one event, unless the last line is out or a progress line comes too soon."""
         with self._lock:
-            if self.ended:
+            if self.last:
                 return False
             if isinstance(event, ProgressEvent):
                 if not self.wants_progress(event.step, event.total_steps):
@@ -669,10 +674,11 @@ class Emitter:
             if isinstance(event, WarningEvent):
                 self.warnings[event.code.word] += 1
             self._seq += 1
-            self.ended = (event.data if isinstance(event, InfoEvent) else event).ends_run
-            payload: Record = plain(event)
-            head = {"type": event.type(), "seq": self._seq, "timestamp": utc_now()}
-            record = head | {"message": fill(event.says, payload)} | payload
+            self.last = event if event.ends_run else None
+            fields: Record = plain(event)
+            head = {"type": event.wire["type"], "seq": self._seq, "timestamp": utc_now()}
+            head |= {"message": fill(event.says, fields)} | event.wire
+            record = head | ({"data": fields} if isinstance(event, Facts) else fields)
             for listener in self._listeners:
                 listener(record)
             return True
@@ -690,116 +696,117 @@ class Emitter:
 
     def info(self, facts: Facts) -> None:
         """Send facts worth showing."""
-        message = fill(facts.says, plain(facts))
-        self.emit(InfoEvent(topic=facts.topic(), data=facts, message=message))
+        self.emit(facts)
 
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
         self.emit(WarningEvent(code=code, message=message, data=data))
 
 
-LINE_BYTES = 4095  # with its newline a line fits into one atomic write to a pipe
+NOT_OPEN = -1  # a descriptor that is yet to come
+LINE_BYTES = 60 * 1024 - 1  # many readers take no more than 64 KiB
+CONFIG_BYTES_ECHOED = LINE_BYTES - 2048  # what `start` leaves to its config
+SHORT_TEXT = 64  # no identifier is longer
+LONGEST_PATH = 4096
 
 
-def shorten(value: Any, limit: int) -> Any:
-    """Cut texts and lists down; `…` marks a cut text, the message counts a cut list."""
+def shorten(value: Any, limit: int, key: str = "") -> Any:
+    """Cut long texts, which then end in `…`, and long lists, which then say how many more."""
     if isinstance(value, str):
-        return value if len(value) <= limit else value[: limit - 1] + "…"
+        is_path = key.endswith(("path", "file", "set_aside"))
+        most = max(limit, LONGEST_PATH if is_path else SHORT_TEXT)
+        return value if len(value) <= most else value[: most - 1] + "…"
     if isinstance(value, dict):
-        return {key: shorten(item, limit) for key, item in value.items()}
+        return {k: item if k == "config" else shorten(item, limit, k) for k, item in value.items()}
     if isinstance(value, list):
-        return [shorten(item, limit) for item in value[: max(1, limit // 16)]]
+        most = max(1, limit // 16)
+        kept, more = [shorten(item, limit) for item in value[:most]], f"… {len(value) - most} more"
+        # What stands for the rest has the form of an item.
+        rest = dict.fromkeys(kept[0], more) if kept and isinstance(kept[0], dict) else more
+        return kept + [rest] * (len(value) > most)
     return value
 
 
 def encode_line(record: Record) -> bytes:
     """Write a record as one line of strict ASCII JSON, shortening its texts until it fits."""
-    limit = 2 * LINE_BYTES
+    short, limit = record, LINE_BYTES
     while True:
-        limit //= 2
-        short = shorten(record, limit) | {key: record[key] for key in ("type", "seq", "timestamp")}
         text = json.dumps(short, allow_nan=False, separators=(",", ":"))
-        if len(text) < LINE_BYTES or limit <= 2:
+        if len(text) < LINE_BYTES or not limit:
             return text.encode("ascii") + b"\n"
+        short, limit = shorten(record, limit), limit // 2
 
 
 class LineWriter:
-    """Write lines to a file descriptor from a thread of its own.
+    """Write lines to a file from a thread of its own, which alone holds the descriptor.
 
     Whoever reads slowly slows nobody: while the backlog is long, progress lines are dropped and
-    all others wait here.
+    all others wait here. They also wait for a full disk, which is tried again now and then.
     """
 
     BACKLOG_LINES = 256
+    MOST_LINES = 2**16  # that are no progress, for a disk that stays full
+    RETRY_SECONDS = 1.0
 
     def __init__(
         self,
         descriptor: int,
         on_failure: Callable[[OSError], None],
         encode: Callable[[Record], bytes] = encode_line,
+        reopen: Callable[[int], int | None] = lambda _: None,
     ) -> None:
-        """Take the descriptor over and start the thread."""
-        self._encode = encode
-        self._descriptor = descriptor
+        """Take the descriptor over and start the thread; `reopen` may give it another one."""
+        self._descriptor, self._encode, self._reopen = descriptor, encode, reopen
         self._on_failure = on_failure
-        self._lines: deque[bytes] = deque()
-        self._changed = threading.Condition()
-        self._finished = False
-        self._thread = threading.Thread(target=self._drain, name="events", daemon=True)
-        self._thread.start()
+        self._lines: SimpleQueue[bytes] = SimpleQueue()
+        self._closing = threading.Event()
+        self._ended = beside(self._drain)
 
     def __call__(self, record: Record) -> None:
         """Queue one record; never wait."""
-        droppable = record["type"] == "progress"
-        with self._changed:
-            if self._finished or (droppable and len(self._lines) >= self.BACKLOG_LINES):
-                return
-            self._lines.append(self._encode(record))
-            self._changed.notify_all()
+        most = self.BACKLOG_LINES if record["type"] == "progress" else self.MOST_LINES
+        if not self._closing.is_set() and self._lines.qsize() < most:
+            self._lines.put(self._encode(record))
 
     def close(self, patient: Callable[[], bool]) -> None:
-        """Wait until everything is written, as long as there is patience, and let go."""
-        with self._changed:
-            while self._lines and patient():
-                self._changed.wait(0.05)
-            self._finished = True
-            self._changed.notify_all()
-        # A thread that hangs in a write to a full pipe is left behind with its descriptor.
-        self._thread.join(0.1)
-        if not self._thread.is_alive():
-            os.close(self._descriptor)
+        """Take no more lines; wait until all are written, as long as there is patience.
+
+        A thread that hangs in a write to a full pipe is left behind with its descriptor.
+        """
+        self._closing.set()
+        self._lines.put(b"")
+        while not self._ended.done() and patient():
+            wait([self._ended], timeout=0.05)
 
     def _drain(self) -> None:
-        """Write line after line until told to finish or until nobody can receive them."""
-        while line := self._next_line():
-            try:
-                self._write(line)
-            except OSError as error:
-                with self._changed:
-                    self._finished = True
-                    self._lines.clear()
-                    self._changed.notify_all()
-                self._on_failure(error)
-                return
-            with self._changed:
-                if self._lines:
-                    self._lines.popleft()
-                self._changed.notify_all()
+        """Write line after line until the empty one, or until nobody can receive them."""
+        while (line := self._lines.get()) and self._deliver(line):
+            pass
+        self._closing.set()
+        if self._descriptor != NOT_OPEN:
+            os.close(self._descriptor)
 
-    def _next_line(self) -> bytes:
-        """Wait for a line; an empty one means that no more will come."""
-        with self._changed:
-            while not self._lines and not self._finished:
-                self._changed.wait()
-            return b"" if self._finished else self._lines[0]
-
-    def _write(self, line: bytes) -> None:
-        """Write the whole line, also to a pipe that somebody made non-blocking."""
-        while line:
+    def _deliver(self, line: bytes) -> bool:
+        """Write a line, whatever that takes; tell whether another one is worth trying."""
+        left, failed = line, False
+        while left:
+            last_try = self._closing.is_set()
             try:
-                line = line[os.write(self._descriptor, line) :]
-            except BlockingIOError:
+                if (fresh := self._reopen(self._descriptor)) is not None:
+                    if self._descriptor != NOT_OPEN:
+                        os.close(self._descriptor)
+                    self._descriptor, left = fresh, line
+                left = left[os.write(self._descriptor, left) :]
+            except BlockingIOError:  # somebody made the pipe so
                 time.sleep(0.02)
+            except OSError as error:
+                if not failed:
+                    self._on_failure(error)
+                failed = True
+                if last_try or isinstance(error, ConnectionError):
+                    return False
+                self._closing.wait(self.RETRY_SECONDS)
+        return True
 
 
 class Phase:
@@ -1151,6 +1158,13 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
                 hint="1e-4 suits most runs.",
             )
     yield from folders_in_conflict(config)
+    if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
+        yield Problem(
+            path="$",
+            expected=f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII",
+            found=f"{size} bytes",
+            hint="Shorten the longest: prompts, trigger words, paths.",
+        )
     if config.mixed_precision == "no" and config.base_precision in ("bf16", "fp16"):
         yield Problem(
             path="base_precision",
@@ -1250,6 +1264,7 @@ EXIT_CODES: dict[StopReason, int] = {
     "SIGHUP": 129,
     "stop_file": 143,
     "host_gone": 143,
+    "output_full": 143,
 }
 
 # Ctrl-C under a launcher arrives twice within milliseconds; a person who means it waits longer.
@@ -1257,6 +1272,33 @@ SECOND_SIGNAL_SECONDS = 1.0
 # How long the main thread may take to notice a request, and to save; `docker stop` waits for 10.
 NOTICE_SECONDS = 3.0
 SAVE_SECONDS = 6.5
+WINDOWS_SYNCHRONIZE = 0x00100000  # the right to wait for a process
+
+
+def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
+    """Return a function that tells whether the process that started this one is gone."""
+    parent = os.getppid()
+    if sys.platform == "win32":
+        import ctypes
+
+        kernel32 = ctypes.WinDLL("kernel32")
+    if kernel32:  # there the parent's number stays, and may become another's; a handle does not
+        handle = kernel32.OpenProcess(WINDOWS_SYNCHRONIZE, False, parent)
+        return lambda: bool(handle) and kernel32.WaitForSingleObject(handle, 0) == 0
+    return lambda: os.getppid() != parent
+
+
+@contextlib.contextmanager
+def unblocked(signals: Iterable[int]) -> Iterator[None]:
+    """Let signals through that the first lines of this file, or a parent, have blocked."""
+    if sys.platform == "win32":
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 class StopRequest:
@@ -1267,12 +1309,14 @@ class StopRequest:
         self.reason: StopReason | None = None
         self.requested_at = math.inf
         self.noticed = False
+        self.parent_ended = watch_parent()
         # Saves what would be lost; set by whoever has something to lose.
         self.save: Callable[[TrainingInterrupted], None] = lambda _: None
-        # Ends the process when the main thread cannot; set by whoever owns the process.
-        self.end: Callable[[TrainingInterrupted], None] | None = None
+        # These two are set by whoever owns the process. Neither may wait for a disk.
+        self.host_gone: Callable[[], bool] = lambda: False
+        self.end: Callable[[TrainingInterrupted], None] | None = None  # in the main thread's place
+        self._saving: tuple[TrainingInterrupted, Future[None]] | None = None
         self._first_signal_at = math.inf
-        self._parent = os.getppid()
         self._taken: dict[int, Any] = {}  # signals with their former handlers
 
     def request(self, reason: StopReason) -> None:
@@ -1297,20 +1341,22 @@ class StopRequest:
         mouth.setblocking(False)
         former = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
         over = threading.Event()
-        threading.Thread(target=self._listen, args=(ear, over), daemon=True).start()
+        listener = beside(lambda: self._listen(ear, over))
         if sys.platform != "win32":
             os.register_at_fork(after_in_child=self._let_go)
         try:
             for name in STOP_SIGNALS:
                 self._take_over(name)
-            yield self
+            with unblocked(self._taken):
+                yield self
         finally:
+            over.set()
+            signal.set_wakeup_fd(former)
+            mouth.close()
+            wait([listener], timeout=1)  # it shall take no signal meant for the former handlers
             for number, handler in self._taken.items():
                 signal.signal(number, handler)
             self._taken.clear()
-            signal.set_wakeup_fd(former)
-            over.set()
-            mouth.close()
 
     def _take_over(self, name: str) -> None:
         """Handle one signal where the platform has it; nohup's wish to ignore SIGHUP stands."""
@@ -1331,23 +1377,23 @@ class StopRequest:
         self.request(STOP_SIGNALS[signal.Signals(number).name])
 
     def _listen(self, ear: socket.socket, over: threading.Event) -> None:
-        """Hear signals also while the main thread is deep in a computation.
+        """Hear signals also while the main thread is deep in a computation or waits for a disk.
 
         The interpreter runs handlers between two steps of the main thread, and one update on a CPU
-        can take minutes. The system's own handler writes to the socket at once. Only a library that
-        never lets go of the interpreter can keep this thread from acting.
+        can take minutes. The system's own handler writes to the socket at once. A thread that waits
+        for a disk that hangs does not even run that, and keeps the signal; another can take it.
+        Only a library that never lets go of the interpreter can keep this thread from acting.
         """
         with ear:
             while not over.is_set():
                 if select.select([ear], [], [], 0.1)[0]:
                     for number in ear.recv(4096):
                         self._hear(number)
-                waited = time.monotonic() - self.requested_at
-                late = waited > (SAVE_SECONDS if self.noticed else NOTICE_SECONDS)
-                if self.end and late:
-                    end, self.end = self.end, None
-                    # In a thread of its own: a second signal must still be heard.
-                    threading.Thread(target=self._end_late, args=(end,), daemon=True).start()
+                if sys.platform == "linux" and (kept := signal.sigtimedwait(self._taken, 0)):
+                    self._hear(kept.si_signo)
+                if self.host_gone():
+                    self.request("host_gone")
+                self._end_if_late(time.monotonic() - self.requested_at)
 
     def _hear(self, number: int) -> None:
         """Note a signal; a second one that comes later is meant: end at once."""
@@ -1359,38 +1405,32 @@ class StopRequest:
         self._first_signal_at = min(now, self._first_signal_at)
         self.request(STOP_SIGNALS[signal.Signals(number).name])
 
-    def _end_late(self, end: Callable[[TrainingInterrupted], None]) -> None:
+    def _end_if_late(self, waited: float) -> None:
         """Save and end in the main thread's place, and do not wait for a disk that hangs."""
-        stopped = TrainingInterrupted(self.reason or "SIGTERM")
-        saving = threading.Thread(target=self.save, args=(stopped,), daemon=True)
-        saving.start()
-        saving.join(max(0.1, self.requested_at + SAVE_SECONDS - time.monotonic()))
-        end(stopped)
+        if not self.end or waited < (SAVE_SECONDS if self.noticed else NOTICE_SECONDS):
+            return
+        if not self._saving:
+            stopped = TrainingInterrupted(self.reason or "SIGTERM")
+            self._saving = stopped, beside(lambda: self.save(stopped))
+        elif self._saving[1].done() or waited > SAVE_SECONDS:
+            self.end(self._saving[0])
 
     @contextlib.contextmanager
     def watching(self, causes: Mapping[StopReason, Callable[[], bool]]) -> Iterator[None]:
-        """Look twice a second whether something came true that asks for a stop."""
+        """Look twice a second, in a thread that may hang, whether one of the causes came true."""
         over = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(causes, over), daemon=True)
-        watch.start()
+
+        def watch() -> None:
+            while self.reason is None and not over.wait(0.5):
+                for reason, came_true in causes.items():
+                    if came_true():
+                        self.request(reason)
+
+        beside(watch)
         try:
             yield
         finally:
             over.set()
-
-    def _watch(
-        self, causes: Mapping[StopReason, Callable[[], bool]], over: threading.Event
-    ) -> None:
-        """Look until one of the causes came true, or until the run is over."""
-        while not over.is_set() and self.reason is None:
-            for reason, came_true in causes.items():
-                if came_true():
-                    self.request(reason)
-            over.wait(0.5)
-
-    def parent_ended(self) -> bool:
-        """Tell whether the process that started this one is gone."""
-        return os.getppid() != self._parent
 
     def wait_for(self, outcome: Future[Any]) -> Any:
         """Wait for what may hang, in a thread that can be left behind."""
@@ -1428,7 +1468,7 @@ def reader_gone(descriptor: int) -> bool:
     if sys.platform == "win32":  # has no poll for pipes; the next write tells
         return False
     poller = select.poll()
-    poller.register(descriptor, 0)
+    poller.register(descriptor, select.POLLIN | select.POLLOUT)  # macOS heeds no empty wish
     return any(
         flags & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, flags in poller.poll(0)
     )
@@ -3702,23 +3742,39 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def leads_to(path: Path, descriptor: int) -> bool:
+    """Tell whether a path is still that of an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Make the output folder and hold its lock."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise unusable_output(str(error)) from error
-    try:
-        patience = time.monotonic() + LOCK_SECONDS
-        while not try_lock(descriptor):
-            if time.monotonic() > patience:
+def claimed(path: Path) -> Iterator[Callable[[], None]]:
+    """Make the output folder and hold its lock; yield what does so again where they are gone."""
+    held: list[int] = []
+
+    def claim() -> None:
+        if held and leads_to(path / ".lock", held[-1]):
+            return
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            held.append(os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+        except OSError as error:
+            raise unusable_output(str(error)) from error
+        in_time = deadline_in(LOCK_SECONDS)
+        while not try_lock(held[-1]):
+            if not in_time():
                 raise busy_output(path)
             time.sleep(0.05)
-        yield
+
+    try:
+        claim()
+        yield claim
     finally:
-        os.close(descriptor)
+        for descriptor in held:
+            os.close(descriptor)
 
 
 # What a run writes. Only these are ever set aside, so that a shared folder stays as it is.
@@ -5369,7 +5425,7 @@ class LoRATrainer:
         """Hold the folder and mirror the events into it, from the first line to the last."""
         config, output = self.config, self.config.output_path
         check_paths(config)
-        with claimed(output), self.stop.watching(self._causes()):
+        with claimed(output) as claim, self.stop.watching(self._causes()):
             aside = set_aside(output) if self.fresh else None
             remove_leftovers(output)
             earlier = Earlier.find(output)
@@ -5378,10 +5434,12 @@ class LoRATrainer:
             self.run_id = earlier.run_id or self.run_id
             # A finished run that is asked for what it has done is left as it is, to the last byte.
             again = earlier.complete and earlier.complete["asked"] == [config.steps, config.epochs]
-            mirroring = mirrored(self.events, output, earlier.step)
-            with contextlib.nullcontext() if again else mirroring as mirror, reporting(self.events):
+            if again and not mirror_ends_with(output, earlier.complete):
+                again = False  # the file lacks its last line
+            mirroring = mirrored(self.events, output, claim)
+            with contextlib.nullcontext() if again else mirroring, reporting(self.events):
                 self._start(earlier.step)
-                self._tell_circumstances(mirror, aside, earlier)
+                self._tell_circumstances(aside, earlier)
                 try:
                     yield earlier
                 except TrainingInterrupted as stopped:
@@ -5517,8 +5575,7 @@ class LoRATrainer:
         return stance
 
     def _start(self, resumed_step: int) -> None:
-        """Send the first line, and what the loader had to say."""
-        self.stop.check()
+        """Send the first line, also of a run that is to stop, and what the loader had to say."""
         self.events.emit(
             StartEvent(
                 protocol=PROTOCOL,
@@ -5532,13 +5589,10 @@ class LoRATrainer:
         )
         for remark in self.config.remarks:
             self.events.emit(remark)
+        self.stop.check()
 
-    def _tell_circumstances(
-        self, mirror: OSError | None, aside: Path | None, earlier: Earlier
-    ) -> None:
+    def _tell_circumstances(self, aside: Path | None, earlier: Earlier) -> None:
         """Tell what happened before the first line."""
-        if mirror:
-            warn_mirror(self.events, mirror)
         for folder, reason in earlier.damaged:
             message = f"{folder.name} is damaged: {reason}"
             self.events.warn(WarningCode.STATE_IGNORED, message, path=str(folder), reason=reason)
@@ -5637,54 +5691,65 @@ def import_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def forget_steps(path: Path, resumed_step: int) -> None:
-    """Drop lines about updates that are made again, after a run was killed."""
-    if not path.is_file():
-        return
-    kept = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for line in lines:
-        with contextlib.suppress(*NOT_JSON):
-            record, _ = parse_json(line.decode())
-            of_step = record["type"] in ("progress", "checkpoint", "sample")
-            if of_step and record["step"] > resumed_step:
-                continue
-        kept.append(line)
-    if len(kept) < len(lines):
-        write_whole(path, b"".join(kept))
+def mirror_ends_with(output: Path, complete: Record | None) -> bool:
+    """Tell whether events.jsonl ends with the last line of a finished run, to its very end."""
+    try:
+        last = (output / "events.jsonl").read_bytes().splitlines(keepends=True)[-1].decode()
+        sha256 = parse_json(last)[0].get("sha256")
+    except (OSError, LookupError, *NOT_JSON):
+        return False
+    return bool(complete and complete["event"]["sha256"] == sha256 and last.endswith("\n"))
+
+
+@contextlib.contextmanager
+def mirrored(events: Emitter, output: Path, claim: Callable[[], None]) -> Iterator[None]:
+    """Append all events to events.jsonl, from here to the last line."""
+    reopen = functools.partial(open_mirror, events, output, claim)
+    writer = LineWriter(NOT_OPEN, functools.partial(warn_mirror, events), reopen=reopen)
+    try:
+        with events.heard_by(writer):
+            yield
+    finally:
+        writer.close(deadline_in(MIRROR_SECONDS))
+
+
+def open_mirror(events: Emitter, output: Path, claim: Callable[[], None], held: int) -> int | None:
+    """Open events.jsonl, anew where the open one was removed, maybe with all of the folder."""
+    path = output / "events.jsonl"
+    if held != NOT_OPEN and leads_to(path, held):
+        return None
+    try:
+        claim()
+    except TrainError as error:
+        raise OSError(str(error)) from error
+    drop_torn_end(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    if held != NOT_OPEN:
+        message = f"What was removed from {output} is made again"
+        events.warn(WarningCode.OUTPUT_REMOVED, message, path=str(output))
+    return descriptor
+
+
+def drop_torn_end(path: Path) -> None:
+    """Cut off what a crash or a full disk left of a last line."""
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LINE_BYTES))
+        end = file.read(min(size, LINE_BYTES))
+        if torn := len(end) - (end.rfind(b"\n") + 1):
+            file.truncate(size - torn)
+
+
+def warn_mirror(events: Emitter, error: OSError) -> None:
+    """Tell that events.jsonl lacks lines until it can be written."""
+    reason = error.strerror or str(error)
+    events.warn(WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason)
 
 
 def deadline_in(seconds: float) -> Callable[[], bool]:
     """Have patience for some seconds."""
     end = time.monotonic() + seconds
     return lambda: time.monotonic() < end
-
-
-@contextlib.contextmanager
-def mirrored(events: Emitter, output: Path, resumed_step: int) -> Iterator[OSError | None]:
-    """Append all events to events.jsonl; yield what kept that file from being opened."""
-    try:
-        forget_steps(output / "events.jsonl", resumed_step)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-        descriptor = os.open(output / "events.jsonl", flags, 0o644)
-        size = os.lseek(descriptor, 0, os.SEEK_END)
-        if size and os.lseek(descriptor, -1, os.SEEK_END) and os.read(descriptor, 1) != b"\n":
-            os.write(descriptor, b"\n")  # a crash tore the last line
-    except OSError as error:
-        yield error
-        return
-    writer = LineWriter(descriptor, functools.partial(warn_mirror, events))
-    try:
-        with events.heard_by(writer):
-            yield None
-    finally:
-        writer.close(deadline_in(MIRROR_SECONDS))
-
-
-def warn_mirror(events: Emitter, error: OSError) -> None:
-    """Tell that events.jsonl will be incomplete."""
-    reason = error.strerror or str(error)
-    events.warn(WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason)
 
 
 @contextlib.contextmanager
@@ -5711,9 +5776,9 @@ def reporting(events: Emitter) -> Iterator[None]:
         raise failure from error
 
 
-def tell_interruption(events: Emitter, stopped: TrainingInterrupted) -> bool:
+def tell_interruption(events: Emitter, stopped: TrainingInterrupted) -> None:
     """Send the last line of a stopped run, unless a last line is out."""
-    return events.emit(
+    events.emit(
         InterruptedEvent(
             step=stopped.step,
             reason=stopped.reason,
@@ -5734,10 +5799,13 @@ def explain(error: Exception) -> TrainError:
 
 # === Command line ============================================================
 
-# How long a finished run waits for a host that does not read, and a stopped one.
+# How long a finished run waits for a host that does not read; a stopped one, from the request on;
+# and any, from its last line on.
 STALL_SECONDS = 300.0
 STOPPED_STALL_SECONDS = 6.0
+LAST_LINE_SECONDS = 1.0
 MIRROR_SECONDS = 2.0
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -5770,9 +5838,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def fill_closed_streams() -> set[int]:
     """Open what the host left closed, before another file takes one of the three numbers."""
-    closed = {number for number in (0, 1, 2) if not is_open(number)}
-    for _ in closed:  # open takes the lowest free number: one of the three
-        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    closed: set[int] = set()
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest that is free
+        os.set_inheritable(number, True)
+        closed.add(number)
+    os.close(number)
     return closed
 
 
@@ -5782,15 +5852,6 @@ def claim_stdout(closed: set[int] | None = None) -> int | None:
     events = None if 1 in closed else os.dup(1)
     os.dup2(2, 1)
     return events
-
-
-def is_open(descriptor: int) -> bool:
-    """Tell whether a file descriptor is in use."""
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
 
 
 def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> int:
@@ -5809,14 +5870,18 @@ def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> in
                 trainer.validate()
             else:
                 trainer.train()
-    except TrainingInterrupted as stopped:
-        return EXIT_CODES[stopped.reason]
-    except TrainError:
-        if arguments.debug:
+    except (TrainingInterrupted, TrainError) as ended:
+        if arguments.debug and isinstance(ended, TrainError):
             with contextlib.suppress(OSError):  # nobody may be reading stderr
                 traceback.print_exc()
-        return 1
-    return 0
+    return exit_code(events)
+
+
+def exit_code(events: Emitter) -> int:
+    """Tell what the last line means to whoever looks at the exit code alone."""
+    if isinstance(events.last, InterruptedEvent):
+        return EXIT_CODES[events.last.reason]
+    return 1 if isinstance(events.last, ErrorEvent) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5830,11 +5895,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stdout is None:
             stop.request("host_gone")
             return run(arguments, events, stop)
-        writer = LineWriter(stdout, lambda _: stop.request("host_gone"))
+        writer = LineWriter(stdout, functools.partial(stop_for, stop))
         stop.end = functools.partial(end_at_once, events, writer)
-        gone = functools.partial(reader_gone, stdout)
+        stop.host_gone = functools.partial(reader_gone, stdout)
         with contextlib.ExitStack() as audience:
-            audience.enter_context(stop.watching({"host_gone": gone}))
             audience.enter_context(events.heard_by(writer))
             if os.isatty(2):
                 person = LineWriter(os.dup(2), lambda _: None, draw_bar)
@@ -5843,16 +5907,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 return run(arguments, events, stop)
             finally:
-                in_time, stalled = deadline_in(STALL_SECONDS), STOPPED_STALL_SECONDS
-                writer.close(lambda: in_time() and time.monotonic() < stop.requested_at + stalled)
+                stop.noticed, stop.save = True, lambda _: None  # the last line is out
+                writer.close(patience(stop))
+
+
+def stop_for(stop: StopRequest, error: OSError) -> None:
+    """Ask for a stop where nobody would know of more; a disk may have room again at the end."""
+    stop.request("output_full" if error.errno in FULL_DISK else "host_gone")
+
+
+def patience(stop: StopRequest) -> Callable[[], bool]:
+    """Wait long for a host that does not read, but not where somebody asked for a stop."""
+    last, stall = deadline_in(LAST_LINE_SECONDS), deadline_in(STALL_SECONDS)
+    return lambda: (
+        last() or (stall() and time.monotonic() < stop.requested_at + STOPPED_STALL_SECONDS)
+    )
 
 
 def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupted) -> None:
-    """End the process in the main thread's place, unless that has said its last line."""
-    if tell_interruption(events, stopped):
-        writer.close(deadline_in(0.5))
-        time.sleep(0.1)  # for the thread that writes events.jsonl
-        os._exit(EXIT_CODES[stopped.reason])
+    """End the process in the main thread's place, with a last line unless that is out."""
+    tell_interruption(events, stopped)
+    writer.close(deadline_in(0.5))
+    time.sleep(0.1)  # for the thread that writes events.jsonl
+    os._exit(exit_code(events))
 
 
 def print_event_schema() -> int:

@@ -192,6 +192,27 @@ def take_memory_away(folder: Path) -> list[Record]:
     return [json.loads(line) for line in lines]
 
 
+class Remover(Recorder):
+    """A listener that removes the output folder once the device is known."""
+
+    def __init__(self, output: Path) -> None:
+        """Take the folder."""
+        super().__init__()
+        self.output = output
+
+    def __call__(self, record: Record) -> None:
+        """Keep the record, and maybe strike."""
+        super().__call__(record)
+        if record.get("topic") == "device":
+            shutil.rmtree(self.output)
+
+
+def remove_output(folder: Path) -> list[Record]:
+    """Train while somebody tidies up."""
+    write_tiny_run(folder)
+    return start(folder, Remover(folder / "out"))
+
+
 def obstruct(name: str, *, by_folder: bool) -> Callable[[Path], object]:
     """Put a folder where the run writes a file, or a file where it writes a folder."""
 
@@ -321,6 +342,7 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.CACHE_FAILED: trained(cache_dir="/dev/null"),
     WarningCode.COMPILE_FAILED: compile_without_compiler,
     WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),
+    WarningCode.OUTPUT_REMOVED: remove_output,
 }
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from conftest import (
     is_terminal,
     refuse,
     run_program,
+    write_config,
 )
 
 import train_lora
@@ -142,12 +144,12 @@ EXAMPLES: list[Event] = [
 
 def event_name(event: Event) -> str:
     """Name a parametrized case after the event's type."""
-    return event.type()
+    return event.wire["type"]
 
 
 def topic_name(facts: Facts) -> str:
     """Name a parametrized case after the topic."""
-    return facts.topic()
+    return facts.wire["topic"]
 
 
 def code_name(code: train_lora.Code) -> str:
@@ -168,11 +170,11 @@ def test_every_class_and_topic_of_the_contract_exists() -> None:
     """The types are those of the contract, and the examples below cover them and all topics."""
     types = ["start", "info", "warning", "progress", "sample", "checkpoint"]
 
-    assert [cls.type() for cls in train_lora.EVENTS] == [
+    assert [cls.wire["type"] for cls in train_lora.EVENTS] == [
         *types,
         *("complete", "interrupted", "error"),
     ]
-    assert {type(event) for event in EXAMPLES} == set(train_lora.EVENTS) - {train_lora.InfoEvent}
+    assert {type(event) for event in EXAMPLES} == set(train_lora.EVENTS) - {Facts}
     assert tuple(type(facts) for facts in FACTS) == train_lora.FACTS
 
 
@@ -186,7 +188,7 @@ def test_a_line_is_the_envelope_followed_by_every_field(
 
     assert list(record) == [*train_lora.ENVELOPE, *train_lora.payload_types(type(event))]
     assert list(record)[:4] == ["type", "seq", "timestamp", "message"]
-    assert (record["type"], record["seq"]) == (event.type(), 1)
+    assert (record["type"], record["seq"]) == (event.wire["type"], 1)
     EVENT_VALIDATOR.validate(record)
 
 
@@ -199,7 +201,7 @@ def test_an_info_line_holds_all_facts_of_its_topic(
     (record,) = recorder.records
 
     assert list(record) == ["type", "seq", "timestamp", "message", "topic", "data"]
-    assert (record["type"], record["topic"]) == ("info", facts.topic())
+    assert (record["type"], record["topic"]) == ("info", facts.wire["topic"])
     assert record["data"] == vars(facts)
     EVENT_VALIDATOR.validate(record)
 
@@ -231,6 +233,46 @@ def test_a_message_does_not_say_none(events: Emitter, recorder: Recorder) -> Non
     events.emit(progress(loss=math.nan))
 
     assert [r["message"] for r in recorder.records if "None" in r["message"]] == []
+
+
+def test_numbers_are_written_for_people(events: Emitter, recorder: Recorder) -> None:
+    """A status bar shows neither powers of ten nor a row of digits."""
+    events.emit(replace(COMPLETE, step=20_000, total_time=12_345.678))
+    events.info(replace(FACTS[1], parameters=860_000_000))  # type: ignore[call-arg]
+
+    assert recorder.records[0]["message"] == "Complete: 20,000 steps in 12,346 s"
+
+
+class Renamed(ProgressEvent):
+    """A class with a name that no host knows."""
+
+
+class RenamedFacts(PhaseFacts):
+    """Facts with such a name."""
+
+
+def test_what_a_class_is_called_does_not_reach_the_host(
+    events: Emitter, recorder: Recorder
+) -> None:
+    """Types and topics are words of their own, so that a class can be renamed."""
+    events.emit(Renamed(**vars(progress())))
+    events.info(RenamedFacts(name="checking images", done=1, total=2))
+
+    assert [record["type"] for record in recorder.records] == ["progress", "info"]
+    assert recorder.records[1]["topic"] == "phase"
+
+
+def test_the_schema_takes_words_that_a_later_version_adds(
+    events: Emitter, recorder: Recorder
+) -> None:
+    """A host that validates lines goes on with 1.x; known words are told all the same."""
+    for event in (warning(), error(), INTERRUPTED, CHECKPOINT):
+        events = Emitter(recorder)
+        events.emit(event)
+        record = recorder.records[-1]
+        key = "code" if "code" in record else "reason"
+        EVENT_VALIDATOR.validate(record | {key: "of_a_later_version"})
+    assert '"host_gone"' in json.dumps(train_lora.event_schema())
 
 
 def test_the_timestamp_is_utc_with_milliseconds(events: Emitter, recorder: Recorder) -> None:
@@ -321,26 +363,20 @@ def test_a_file_name_that_is_not_unicode_makes_no_broken_text(
     assert parse(line)["data"]["file"].endswith(".png")
 
 
-PROBLEM = Problem(path="$.x" * 20, expected="1 … 256", found=EMOJI_MEGABYTE, hint="Mend it. " * 40)
+PROBLEM = Problem(path="$.x" * 20, expected="1 … 256", found="🖼" * 1000, hint="Mend it. " * 40)
 HUGE: dict[str, Event] = {
     "long message": warning("x" * 2**20),
     "long message of emoji": error(message=EMOJI_MEGABYTE, hint=EMOJI_MEGABYTE),
     "500 problems": error(problems=(PROBLEM,) * 500),
-    "huge config": start(
-        {
-            "dataset_path": EMOJI_MEGABYTE,
-            "output_path": "x" * 2**20,
-            "trigger_words": [EMOJI_MEGABYTE] * 100,
-            "seed": 0,
-        }
-    ),
-    "many texts": start({f"knob_{number}": EMOJI_MEGABYTE for number in range(60)}),
+    "an unknown key": error(problems=(replace(PROBLEM, path=EMOJI_MEGABYTE), *[PROBLEM] * 99)),
+    "many texts": warning(**{f"text_{number}": EMOJI_MEGABYTE for number in range(60)}),
     "long data": warning(file="a/" * 2**19, reason="\x00" * 2**20),
+    "long lists": warning(names=["x" * 200] * 10**4, numbers=list(range(10**6))),
 }
 
 
 @pytest.mark.parametrize("event", HUGE.values(), ids=HUGE.keys())
-def test_a_line_fits_into_4_kib_and_stays_a_valid_event(
+def test_a_line_fits_into_60_kib_and_stays_a_valid_event(
     event: Event, events: Emitter, recorder: Recorder
 ) -> None:
     """Long texts are shortened, yet the line keeps its envelope and every field."""
@@ -348,7 +384,7 @@ def test_a_line_fits_into_4_kib_and_stays_a_valid_event(
     (record,) = recorder.records
     line = encode_line(record)
 
-    assert len(line) < 4096
+    assert 2**14 < len(line) <= 60 * 1024
     assert line.isascii()
     EVENT_VALIDATOR.validate(parse(line))
     unchanged = ("type", "seq", "timestamp")
@@ -363,9 +399,65 @@ def test_a_shortened_text_ends_with_an_ellipsis(events: Emitter, recorder: Recor
     assert re.fullmatch(r"x{1000,}…", message)
 
 
+def test_a_shortened_list_says_how_many_more_there_were(
+    events: Emitter, recorder: Recorder
+) -> None:
+    """What stands for the rest has the form of the others, so that readers need no exception."""
+    events.emit(warning(names=["x" * 200] * 10**4))
+    events.emit(error(problems=(PROBLEM,) * 500))
+    names = parse(encode_line(recorder.records[0]))["data"]["names"]
+    problems = parse(encode_line(recorder.records[1]))["problems"]
+
+    more = re.fullmatch(r"… (\d+) more", problems[-1]["path"])
+    assert more
+    assert int(more[1]) + len(problems) - 1 == 500
+    assert names[-1] == f"… {10**4 - len(names) + 1} more"
+
+
+PATH = "/" + "é/" * 1364  # as long as a path can be
+
+
+def test_a_path_is_never_cut(events: Emitter, recorder: Recorder) -> None:
+    """What stands beside it gives way, so that a host finds the file."""
+    events.emit(replace(SAMPLE, image_path=PATH, prompt=EMOJI_MEGABYTE))
+    events.emit(error(problems=(replace(PROBLEM, path=PATH, expected="🖼" * 5000),) * 50))
+    sample, problems = [parse(encode_line(record)) for record in recorder.records]
+
+    assert (sample["image_path"], sample["prompt"][-1]) == (PATH, "…")
+    assert problems["problems"][0]["path"] == PATH
+
+
+LONG_CONFIGS = [
+    {"sample_prompts": ["語" * 1000] * 9, "trigger_words": ["猫" * 200]},
+    {"trigger_words": ["🖼" * 200] * 20},
+]
+
+
+@pytest.mark.parametrize("changes", LONG_CONFIGS)
+def test_a_config_is_never_cut(changes: Record, in_workspace: Path) -> None:
+    """A host finds in `start` what the run was asked for, to the last letter."""
+    write_config(in_workspace, **changes)
+    ended = run_program("--config", "config.json", "--validate-only", cwd=in_workspace)
+    first = ended.lines[0]
+
+    assert ended.code == 0
+    assert len(ended.stdout.splitlines()[0]) > 48_000
+    assert {key: first["config"][key] for key in changes} == changes
+    assert len(first["run_id"]) == 32
+
+
+def test_a_config_too_long_for_a_line_is_refused(in_workspace: Path) -> None:
+    """Every value may be fine by itself; a config that could not be told whole is none."""
+    write_config(in_workspace, sample_prompts=["語" * 1000] * 16)
+    ended = run_program("--config", "config.json", "--validate-only", cwd=in_workspace)
+
+    assert (ended.code, ended.last["code"]) == (1, "config_conflict")
+    assert "prompts" in ended.last["hint"]
+
+
 def test_a_line_that_fits_is_not_shortened(events: Emitter, recorder: Recorder) -> None:
-    """A text of 3,500 characters and a list of 100 stand as they are."""
-    events.emit(warning("x" * 3500, numbers=list(range(100))))
+    """A text of 50,000 characters and a list of 1,000 stand as they are."""
+    events.emit(warning("x" * 50_000, numbers=list(range(1000))))
 
     assert parse(encode_line(recorder.records[0])) == recorder.records[0]
 
@@ -406,7 +498,7 @@ def test_threads_that_race_for_the_end_make_one_last_line(
     in_threads(8, work)
 
     assert [is_terminal(r) for r in recorder.records].count(True) == 1
-    assert recorder.records[-1]["type"] == last.type()
+    assert recorder.records[-1]["type"] == last.wire["type"]
     assert [r["seq"] for r in recorder.records] == list(range(1, len(recorder.records) + 1))
 
 
@@ -625,6 +717,83 @@ def test_a_full_disk_is_told_and_raises_nothing() -> None:
     writer.close(lambda: True)
 
 
+def test_the_last_line_has_its_time_however_late_it_comes(pipe: Pipe) -> None:
+    """A main thread that took long to notice a stop may still tell how the run ended."""
+    stop = train_lora.StopRequest()
+    stop.request("SIGTERM")
+    stop.requested_at -= 7.0  # seconds ago
+    for number in range(1000):
+        pipe.writer(record("warning", number, "x" * 1000))
+    with ThreadPoolExecutor(1) as closer, os.fdopen(pipe.read_end, "rb") as stream:
+        closing = closer.submit(pipe.writer.close, train_lora.patience(stop))
+        time.sleep(0.2)  # the host is late as well
+        lines = stream.read().splitlines()
+        closing.result(timeout=5)
+
+    assert [parse(line)["seq"] for line in lines] == list(range(1000))
+
+
+def test_closing_twice_touches_nothing_that_was_opened_since(pipe: Pipe, tmp_path: Path) -> None:
+    """Two threads may end a run at once; the number of the descriptor may be another's by then."""
+    assert pipe.finish() == []
+    with (tmp_path / "file").open("wb") as file:
+        assert file.fileno() in (pipe.write_end, pipe.read_end)
+        in_threads(4, lambda _: pipe.writer.close(lambda: True))
+        file.write(b"still open")
+
+
+@pytest.mark.parametrize("closers", [2, 8])
+def test_threads_that_close_at_once_deliver_everything(closers: int, pipe: Pipe) -> None:
+    """Each waits for the same end, and none of them fails."""
+    for number in range(300):
+        pipe.writer(record("warning", number, "x" * 1000))
+    with ThreadPoolExecutor(1) as reader, os.fdopen(pipe.read_end, "rb") as stream:
+        content = reader.submit(stream.read)
+        in_threads(closers, lambda _: pipe.writer.close(lambda: True))
+        lines = content.result(timeout=60).splitlines()
+
+    assert [parse(line)["seq"] for line in lines] == list(range(300))
+
+
+FULL_DISK = """
+import os, resource, signal, sys, time
+import train_lora as t
+
+def allow(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def seq(number):
+    stamp = "2026-01-01T00:00:00.000Z"
+    return {"type": "warning", "seq": number, "timestamp": stamp, "message": "x" * 100}
+"""
+
+FULL_OUTPUT = (
+    FULL_DISK
+    + """
+failures = []
+writer = t.LineWriter(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), failures.append)
+allow(1000)  # in the middle of a line
+for number in range(50):
+    writer(seq(number))
+while not failures:
+    time.sleep(0.01)
+allow(10**6)
+writer.close(lambda: True)
+print(len(failures))
+"""
+)
+
+
+@posix
+def test_lines_that_a_full_disk_refused_are_written_when_it_has_room(tmp_path: Path) -> None:
+    """The last of them too, which is tried again when the run ends; none is torn or doubled."""
+    done = run_child(FULL_OUTPUT, tmp_path / "events")
+
+    assert (done.stdout, done.stderr) == (b"1\n", b"")
+    lines = (tmp_path / "events").read_bytes().splitlines()
+    assert [parse(line)["seq"] for line in lines] == list(range(50))
+
+
 def test_closing_closes_the_descriptor(pipe: Pipe) -> None:
     """The reader sees the end of the file, and nothing else can be written there."""
     assert pipe.finish() == []
@@ -781,7 +950,7 @@ def test_a_config_from_a_closed_stdin_is_an_error(workspace: Path) -> None:
 @has_dev_full
 @pytest.mark.parametrize(("config", "code"), [("config.json", 143), ("missing.json", 1)])
 def test_a_full_disk_behind_stdout_is_no_traceback(config: str, code: int, workspace: Path) -> None:
-    """The run ends by its own exit code, never by 120, and quietly."""
+    """The run ends by its own exit code, never by 120, and quietly: nobody could read more."""
     done = run_raw("--config", config, "--validate-only", cwd=workspace, redirect=">/dev/full")
 
     assert (done.returncode, done.stderr) == (code, b"")
@@ -872,13 +1041,60 @@ def test_the_mirror_goes_on_over_all_starts(unusable: Path) -> None:
     assert mirror_of(unusable).read_bytes() == first.stdout + second.stdout
 
 
-def test_a_mirror_torn_by_a_crash_goes_on_with_a_whole_line(unusable: Path) -> None:
-    """Half a line at the end does not swallow the first line of the next start."""
+@pytest.mark.parametrize("torn", [b'{"type":"progress","seq":7,"time', b"{", b"\x00" * 5000])
+def test_the_torn_end_of_a_mirror_is_dropped(torn: bytes, unusable: Path) -> None:
+    """A crash leaves half a line; it neither swallows the next one nor stays as no JSON."""
+    first = run_to_the_error(unusable)
+    with mirror_of(unusable).open("ab") as mirror:
+        mirror.write(torn)
+    second = run_to_the_error(unusable)
+
+    assert mirror_of(unusable).read_bytes() == first.stdout + second.stdout
+
+
+DAMAGED = [b'{"message":"no type"}\n', b"null\n", b"[" * 10**5 + b"\n", b"\xff\n", b"\n\n"]
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_mirror_never_keeps_a_run_from_going_on(damage: bytes, unusable: Path) -> None:
+    """It records the past; what stands there is left as it is."""
     mirror_of(unusable).parent.mkdir()
-    mirror_of(unusable).write_bytes(b'{"type":"progress","seq":7,"time')
+    mirror_of(unusable).write_bytes(damage)
     ended = run_to_the_error(unusable)
 
-    assert mirror_of(unusable).read_bytes().endswith(b"\n" + ended.stdout)
+    assert mirror_of(unusable).read_bytes() == damage + ended.stdout
+
+
+FULL_MIRROR = (
+    FULL_DISK
+    + """
+import pathlib
+output, heard = pathlib.Path(sys.argv[1]), []
+mirror = output / "events.jsonl"
+events = t.Emitter(heard.append)
+with t.claimed(output) as claim, t.mirrored(events, output, claim):
+    for number in range(60):
+        events.warn(t.WarningCode.IMAGE_SKIPPED, "x" * 100)
+        if number == 20:
+            while not mirror.exists() or not mirror.stat().st_size:
+                time.sleep(0.01)
+            allow(mirror.stat().st_size + 50)
+    while t.WarningCode.MIRROR_FAILED.word not in events.warnings:
+        time.sleep(0.01)
+    allow(10**6)
+sys.stdout.buffer.write(b"".join(map(t.encode_line, heard)))
+"""
+)
+
+
+@posix
+def test_mirroring_is_taken_up_again_when_a_full_disk_has_room(tmp_path: Path) -> None:
+    """All that was missed follows, and no line of the file is torn."""
+    done = run_child(FULL_MIRROR, tmp_path / "out")
+
+    assert done.stderr == b""
+    assert done.stdout.count(b"mirror_failed") == 1
+    assert mirror_of(tmp_path).read_bytes() == done.stdout
 
 
 def test_a_preflight_writes_no_mirror(workspace: Path) -> None:

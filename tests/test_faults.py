@@ -614,7 +614,7 @@ def linger(run: Ready, pause: Pause) -> int:
     trainer.run = replace(run, events=events, stop=stop)
     stop.save = trainer.run.save_before_stop
     stop.end = functools.partial(train_lora.end_at_once, events, writer)
-    mirroring = train_lora.mirrored(events, run.config.output_path, 0)
+    mirroring = train_lora.mirrored(events, run.config.output_path, lambda: None)
     try:
         with stop.on_signals(), mirroring, train_lora.reporting(events):
             events.info(train_lora.PhaseFacts(name="working", done=0, total=None))

@@ -319,10 +319,28 @@ def test_a_start_after_a_last_line_is_a_new_attempt(
     assert "Killed: no last line" in done.stdout.splitlines()[-1]
 
 
-def test_a_file_that_a_restart_replaced_is_read_anew(
+@pytest.mark.parametrize("name", ["host.py", "host.mjs"])
+def test_a_torn_line_gives_way_to_the_next_start(
+    name: str, finished: Finished, place: Place
+) -> None:
+    """A restart cuts it off and goes on in its place."""
+    host, (first, *_, last) = find_host(name), finished.events()
+    torn = '{"type":"info","message":"Never to be ended, however long'
+    place.say(first, {"type": "info", "message": "Before"}, torn)
+    with locked(place), host.started("--attach", "out", cwd=place.folder) as follower:
+        read_until("Before", follower)
+        with (place.output / "events.jsonl").open("r+") as mirror:
+            mirror.seek(0, os.SEEK_END)
+            mirror.seek(mirror.tell() - len(torn))
+            mirror.write(json.dumps(first) + "\n" + json.dumps(last) + "\n")
+        read_until("Start: ", follower)
+        read_until("Complete: ", follower)
+
+
+def test_a_file_that_fresh_has_replaced_is_read_anew(
     host: Host, finished: Finished, place: Place
 ) -> None:
-    """Steps that are made again are dropped from it, so that it may be shorter."""
+    """The earlier one is set aside, so that the new one may be shorter."""
     first, *_, last = finished.events()
     place.say(first, {"type": "info", "message": "Before"})
     with locked(place), host.started("--attach", "out", cwd=place.folder) as follower:

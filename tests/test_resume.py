@@ -594,6 +594,67 @@ def test_a_completed_run_started_again_says_so_and_touches_nothing(done: Place) 
     assert done.tree() == before
 
 
+def lose_the_last_line(mirror: Path) -> None:
+    """Keep what a disk had taken when it was full."""
+    mirror.write_bytes(b"".join(mirror.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def tear_the_last_line(mirror: Path) -> None:
+    """Keep what was written of it when the power failed."""
+    mirror.write_bytes(mirror.read_bytes()[:-20])
+
+
+LOSSES = [lose_the_last_line, tear_the_last_line, Path.unlink, lambda mirror: mirror.write_text("")]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_lost_last_line_is_written_by_the_next_start(
+    lose: Callable[[Path], object], done: Place
+) -> None:
+    """A host that knows the run from events.jsonl alone learns that it is complete."""
+    told = done.events()[-1]
+    lose(done.out / "events.jsonl")
+    heard = start(done)
+    assert done.events()[-len(heard.records) :] == heard.records
+    assert said(done.events()[-1]) == said(told)
+    before = done.tree()
+    start(done)
+    assert done.tree() == before
+
+
+@dataclass
+class Remover(Recorder):
+    """A listener that removes the output folder after an update, and looks a line later."""
+
+    place: Place
+    records: list[Record] = field(default_factory=list)
+    gone: bool = False
+    locked: bool = False
+
+    def __call__(self, record: Record) -> None:
+        """Keep the record, and strike once."""
+        self.records.append(record)
+        if record["type"] == "progress" and not self.gone:
+            shutil.rmtree(self.place.out)
+            self.gone = True
+        if record["type"] == "complete":
+            self.locked = train_lora.is_locked(self.place.out / ".lock")
+
+
+def test_an_output_folder_removed_under_a_run_is_made_again(
+    base: Path, whole: Place, tmp_path: Path
+) -> None:
+    """The run goes on and says so; the folder is its own again, and mirrors what is told."""
+    place = write_place(tmp_path, base)
+    heard = Remover(place)
+    start(place, listener=heard)
+    assert heard.codes().count("output_removed") == 1
+    assert heard.locked
+    assert place.results() == whole.results()
+    assert place.events() == heard.records[-len(place.events()) :]
+    assert "output_removed" in [record.get("code") for record in place.events()]
+
+
 def test_a_completed_run_whose_file_is_gone_is_exported_again(done: Place, whole: Place) -> None:
     """No update is made for that."""
     (done.out / LORA).unlink()

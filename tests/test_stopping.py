@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +22,28 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from conftest import PROGRAM, ROOT, Record, check_stream, write_config, write_image
+from conftest import (
+    PROGRAM,
+    ROOT,
+    Record,
+    Recorder,
+    check_stream,
+    load_config,
+    write_config,
+    write_image,
+)
 
 from train_lora import (
     EXIT_CODES,
+    Emitter,
+    LoRATrainer,
     StopReason,
     StopRequest,
     TrainingInterrupted,
+    encode_line,
     reader_gone,
     take_stop_file,
+    watch_parent,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
@@ -177,6 +192,22 @@ def test_checking_leaves_with_the_reason(reason: StopReason, stop: StopRequest) 
     assert (stopped.value.reason, stopped.value.step, stopped.value.path) == (reason, 0, None)
 
 
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_start_that_is_stopped_at_once_begins_with_start(
+    validate: bool, in_workspace: Path, events: Emitter, recorder: Recorder, stop: StopRequest
+) -> None:
+    """Whoever reads the events later never finds the end of something that did not begin."""
+    stop.request("SIGTERM")
+    trainer = LoRATrainer(load_config(), events, stop)
+    with pytest.raises(TrainingInterrupted):
+        trainer.validate() if validate else trainer.train()
+
+    assert [record["type"] for record in recorder.records] == ["start", "interrupted"]
+    mirror = in_workspace / "out" / "events.jsonl"
+    told = b"".join(map(encode_line, recorder.records))
+    assert validate or mirror.read_bytes() == told
+
+
 def test_the_first_reason_counts(stop: StopRequest) -> None:
     """Later ones change neither the reason nor the time from which patience is counted."""
     stop.request("stop_file")
@@ -193,8 +224,9 @@ def test_no_library_swallows_an_interruption() -> None:
 
 
 def test_every_reason_has_its_exit_code() -> None:
-    """128 + signal; a stop file and a vanished host end like SIGTERM."""
-    codes = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "stop_file": 143, "host_gone": 143}
+    """128 + signal; a stop file, a vanished host and a full disk end like SIGTERM."""
+    codes = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+    codes |= dict.fromkeys(["stop_file", "host_gone", "output_full"], 143)
 
     assert codes == EXIT_CODES
     assert set(codes) == set(typing.get_args(StopReason))
@@ -266,6 +298,94 @@ def test_a_second_signal_a_second_later_ends_the_process_at_once(
 
         assert child.end(seconds=2) == code
         assert b"interrupted" not in child.received
+
+
+# A module that is imported early, in the place of the library's own.
+EARLY = """
+import os, signal, sys
+os.kill(os.getpid(), signal.{name})
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["argparse"]
+import argparse
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS.items())
+def test_a_signal_during_the_first_imports_is_heard(
+    number: signal.Signals, code: int, workspace: Path
+) -> None:
+    """The program is not killed without a word while it is still getting ready."""
+    early = workspace / "early"
+    early.mkdir()
+    (early / "argparse.py").write_text(EARLY.format(name=number.name), encoding="utf-8")
+    environment = {"PYTHONPATH": str(early)}
+    with started(*program(), cwd=workspace, environment=environment) as child:
+        assert child.end() == code
+        assert (child.last["type"], child.last["reason"]) == ("interrupted", number.name)
+
+
+# The main thread waits in the kernel, where handled signals do not reach it, as it does while a
+# disk hangs. Its child holds it there and lets go in the end.
+IN_THE_KERNEL = (
+    RUN
+    + """
+import ctypes
+libc, CLONE_VFORK = ctypes.CDLL(None), 0x4000
+events = t.Emitter(writer := t.LineWriter(t.claim_stdout(), lambda error: None))
+stop.end = functools.partial(t.end_at_once, events, writer)
+with stop.on_signals():
+    events.info(t.PhaseFacts(name="working", done=0, total=None))
+    if libc.syscall(56, CLONE_VFORK | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+        os.close(writer._descriptor)
+        libc.sleep(60)
+        libc._exit(0)
+"""
+)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="makes a system call by its number")
+@pytest.mark.skipif(sys.platform != "linux", reason="makes a system call of Linux")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_heard_while_the_main_thread_waits_for_a_disk(number: signal.Signals) -> None:
+    """Another thread takes it, says the last line, and ends the process."""
+    with started(*script(IN_THE_KERNEL), start_new_session=True) as child:
+        child.line()
+        time.sleep(0.3)  # until it waits; nothing tells when
+        os.kill(child.process.pid, number)
+        try:
+            assert child.line()["reason"] == number.name
+            assert child.process.wait(CONTRACT_SECONDS) == SIGNALS[number]
+        finally:
+            os.killpg(child.process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("before", [set(), {signal.SIGTERM}])
+def test_the_mask_of_signals_is_lent_and_given_back(
+    before: set[signal.Signals], own_handlers: Handlers, stop: StopRequest
+) -> None:
+    """A parent that blocked a signal by accident does not make the run deaf to it."""
+    former = signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        with stop.on_signals():
+            within = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        after = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+    assert within & set(SIGNALS) == set()
+    assert after == before
+
+
+def test_one_thread_listens_for_signals_and_for_the_host(stop: StopRequest) -> None:
+    """It is gone when nothing is to be heard any more."""
+    before, gone = threading.active_count(), threading.Event()
+    with stop.on_signals():
+        stop.host_gone = gone.is_set
+        assert threading.active_count() == before + 1
+        gone.set()
+        wait_until(lambda: stop.reason == "host_gone")
+
+    assert threading.active_count() == before
 
 
 Handlers = dict[signal.Signals, Any]
@@ -414,13 +534,15 @@ def test_a_run_can_be_stopped_while_it_scans(slow: Path) -> None:
 
 
 def test_waiting_for_a_config_can_be_stopped(workspace: Path) -> None:
-    """A host that never sends the config over stdin can still end the program."""
-    command = (sys.executable, PROGRAM, "--config", "-")
-    with started(*command, cwd=workspace, stdin=subprocess.PIPE) as child:
-        time.sleep(0.5)  # until it reads; nothing tells when
+    """A host that never sends the config can still end the program."""
+    (workspace / "config.json").unlink()
+    os.mkfifo(workspace / "config.json")
+    with (
+        started(*program(), cwd=workspace) as child,
+        (workspace / "config.json").open("wb"),  # opens when the trainer reads
+    ):
         child.process.send_signal(signal.SIGTERM)
 
-        child.process.wait(CONTRACT_SECONDS)
         assert child.end() == 143
         assert child.last["reason"] == "SIGTERM"
 
@@ -604,6 +726,29 @@ def test_a_vanished_reader_ends_the_program_quietly(validate: list[str], slow: P
         assert child.process.stderr.read() == b""
 
 
+# --- Full disk ---------------------------------------------------------------
+
+
+def test_a_full_disk_behind_stdout_is_told_in_the_mirror(slow: Path) -> None:
+    """The run ends as if its host were gone, and says why where that can be written."""
+    begun = b'{"type":"of an earlier run"}\n' * 1000
+    (slow / "stdout").write_bytes(begun)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(begun), len(begun)))
+
+    with (slow / "stdout").open("ab") as stdout:
+        options: Record = {"preexec_fn": limit, "stdout": stdout, "stderr": subprocess.PIPE}
+        with started(*program(), cwd=slow, **options) as child:
+            _, errors = child.process.communicate(timeout=60)
+
+    assert (child.process.returncode, errors) == (143, b"")
+    assert (slow / "stdout").read_bytes() == begun
+    mirror = (slow / "out" / "events.jsonl").read_bytes()
+    check_stream(mirror)
+    assert json.loads(mirror.splitlines()[-1])["reason"] == "output_full"
+
+
 # --- End of the parent -------------------------------------------------------
 
 LAUNCHERS = {
@@ -657,3 +802,34 @@ def test_without_the_wish_the_end_of_the_parent_means_nothing(slow: Path) -> Non
 def test_a_living_parent_has_not_ended(stop: StopRequest) -> None:
     """As long as it lives, nothing is asked for."""
     assert not stop.parent_ended()
+
+
+class Kernel:
+    """What Windows says of processes, as far as it is asked."""
+
+    def __init__(self, looks: dict[int, int]) -> None:
+        """Take the processes that may be watched, and for how many looks each lives."""
+        self.looks = looks
+
+    def OpenProcess(self, access: int, inherit: bool, pid: int) -> int:  # noqa: N802
+        """Give a handle that can be waited for; 0 where there is no such process."""
+        assert (access, inherit) == (0x00100000, False)
+        return pid if pid in self.looks else 0
+
+    def WaitForSingleObject(self, handle: int, milliseconds: int) -> int:  # noqa: N802
+        """Tell at once whether it has ended: 0, or else that the time is up."""
+        assert milliseconds == 0
+        self.looks[handle] -= 1
+        return 0 if self.looks[handle] < 0 else 0x102
+
+
+def test_on_windows_a_handle_tells_that_the_parent_ended() -> None:
+    """There its number stays that of the parent, dead or alive."""
+    ended = watch_parent(Kernel({os.getppid(): 2}))
+
+    assert [ended(), ended(), ended(), ended()] == [False, False, True, True]
+
+
+def test_on_windows_a_parent_that_may_not_be_watched_has_not_ended() -> None:
+    """One of a higher rank, such as a service, gives no handle."""
+    assert not watch_parent(Kernel({}))()

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -68,16 +68,16 @@ def examples_table() -> str:
     return table(head, rows)
 
 
-def describe_fields(cls: type) -> str:
+def describe_fields(fields: Mapping[str, Any]) -> str:
     """List the fields of an event or of a topic with their meanings."""
-    fields = train_lora.payload_types(cls)
     return "; ".join(f"`{name}`: {get_args(hint)[1]}" for name, hint in fields.items())
 
 
 def event_table() -> str:
     """List every type of line."""
     rows = [
-        [f"`{cls.type()}`", cls.__doc__ or "", describe_fields(cls)] for cls in train_lora.EVENTS
+        [f"`{cls.wire['type']}`", cls.__doc__ or "", describe_fields(train_lora.payload_types(cls))]
+        for cls in train_lora.EVENTS
     ]
     return table(["type", "when", "fields"], rows)
 
@@ -85,7 +85,11 @@ def event_table() -> str:
 def topic_table() -> str:
     """List every topic of the info lines."""
     rows = [
-        [f"`{facts.topic()}`", facts.__doc__ or "", describe_fields(facts)]
+        [
+            f"`{facts.wire['topic']}`",
+            facts.__doc__ or "",
+            describe_fields(train_lora.field_types(facts)),
+        ]
         for facts in train_lora.FACTS
     ]
     return table(["topic", "what it tells", "fields of `data`"], rows)

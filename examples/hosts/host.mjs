@@ -7,8 +7,10 @@
 // The duties of a host that it shows: read stdout as JSON lines, and let no unknown line, type or
 // field do harm; read stderr as well, as a full pipe would block the trainer; stop by one SIGTERM
 // and wait for the last line; take a stream without one for a run that was killed; catch up from
-// events.jsonl. A host that dies closes the pipe, and the trainer saves and ends. To outlive its
-// host, a run needs a stdout that stays, such as a file or a container's log; --attach follows it.
+// events.jsonl, where a `start` takes back what was said of steps after its `resumed_step`, as those
+// are made again (a chart has to forget them). A host that dies closes the pipe, and the trainer
+// saves and ends. To outlive its host, a run needs a stdout that stays, such as a file or a
+// container's log; --attach follows it.
 
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
@@ -140,21 +142,21 @@ async function attach(output) {
   }
 }
 
-// Return a function that reads the lines that are new; a torn one has to wait for its end.
-// A restart replaces the file when it repeats steps: begin anew. Windows could not replace a file
-// that is kept open.
+// Return a function that reads the lines that are new. A torn one has to wait for its end, and is
+// read from its beginning then: if it never gets one, a restart puts another line in its place.
+// --fresh moves the file away, which Windows could not do if it were kept open: begin anew.
 function lineReader(path) {
-  let [inode, position, torn] = [0, 0, ""];
+  let [inode, position] = [0, 0];
   return () => {
-    if (!fs.existsSync(path)) return []; // --fresh moves it away for a moment
+    if (!fs.existsSync(path)) return []; // for a moment there is none
     const file = fs.openSync(path);
     const { ino, size } = fs.fstatSync(file);
-    if (ino !== inode || size < position) [inode, position, torn] = [ino, 0, ""];
+    if (ino !== inode || size < position) [inode, position] = [ino, 0];
     const bytes = Buffer.alloc(size - position);
-    position += fs.readSync(file, bytes, 0, bytes.length, position);
+    const read = fs.readSync(file, bytes, 0, bytes.length, position);
     fs.closeSync(file);
-    const lines = (torn + bytes.toString("latin1")).split("\n"); // events are ASCII
-    torn = lines.pop();
+    const lines = bytes.toString("latin1", 0, read).split("\n"); // events are ASCII
+    position += read - lines.pop().length;
     return lines;
   };
 }

@@ -6,8 +6,10 @@
 The duties of a host that it shows: read stdout as JSON lines, and let no unknown line, type or
 field do harm; never let stderr fill a pipe, as that would block the trainer; stop by one SIGTERM
 and wait for the last line; take a stream without one for a run that was killed; catch up from
-events.jsonl. A host that dies closes the pipe, and the trainer saves and ends. To outlive its
-host, a run needs a stdout that stays, such as a file or a container's log; --attach follows it.
+events.jsonl, where a `start` takes back what was said of steps after its `resumed_step`, as those
+are made again (a chart has to forget them). A host that dies closes the pipe, and the trainer saves
+and ends. To outlive its host, a run needs a stdout that stays, such as a file or a container's log;
+--attach follows it.
 """
 
 from __future__ import annotations
@@ -147,22 +149,23 @@ def attach(output: Path) -> int:
 
 
 def read_batches(path: Path) -> Iterator[list[bytes]]:
-    """Yield again and again the lines that are new; a torn one has to wait for its end.
+    """Yield again and again the lines that are new.
 
-    A restart replaces the file when it repeats steps: begin anew. Windows could not replace a file
-    that is kept open.
+    A torn one has to wait for its end, and is read from its beginning then: if it never gets one, a
+    restart puts another line in its place. --fresh moves the file away, which Windows could not do
+    if it were kept open: begin anew.
     """
-    inode, position, torn = 0, 0, b""
+    inode, position = 0, 0
     while True:
         lines: list[bytes] = []
-        # --fresh moves the file away for a moment.
+        # For a moment there is none.
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             found = os.fstat(file.fileno())
             if found.st_ino != inode or found.st_size < position:
-                inode, position, torn = found.st_ino, 0, b""
+                inode, position = found.st_ino, 0
             file.seek(position)
-            *lines, torn = (torn + file.read()).split(b"\n")
-            position = file.tell()
+            *lines, torn = file.read().split(b"\n")
+            position = file.tell() - len(torn)
         yield lines
 
 

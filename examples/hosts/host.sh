@@ -111,7 +111,7 @@ wait_for_end() {
 }
 
 # Replays what a run has said, follows it to its end, and returns the code it ended with. `tail -F`
-# keeps to the name, as a restart replaces the file when it repeats steps.
+# keeps to the name, as --fresh moves the file away.
 attach() {
   output=$1
   wait_for_end "$output" >/dev/null &
