@@ -3681,7 +3681,7 @@ def safetensors_pieces(
 ) -> list[bytes | memoryview]:
     """Lay a safetensors file out without copying a number; the same content gives the same bytes.
 
-    The library's own writer orders the header's fields anew every time, and copies all.
+    The library orders the header's own fields anew every time.
     """
     import torch
 
