@@ -137,7 +137,7 @@ class ErrorCode(Code):
     )
     RUN_CHANGED = "The config or the data is not the earlier start's.", "Undo it, or use --fresh."
     RUN_EXISTS = "output_path holds another run.", "Use --fresh, or another output_path."
-    STATE_DAMAGED = "No saved state is whole.", "Use --fresh, or restore output_path."
+    STATE_DAMAGED = "No saved state can be used.", "Use --fresh, or restore output_path."
     PACKAGE_MISSING = "A Python package is missing.", "Run: pip install -r requirements.txt"
     DEVICE_UNAVAILABLE = "The device cannot be used.", "Give another device, or auto."
     IMAGE_UNREADABLE = "An image changed or broke after the check.", "Mend it and start again."
@@ -171,7 +171,7 @@ class WarningCode(Code):
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
-    STATE_IGNORED = "A saved state is damaged; an older one is used.", "Look at the disk."
+    STATE_IGNORED = "Something saved cannot be used and is left out.", "Look at the disk."
     COMPILE_FAILED = "The denoiser cannot be compiled; it runs as it is.", "Set compile to off."
     MEMORY_SPILLED = (
         "Updates became slow while the card's memory is full: the driver swaps.",
@@ -207,6 +207,7 @@ class TrainError(Exception):
         self.problems = tuple(problems)
         self.hint = (problems[0].hint if problems else "") or code.hint
         self.step: int | None = None  # after which update, once there were some
+        self.path: str | None = None  # what a restart continues from
 
     @classmethod
     def listing(cls, code: ErrorCode, problems: Sequence[Problem]) -> TrainError:
@@ -527,6 +528,7 @@ class ErrorEvent(Event, type="error"):
     ends_run: ClassVar[bool] = True
     code: Annotated[ErrorCode, "which error"]
     step: Annotated[int | None, "updates done; null before the first"]
+    path: Annotated[str | None, "what a restart continues from; null when nothing is saved"]
     hint: Annotated[str, "what to do"]
     problems: Annotated[tuple[Problem, ...], "what is wrong with the input; else empty"]
     message: str
@@ -3672,6 +3674,8 @@ class Learner:
 # === Output folder ===========================================================
 
 LOCK_SECONDS = 0.5  # a preflight may hold the lock for an instant
+# A link may lead out of the folder, and a pipe may never answer. Not every system has all three.
+OPEN_OWN = sum(vars(os).get(flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 
 
 def nearest_folder(path: Path) -> Path:
@@ -3693,6 +3697,9 @@ def check_output(path: Path) -> None:
                 (folder / part).stat()  # raises when a name is too long
         if not os.access(folder, os.W_OK | os.X_OK):
             raise unusable_output(f"{folder}, which is read-only")
+        for name in OWN_FOLDERS:
+            if os.path.lexists(path / name) and not (path / name).is_dir():
+                raise unusable_output(f"{path / name}, which is no folder")
         if is_locked(path / ".lock"):
             raise busy_output(path)
     except OSError as error:
@@ -3711,10 +3718,19 @@ def busy_output(path: Path) -> TrainError:
     return TrainError.at(ErrorCode.OUTPUT_BUSY, "output_path", "a folder of its own", found)
 
 
+def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file that a run wrote, or is to write; whatever else has its name is refused."""
+    descriptor = os.open(path, flags | OPEN_OWN, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return descriptor
+
+
 def is_locked(path: Path) -> bool:
     """Tell whether a live run holds the lock."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_own(path)
     except FileNotFoundError:
         return False
     try:
@@ -3760,7 +3776,7 @@ def claimed(path: Path) -> Iterator[Callable[[], None]]:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            held.append(os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+            held.append(open_own(path / ".lock", os.O_RDWR | os.O_CREAT))
         except OSError as error:
             raise unusable_output(str(error)) from error
         in_time = deadline_in(LOCK_SECONDS)
@@ -3778,8 +3794,9 @@ def claimed(path: Path) -> Iterator[Callable[[], None]]:
 
 
 # What a run writes. Only these are ever set aside, so that a shared folder stays as it is.
+OWN_FOLDERS = ("checkpoints", "samples", "state")
 OWN_FILES = (
-    *("checkpoints", "samples", "state", "events.jsonl", "loss_history.csv"),
+    *(*OWN_FOLDERS, "events.jsonl", "loss_history.csv"),
     *("loss_curve.png", "lora_final.safetensors"),
 )
 
@@ -3803,8 +3820,7 @@ def set_aside(output: Path) -> Path | None:
     earlier = [output / name for name in OWN_FILES if os.path.lexists(output / name)]
     if not earlier:
         return None
-    number = next(n for n in itertools.count(1) if not os.path.lexists(output / f"earlier_{n}"))
-    target = output / f"earlier_{number}"
+    target = free_name(output / "earlier")
     try:
         target.mkdir()
         for path in earlier:
@@ -3814,25 +3830,43 @@ def set_aside(output: Path) -> Path | None:
     return target
 
 
+def free_name(path: Path) -> Path:
+    """Number a name that nothing has yet."""
+    numbered = (path.with_name(f"{path.name}_{number}") for number in itertools.count(1))
+    return next(each for each in numbered if not os.path.lexists(each))
+
+
 # === LoRA files ==============================================================
 
+# How safetensors begins the names that torch has for kinds of numbers.
+SAFETENSORS_KINDS = {"bfloat": "BF", "float": "F", "uint": "U", "int": "I", "bool": "BOOL"}
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name whole or not at all, and survives a power cut."""
+
+def write_whole(path: Path, *pieces: bytes | memoryview) -> Record:
+    """Write a file that appears under its name whole or not at all, and survives a power cut.
+
+    Its size and checksum, which are returned, are taken on the way: to read all of it back would
+    take as long again, and the system would answer from memory. Its beginning is read back.
+    """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    size, digest = sum(map(len, pieces)), hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
+        with temporary.open("w+b") as file:
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
             file.flush()
             os.fsync(file.fileno())
-        if temporary.read_bytes() != content:
-            raise OSError(errno.EIO, "the disk does not return what was written")
+            file.seek(0)
+            if file.read(len(pieces[0])) != pieces[0] or file.seek(0, os.SEEK_END) != size:
+                raise OSError(errno.EIO, "the disk does not return what was written")
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def sync_folder(path: Path) -> None:
@@ -3899,34 +3933,36 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int) -> dict[str,
     }
 
 
-def serialize_lora(tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> bytes:
-    """Make the file's bytes; the same content gives the same bytes."""
-    from safetensors.torch import save
+def safetensors_pieces(
+    tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """Lay a safetensors file out without copying a number; the same content gives the same bytes.
 
-    content = save(tensors, dict(header))
-    (length,) = struct.unpack("<Q", content[:8])
-    fields = json.loads(content[8 : 8 + length])
-    # The library writes the header's own fields in a new order every time.
-    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    The library orders the header's own fields anew every time.
+    """
+    import torch
+
+    fields: Record = {"__metadata__": dict(sorted(header.items()))} if header else {}
+    pieces: list[bytes | memoryview] = []
+    end = 0
+    # Wide numbers first, so that each lies at a multiple of its width.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name].detach().cpu()
+        pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        begin, end = end, end + len(pieces[-1])
+        kind = str(tensor.dtype).removeprefix("torch.")
+        kind = re.sub("[a-z]+", lambda word: SAFETENSORS_KINDS[word[0]], kind)
+        fields[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+    return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
-def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> bytes:
-    """Write a LoRA file that reads as it was meant; return its bytes."""
-    from safetensors.torch import load
-
-    content = serialize_lora(tensors, header)
-    read = load(content)
-    said = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])["__metadata__"]
-    same = read.keys() == tensors.keys() and said == dict(header)
-    if not same or any(read[n].shape != tensors[n].shape for n in read):
-        raise OSError(errno.EIO, "the file does not hold what was to be saved")
-    if not all(value.isfinite().all() for value in read.values()):
+def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> Record:
+    """Write a LoRA file; return its size and checksum."""
+    if not all(value.isfinite().all() for value in tensors.values()):
         raise OSError(errno.EDOM, "the adapter holds numbers that are too large for the format")
-    write_whole(path, content)
-    return content
+    return write_whole(path, *safetensors_pieces(tensors, header))
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -3938,10 +3974,11 @@ def encode_png(image: Image.Image) -> bytes:
 
 # === Checkpoints and resume ==================================================
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 PIECE_BYTES = 64 * 1024
 PIECES = 64  # a file of up to 4 MiB is read whole
-STATE_FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json"}
+STATE_FILES = {"adapter.safetensors", "optimizer.safetensors"}
+MANIFEST_KEYS = {"step", "total_steps", "run_id", "identity", "progress", "files"}
 # What may not change between two starts of one run, besides the model and the data.
 FIXED_KNOBS = (
     *("resolution", "lora_rank", "lora_alpha", "lora_dropout", "train_text_encoder"),
@@ -4000,32 +4037,28 @@ class SavedState:
         return int(self.manifest["step"])
 
 
-def write_state(output: Path, contents: Mapping[str, bytes], manifest: Record) -> SavedState:
+def write_state(
+    output: Path, contents: Mapping[str, Mapping[str, torch.Tensor]], manifest: Record
+) -> Path:
     """Write a state that is there complete or not at all, whenever the power fails."""
     target = output / "state" / f"step_{manifest['step']}"
     with contextlib.suppress(ValueError):
         # Saved a moment ago: to write it anew, it would have to be away for an instant.
-        sound = read_state(target)
+        read_state(target)
         sync_folder(target.parent)
-        return sound
+        return target
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    described = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
-    }
-    manifest = {"version": STATE_VERSION, **manifest, "files": described}
-    manifest["checksum"] = short_digest(manifest)
     try:
-        for name, content in contents.items():
-            write_whole(staging / name, content)
+        files = {n: write_whole(staging / n, *safetensors_pieces(t)) for n, t in contents.items()}
         # Last of all: a folder with a manifest is complete.
-        write_whole(staging / "manifest.json", json.dumps(manifest, indent=1).encode())
+        sealed = seal({"version": STATE_VERSION, **manifest, "files": files})
+        write_whole(staging / "manifest.json", sealed)
         discard(target)  # one of the same step that turned out damaged
         staging.rename(target)
         sync_folder(target.parent)
     finally:
         discard(staging)
-    return SavedState(target, manifest)
+    return target
 
 
 def discard(folder: Path) -> None:
@@ -4036,20 +4069,43 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def seal(record: Record) -> bytes:
+    """Write a record down together with its checksum."""
+    sealed = {**record, "checksum": short_digest(record)}
+    return json.dumps(sealed, indent=1, allow_nan=False).encode()
+
+
+def unseal(path: Path) -> Record:
+    """Read a record that is what was written; raise what parsing raises if it is not."""
+    with os.fdopen(open_own(path), "rb") as file:
+        content = file.read()
+    record: Record = parse_json(content.decode())[0]
+    record.pop("checksum", None)
+    if seal(record) != content:
+        raise ValueError(f"{path.name} is not what was written")
+    return record
+
+
+def file_digest(path: Path) -> str:
+    """Take a file's checksum, piece by piece."""
+    with os.fdopen(open_own(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_state(folder: Path) -> SavedState:
     """Hold a state's files against its manifest; raise ValueError with what is wrong."""
     try:
-        manifest, problems = parse_json((folder / "manifest.json").read_text(encoding="utf-8"))
-        checksum = manifest.pop("checksum", "")
-        if problems or checksum != short_digest(manifest):
-            raise ValueError("its manifest is not what was written")
-        if manifest["version"] != STATE_VERSION or folder.name != f"step_{manifest['step']}":
-            raise ValueError("its manifest is of another version or another step")
-        if manifest["files"].keys() < STATE_FILES:
-            raise ValueError("its manifest lacks a file")
+        manifest = unseal(folder / "manifest.json")
+        if manifest["version"] != STATE_VERSION:
+            age = "an earlier" if manifest["version"] < STATE_VERSION else "a later"
+            raise ValueError(f"it was written by {age} version of this program")
+        if not manifest.keys() >= MANIFEST_KEYS or manifest["files"].keys() != STATE_FILES:
+            raise ValueError("its manifest lacks an entry, or has one too many")
+        step, steps = manifest["step"], manifest["total_steps"]
+        if folder.name != f"step_{step}" or not 0 <= step <= steps:
+            raise ValueError(f"its manifest tells of step {step} of {steps}")
         for name, entry in manifest["files"].items():
-            content = (folder / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            if file_digest(folder / name) != entry["sha256"]:
                 raise ValueError(f"{name} is not what was written")
     except (OSError, LookupError, *NOT_JSON) as error:
         raise ValueError(str(error)) from error
@@ -4066,9 +4122,9 @@ def state_folders(output: Path) -> list[Path]:
 class Earlier:
     """What earlier starts of the run left behind."""
 
-    state: SavedState | None  # the newest that is sound
-    damaged: tuple[tuple[Path, str], ...]  # newer ones that are not, and why
+    state: SavedState | None  # the newest that can be used
     complete: Record | None  # what was said when the run was complete
+    ignored: Mapping[Path, str]  # what cannot be used, and why
 
     @property
     def step(self) -> int:
@@ -4087,31 +4143,37 @@ class Earlier:
         return said if said and total_steps <= said.step else None
 
     @classmethod
-    def find(cls, output: Path) -> Earlier:
-        """Look for the newest state that is sound, and for a finished run."""
-        damaged: list[tuple[Path, str]] = []
-        state = None
+    def find(cls, output: Path, refused: Mapping[Path, str] | None = None) -> Earlier:
+        """Look for the newest state that is sound and was not refused, and for a finished run."""
+        ignored, state = dict(refused or {}), None
+        complete = cls._find_complete(output, ignored)
         for folder in state_folders(output):
             try:
                 state = read_state(folder)
                 break
             except ValueError as reason:
-                damaged.append((folder, str(reason)))
-        if damaged and state is None:
-            expected, found = "a sound state", "; ".join(f"{p.name}: {why}" for p, why in damaged)
+                ignored[folder] = str(reason)
+        lost = [f"{p.name}: {reason}" for p, reason in ignored.items() if p.name != "complete.json"]
+        if lost and not state and (refused or not complete):
+            expected, found = "a state that can be used", "; ".join(lost)
             raise TrainError.at(ErrorCode.STATE_DAMAGED, output / "state", expected, found)
-        return cls(state, tuple(damaged), cls._find_complete(output))
+        return cls(state, complete, ignored)
 
     @staticmethod
-    def _find_complete(output: Path) -> Record | None:
+    def _find_complete(output: Path, ignored: dict[Path, str]) -> Record | None:
         """Read what a finished run said, if its file is still the one it spoke of."""
+        path = output / "state" / "complete.json"
         try:
-            said, _ = parse_json((output / "state" / "complete.json").read_text(encoding="utf-8"))
-            final = (output / "lora_final.safetensors").read_bytes()
-            if hashlib.sha256(final).hexdigest() == said["event"]["sha256"]:
-                return dict(said)
-        except (OSError, LookupError, *NOT_JSON):
+            said = unseal(path)
+            done, _ = (
+                CompleteEvent(**said["event"]),
+                (said["asked"], said["run_id"], said["identity"]),
+            )
+            return said if file_digest(output / "lora_final.safetensors") == done.sha256 else None
+        except FileNotFoundError:
             pass  # it has to be written again, from the state
+        except (OSError, LookupError, *NOT_JSON) as error:
+            ignored[path] = str(error)
         return None
 
     def check(self, identity: Mapping[str, str]) -> None:
@@ -4139,10 +4201,8 @@ def remove_leftovers(output: Path) -> None:
                     path.unlink()
 
 
-def pack_learner(learner: Learner) -> tuple[dict[str, bytes], Record]:
+def pack_learner(learner: Learner) -> tuple[dict[str, dict[str, torch.Tensor]], Record]:
     """Turn everything that learns into files of tensors, and the few plain numbers beside them."""
-    from safetensors.torch import save
-
     moments: dict[str, torch.Tensor] = {}
     numbers: Record = {}
     for name, parameter in learner.parameters.items():
@@ -4150,22 +4210,27 @@ def pack_learner(learner: Learner) -> tuple[dict[str, bytes], Record]:
             if isinstance(value, (int, float)):
                 numbers[f"{name}/{key}"] = value
             else:
-                moments[f"{name}/{key}"] = value.detach().cpu().contiguous()
-    adapter = {n: p.detach().cpu().contiguous() for n, p in learner.parameters.items()}
-    contents = {"adapter.safetensors": save(adapter), "optimizer.safetensors": save(moments)}
+                moments[f"{name}/{key}"] = value
+    contents = {"adapter.safetensors": learner.parameters, "optimizer.safetensors": moments}
     return contents, {"optimizer_numbers": numbers, "scaler": learner.scaler.state_dict()}
 
 
 def unpack_learner(saved: SavedState, learner: Learner) -> None:
-    """Put back what pack_learner took, exactly."""
+    """Put back what pack_learner took, exactly; raise ValueError before anything is changed."""
     import torch
     from safetensors.torch import load_file
 
     adapter = load_file(saved.folder / "adapter.safetensors")
     moments: Record = load_file(saved.folder / "optimizer.safetensors")
     numbers = saved.manifest["optimizer_numbers"]
-    if adapter.keys() != learner.parameters.keys():
-        raise damaged_model(saved.folder, "an adapter with other layers")
+    shapes = {name: parameter.shape for name, parameter in learner.parameters.items()}
+    if {name: value.shape for name, value in adapter.items()} != shapes:
+        raise ValueError("its adapter has other layers")
+    entries = Counter(key.rpartition("/")[0] for key in moments | numbers)
+    if entries and (entries.keys() != shapes.keys() or len(set(entries.values())) > 1):
+        raise ValueError("its optimizer lacks entries")
+    if any(v.ndim and v.shape != shapes[k.rpartition("/")[0]] for k, v in moments.items()):
+        raise ValueError("its optimizer is of other layers")
     with torch.no_grad():
         for name, parameter in learner.parameters.items():
             parameter.copy_(adapter[name])
@@ -5061,16 +5126,21 @@ class TrainState:
     def to_json(self) -> Record:
         """Write down what a later start goes on with; speed is no part of it."""
         rows = [[p.step, p.loss, p.learning_rate, p.grad_norm] for p in self.history]
-        names = ("step", "bad_in_a_row", "reported", "loss")
+        names = ("bad_in_a_row", "reported", "loss")
         return {**{name: vars(self)[name] for name in names}, "history": plain(rows)}
 
-    @classmethod
-    def from_json(cls, record: Record) -> TrainState:
-        """Go on with what an earlier start wrote down."""
-        names = ("step", "bad_in_a_row", "reported", "loss")
-        state = cls(**{name: record[name] for name in names}, first_step=record["step"] + 1)
-        state.history = [LossPoint(*row) for row in record["history"]]
-        return state
+    def recall(self, record: Record) -> None:
+        """Go on with what an earlier start wrote down; nonsense raises what converting raises."""
+
+        def number(value: Any) -> float | None:
+            return None if value is None else float(value)
+
+        self.history = [
+            LossPoint(int(step), number(loss), float(learning_rate), number(norm))
+            for step, loss, learning_rate, norm in record["history"]
+        ]
+        self.bad_in_a_row, self.reported = int(record["bad_in_a_row"]), int(record["reported"])
+        self.loss = number(record["loss"])
 
 
 @dataclass
@@ -5087,6 +5157,8 @@ class Run:
     total_steps: int
     origin: Record  # run id and identity, repeated in every state
     saved: Path | None = None  # what a restart continues from
+    written: int | None = None  # the step of the newest LoRA file
+    torn: bool = False  # an update failed while it changed numbers; they belong to no step
     # Held while numbers change or are written, so that a rescuer finds neither half done.
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -5094,17 +5166,13 @@ class Run:
         """Step until done."""
         import torch
 
-        config, state = self.config, self.state
-        if config.sample_at_start and state.step == 0:
-            self.preview()
         with torch.random.fork_rng():  # dropout sets torch's global source of chance
-            while state.step < self.total_steps:
+            self.make_due()
+            while self.state.step < self.total_steps:
                 self.update()
                 self.report()
-                if due(config.checkpoint_steps, state.step):
-                    self.checkpoint()
-                if due(config.validation_steps, state.step) or state.step == self.total_steps:
-                    self.preview()
+                self.make_due()
+        self.check_loss()  # of a run that was given up at its last update
 
     def update(self) -> None:
         """Make one update from one window of images, a batch at a time."""
@@ -5123,11 +5191,12 @@ class Run:
             losses.append(loss.detach())
         factor = rate(config, step, self.total_steps)
         with self.lock:
+            self.torn = True
             norm, loss = self.learner.step(factor), torch.stack(losses).sum()
             scaled = self.learner.scaler.is_enabled()
             learning_rate = config.learning_rate * factor
             self.state.unread.append(Computed(step, learning_rate, loss, norm, scaled))
-            self.state.step = step
+            self.state.step, self.torn = step, False
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
             self.state.timed_steps += 1
@@ -5196,9 +5265,9 @@ class Run:
 
         state = self.state
         with self.lock:
-            unread, state.unread = state.unread, []
-            values = [torch.stack([c.loss, c.grad_norm]) for c in unread]
+            values = [torch.stack([c.loss, c.grad_norm]) for c in state.unread]
             numbers = torch.stack(values).tolist() if values else []
+            unread, state.unread = state.unread, []
             for computed, (loss, norm) in zip(unread, numbers, strict=True):
                 overflow = computed.scaled and not math.isfinite(norm)
                 state.overflows = state.overflows + 1 if overflow else 0
@@ -5222,12 +5291,26 @@ class Run:
         message = f"Skipped update {step}: the loss is not finite"
         self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
+    def make_due(self) -> None:
+        """Write and draw what this step asks for."""
+        config, step = self.config, self.state.step
+        if step and due(config.checkpoint_steps, step):
+            self.checkpoint()
+        wanted = due(config.validation_steps, step) if step else config.sample_at_start
+        if wanted and step < self.total_steps:  # the last one comes after the final file
+            self.preview()
+
+    def owes(self, path: Path) -> bool:
+        """Tell whether a file of this step is to be made; after a restart, if it is not there."""
+        return self.state.step >= self.state.first_step or not path.is_file()
+
     def checkpoint(self) -> None:
         """Write a usable LoRA file and a state. Where that fails, training goes on."""
         try:
             with self.lock:
                 self.save_state()
-                self.save_lora("periodic")
+                if self.owes(self.lora_path()):
+                    self.save_lora("periodic")
         except OSError as error:
             self.warn_unsaved(error)
 
@@ -5236,12 +5319,10 @@ class Run:
         self.read()
         if self.saved and self.saved.name == f"step_{self.state.step}":
             return
-        contents, numbers = pack_learner(self.learner)
-        contents["state.json"] = json.dumps(self.state.to_json(), allow_nan=False).encode()
-        output = self.config.output_path
+        (contents, numbers), output = pack_learner(self.learner), self.config.output_path
         aim = {"step": self.state.step, "total_steps": self.total_steps}
-        manifest = {**aim, **self.origin, **numbers}
-        self.saved = write_state(output, contents, manifest).folder
+        manifest = {**aim, **self.origin, "progress": self.state.to_json(), **numbers}
+        self.saved = write_state(output, contents, manifest)
         # What cannot be removed goes after the next save; the new state counts all the same.
         for leftover in output.glob("state/.*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -5250,22 +5331,30 @@ class Run:
             for folder in folders[self.config.keep_checkpoints :]:
                 discard(folder)
 
+    def lora_path(self) -> Path:
+        """Name the file for the adapter of this moment."""
+        name = f"lora_step_{self.state.step}.safetensors"
+        return self.config.output_path / "checkpoints" / name
+
     def save_lora(self, reason: CheckpointReason) -> None:
         """Write the adapter of this moment as a file that can be used."""
-        step, folder = self.state.step, self.config.output_path / "checkpoints"
-        path = folder / f"lora_step_{step}.safetensors"
-        size = len(self.write_lora(path))
+        step, path = self.state.step, self.lora_path()
+        size = self.write_lora(path)["bytes"]
         self.events.emit(CheckpointEvent(step=step, path=str(path), bytes=size, reason=reason))
 
-    def write_lora(self, path: Path) -> bytes:
-        """Write the adapter as it is."""
-        tensors = lora_tensors(self.learner.parameters, self.config, self.models.base.family)
-        return save_lora(path, tensors, lora_header(self.config, self.models.base, self.state.step))
+    def write_lora(self, path: Path) -> Record:
+        """Write the adapter as it is; return the file's size and checksum."""
+        step, base = self.state.step, self.models.base
+        tensors = lora_tensors(self.learner.parameters, self.config, base.family)
+        said = save_lora(path, tensors, lora_header(self.config, base, step))
+        self.written = step
+        return said
 
-    def warn_unsaved(self, error: OSError) -> None:
+    def warn_unsaved(self, error: Exception) -> None:
         """Tell that a checkpoint is missing, and why."""
         message = f"No checkpoint at step {self.state.step}: {error}"
-        data = {"step": self.state.step, "reason": error.strerror or str(error)}
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        data = {"step": self.state.step, "reason": reason}
         self.events.warn(WarningCode.CHECKPOINT_FAILED, message, **data)
 
     def preview(self) -> None:
@@ -5275,52 +5364,57 @@ class Run:
             for number, prompt in enumerate(preview_prompts(config), start=1):
                 suffix = f"_{number}" if number > 1 else ""
                 path = config.output_path / "samples" / f"step_{step}{suffix}.png"
+                if step and not self.owes(path):
+                    continue
                 seed = config.seed + number - 1
                 image = draw_preview(self.models, self.cache, prompt, config, seed, self.stop)
-                write_whole(path, encode_png(image))
+                content = encode_png(image)
+                if not step and path.is_file() and path.read_bytes() == content:
+                    continue  # a start that saved nothing drew and told it
+                write_whole(path, content)
                 drawn = SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed)
                 self.events.emit(drawn)
         except Exception as error:  # noqa: BLE001, whatever it is, training can go on
             message, reason = f"No sample at step {step}: {error}", type(error).__name__
             self.events.warn(WarningCode.SAMPLE_FAILED, message, step=step, reason=reason)
 
-    def save_before_stop(self, stopped: TrainingInterrupted) -> None:
+    def save_before_end(self, ended: TrainingInterrupted | TrainError) -> None:
         """Save what was done, the most important first, and let the last line tell where."""
         # What is true already, in case saving does not end.
-        stopped.step, stopped.path = self.state.step, str(self.saved) if self.saved else None
+        ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
         with self.lock:
             try:
-                if self.state.step >= self.state.first_step:
+                if self.state.step >= self.state.first_step and not self.torn:
                     self.save_state()
                     write_history(self.config.output_path, self.state.history)
-                    self.save_lora("interrupted")
-            except OSError as error:
+                    if self.written != self.state.step:
+                        self.save_lora("interrupted")
+            except Exception as error:  # noqa: BLE001, the last line tells what came first
                 self.warn_unsaved(error)
-        stopped.step, stopped.path = self.state.step, str(self.saved) if self.saved else None
+        ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
 
     def finish(self) -> CompleteEvent:
-        """Write the final file and the history, and say so."""
+        """Write the final file and the history, draw the last preview, and say so."""
         config, state = self.config, self.state
         path = config.output_path / "lora_final.safetensors"
         try:
             with self.lock:
                 self.save_state()  # should the rest fail, a restart has only to do that
-                content = self.write_lora(path)
+                written = self.write_lora(path)
                 write_history(config.output_path, state.history)
-                done = CompleteEvent(
-                    step=state.step,
-                    percent=100,
-                    final_path=str(path),
-                    bytes=len(content),
-                    sha256=hashlib.sha256(content).hexdigest(),
-                    total_time=self.events.elapsed_seconds(),
-                    final_loss=state.loss,
-                    images_per_second=self.images_per_second(),
-                    peak_memory_bytes=peak_memory(self.models.device),
-                )
-                asked = [config.steps, config.epochs]
-                said = json.dumps({**self.origin, "asked": asked, "event": plain(done)})
-                write_whole(config.output_path / "state" / "complete.json", said.encode())
+            self.preview()  # nothing is lost if that fails, hangs or is stopped
+            done = CompleteEvent(
+                step=state.step,
+                percent=100,
+                final_path=str(path),
+                **written,
+                total_time=self.events.elapsed_seconds(),
+                final_loss=state.loss,
+                images_per_second=self.images_per_second(),
+                peak_memory_bytes=peak_memory(self.models.device),
+            )
+            said = {**self.origin, "asked": [config.steps, config.epochs], "event": plain(done)}
+            write_whole(config.output_path / "state" / "complete.json", seal(said))
         except OSError as error:
             expected, found = "a final file on disk", str(error)
             raise TrainError.at(ErrorCode.SAVE_FAILED, path, expected, found) from error
@@ -5349,6 +5443,7 @@ class LoRATrainer:
         self.events = events or Emitter()
         self.stop = stop or StopRequest()
         self.fresh = fresh
+        self.earlier = Earlier(None, None, {})
         self.run: Run | None = None
         self.run_id = uuid.uuid4().hex
         # For reports of what went wrong.
@@ -5395,10 +5490,7 @@ class LoRATrainer:
 
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
-            state = TrainState()
-            if earlier.state:
-                unpack_learner(earlier.state, learner)
-                state = TrainState.from_json(read_json_file(earlier.state.folder / "state.json"))
+            state = self._restore(learner)
             stance = self._compile(models, cache, learner, plan.total_steps - state.step)
 
             # Step until done or asked to stop.
@@ -5406,19 +5498,14 @@ class LoRATrainer:
             self.run = Run(
                 *(config, events, self.stop, models, cache, learner, state, plan.total_steps),
                 origin={"run_id": self.run_id, "identity": identity},
-                saved=earlier.state.folder if earlier.state else None,
+                saved=self.earlier.state.folder if self.earlier.state else None,
             )
-            self.stop.save = self.run.save_before_stop
-            try:
-                with stance:
-                    self.run.go()
+            with stance:
+                self.run.go()
                 self._tell_memory(models.device)
-            except TrainingInterrupted as stopped:
-                self.run.save_before_stop(stopped)
-                raise
 
-            # Save.
-            return self.run.finish()
+                # Save.
+                return self.run.finish()
 
     @contextlib.contextmanager
     def _in_output_folder(self) -> Iterator[Earlier]:
@@ -5428,7 +5515,8 @@ class LoRATrainer:
         with claimed(output) as claim, self.stop.watching(self._causes()):
             aside = set_aside(output) if self.fresh else None
             remove_leftovers(output)
-            earlier = Earlier.find(output)
+            self.earlier = earlier = Earlier.find(output)
+            self.stop.save = self._save_before_end
             if config.resume == "never" or not (earlier.state or earlier.complete):
                 refuse_to_overwrite(output)
             self.run_id = earlier.run_id or self.run_id
@@ -5443,14 +5531,21 @@ class LoRATrainer:
                 try:
                     yield earlier
                 except TrainingInterrupted as stopped:
-                    if earlier.state and not self.run:
-                        stopped.step, stopped.path = earlier.step, str(earlier.state.folder)
+                    self._save_before_end(stopped)
                     raise
                 except Exception as error:  # noqa: BLE001, passed on with a code
                     short = is_out_of_memory(error)
                     failure = self._out_of_memory(error) if short else explain(error)
-                    failure.step = self.run.state.step if self.run else None
+                    traceback.clear_frames(error.__traceback__)  # they hold what is lacking
+                    self._save_before_end(failure)
                     raise failure from (None if failure is error else error)
+
+    def _save_before_end(self, ended: TrainingInterrupted | TrainError) -> None:
+        """Save what would be lost, and let the last line tell what a restart continues from."""
+        if self.run:
+            self.run.save_before_end(ended)
+        elif self.earlier.state:
+            ended.step, ended.path = self.earlier.step, str(self.earlier.state.folder)
 
     def _out_of_memory(self, error: Exception) -> TrainError:
         """Say what ran out of memory, and what would help most."""
@@ -5540,6 +5635,30 @@ class LoRATrainer:
         )
         return learner
 
+    def _restore(self, learner: Learner) -> TrainState:
+        """Put back the newest state that makes sense; without one, begin."""
+        from safetensors import SafetensorError
+
+        nonsense = (SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
+        while saved := self.earlier.state:
+            try:
+                unpack_learner(saved, learner)
+                break
+            except nonsense as error:
+                aside = free_name(saved.folder.with_name(f"ignored_{saved.folder.name}"))
+                saved.folder.rename(aside)
+                told = self.earlier.ignored
+                self.earlier = Earlier.find(self.config.output_path, {**told, aside: str(error)})
+                self._tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
+                self.events.info(ResumeFacts(step=self.earlier.step, aimed_at=None, set_aside=None))
+        state = TrainState(step=self.earlier.step, first_step=self.earlier.step + 1)
+        if saved:
+            try:
+                state.recall(saved.manifest["progress"])
+            except nonsense as error:
+                self._tell_ignored({saved.folder / "manifest.json": f"its history: {error}"})
+        return state
+
     def _compile(
         self, models: Models, cache: Cache, learner: Learner, steps: int
     ) -> contextlib.AbstractContextManager[Any]:
@@ -5593,13 +5712,17 @@ class LoRATrainer:
 
     def _tell_circumstances(self, aside: Path | None, earlier: Earlier) -> None:
         """Tell what happened before the first line."""
-        for folder, reason in earlier.damaged:
-            message = f"{folder.name} is damaged: {reason}"
-            self.events.warn(WarningCode.STATE_IGNORED, message, path=str(folder), reason=reason)
+        self._tell_ignored(earlier.ignored)
         if aside or earlier.step:
             moved = str(aside) if aside else None
             aim = earlier.state.manifest.get("total_steps") if earlier.state else None
             self.events.info(ResumeFacts(step=earlier.step, aimed_at=aim, set_aside=moved))
+
+    def _tell_ignored(self, ignored: Mapping[Path, str]) -> None:
+        """Name what was saved and cannot be used, and why."""
+        for path, reason in ignored.items():
+            message = f"{path.name} cannot be used: {reason}"
+            self.events.warn(WarningCode.STATE_IGNORED, message, path=str(path), reason=reason)
 
     def _causes(self) -> dict[StopReason, Callable[[], bool]]:
         """List what asks for a stop besides signals; a stop file from an earlier run is none."""
@@ -5766,6 +5889,7 @@ def reporting(events: Emitter) -> Iterator[None]:
             ErrorEvent(
                 code=failure.code,
                 step=failure.step,
+                path=failure.path,
                 hint=failure.hint,
                 problems=failure.problems,
                 message=str(failure),

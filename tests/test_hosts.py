@@ -244,7 +244,7 @@ def test_a_stopped_host_saves_the_run_and_others_see_it(name: str, endless: Plac
     line = f"Interrupted by SIGTERM at step {last['step']}, saved: {last['path']}\n"
     assert [code for code, _ in ends] == [143] * len(children)
     assert all(shown.endswith(line) for _, shown in ends)
-    assert Path(last["path"], "state.json").is_file()
+    assert Path(last["path"], "manifest.json").is_file()
 
 
 def wait_for_file(place: Place) -> Path:

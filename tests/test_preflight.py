@@ -188,6 +188,32 @@ def test_an_output_behind_a_broken_link_is_refused(workspace: Path, output: str)
     assert validate(workspace).last["code"] == "output_unusable"
 
 
+@pytest.mark.parametrize("name", ["state", "checkpoints", "samples"])
+def test_a_file_where_a_folder_belongs_is_refused(workspace: Path, name: str) -> None:
+    """Otherwise the run would train to its end and have nowhere to put what it learned."""
+    (workspace / "out").mkdir()
+    (workspace / "out" / name).touch()
+    ended = validate(workspace)
+    assert (ended.last["code"], paths(ended)) == ("output_unusable", ["output_path"])
+
+
+@POSIX
+@pytest.mark.parametrize("arguments", [("--validate-only",), ()])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_lock_that_is_no_file_is_refused(
+    workspace: Path, kind: str, arguments: tuple[str, ...]
+) -> None:
+    """A pipe would be waited for, and what a link leads to is none of ours to make."""
+    (workspace / "out").mkdir()
+    if kind == "pipe":
+        os.mkfifo(workspace / "out" / ".lock")
+    else:
+        (workspace / "out" / ".lock").symlink_to(workspace / "elsewhere")
+    ended = run_program("--config", "config.json", *arguments, cwd=workspace)
+    assert (ended.code, ended.last["code"]) == (1, "output_unusable")
+    assert not (workspace / "elsewhere").exists()
+
+
 @NOT_ROOT
 def test_a_read_only_output_is_refused(workspace: Path) -> None:
     """Found out without trying to write."""

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -679,6 +680,213 @@ def test_a_completed_run_without_states_knows_what_it_was(done: Place) -> None:
     assert [p.path for p in refused(done, ErrorCode.RUN_CHANGED).problems] == ["lora_rank"]
 
 
+def test_no_flipped_bit_of_complete_json_keeps_a_run_from_going_on(done: Place) -> None:
+    """It only records the past: it is told and written again."""
+    path = done.out / "state" / "complete.json"
+    content = path.read_bytes()
+    for position in range(len(content)):
+        flipped = bytes([content[position] ^ 1])
+        path.write_bytes(content[:position] + flipped + content[position + 1 :])
+        earlier = Earlier.find(done.out)
+        assert (earlier.complete, list(earlier.ignored)) == (None, [path])
+        assert earlier.step == 12
+
+
+def test_a_completed_run_whose_record_is_damaged_completes_again(done: Place, whole: Place) -> None:
+    """A warning tells; no update is made for that, and nothing is drawn again."""
+    (done.out / "state" / "complete.json").write_bytes(b'{"event": {"step": 12}}')
+    heard = start(done)
+    assert heard.codes().count("state_ignored") == 1
+    assert not [r for r in heard.records if r["type"] in ("progress", "sample")]
+    assert done.results() == whole.results()
+    assert said(start(done).records[-1]) == said(heard.records[-1])
+
+
+def test_a_completed_run_whose_states_are_damaged_is_complete_all_the_same(done: Place) -> None:
+    """They would only be needed to go on."""
+    truncate(done.out / "state" / "step_12")
+    heard = start(done)
+    assert heard.records[-1]["type"] == "complete"
+    assert heard.codes().count("state_ignored") == 1
+
+
+# --- What was due ---
+
+
+def due_of(heard: Recorder) -> list[tuple[str, int]]:
+    """Name the checkpoints and previews that were announced."""
+    told = [r for r in heard.records if r["type"] in ("checkpoint", "sample")]
+    return [(record["type"], record["step"]) for record in told]
+
+
+def test_what_was_due_when_a_run_was_stopped_is_made_at_the_restart(half: Place) -> None:
+    """The state of the sixth update was saved, and neither its LoRA file nor its preview."""
+    (half.out / "checkpoints" / "lora_step_6.safetensors").unlink()
+    half.change(validation_steps=3)
+    assert due_of(start(half, after=7)) == [("checkpoint", 6), ("sample", 6), ("checkpoint", 7)]
+    assert len(load_file(half.out / "checkpoints" / "lora_step_6.safetensors")) > 2
+
+
+def test_what_is_there_at_a_restart_is_neither_made_nor_told_again(half: Place) -> None:
+    """Of two prompts the one that was not drawn is."""
+    half.change(validation_steps=3, sample_prompts=["zkb, a cat", "zkb, a dog"])
+    (half.out / "samples").mkdir(exist_ok=True)
+    (half.out / "samples" / "step_6.png").write_bytes(b"drawn")
+    heard = start(half, after=6, batches=2)
+    assert [Path(r["image_path"]).name for r in heard.of_type("sample")] == ["step_6_2.png"]
+    assert not heard.of_type("checkpoint")
+    assert (half.out / "samples" / "step_6.png").read_bytes() == b"drawn"
+    assert due_of(start(half, after=6)) == []
+
+
+def test_the_base_model_is_drawn_once_however_often_a_run_is_started(
+    base: Path, tmp_path: Path
+) -> None:
+    """Nothing was saved before the first update; another prompt is another picture."""
+    place = write_place(tmp_path, base, sample_at_start=True)
+    assert due_of(start(place, after=0, batches=1)) == [("sample", 0)]
+    assert due_of(start(place, after=0, batches=1)) == []
+    place.change(sample_prompts=["zkb, a dog"])
+    assert due_of(start(place, after=0, batches=1)) == [("sample", 0)]
+
+
+def test_the_last_preview_comes_after_the_final_file(base: Path, tmp_path: Path) -> None:
+    """A stop amid it loses nothing, and the next start draws it, once, and completes."""
+    place = write_place(tmp_path, base, steps=2)
+    last = start(place, after=2).records[-1]
+    assert (last["type"], last["path"]) == ("interrupted", str(place.out / "state" / "step_2"))
+    before = (place.out / LORA).read_bytes()
+    assert not (place.out / "state" / "complete.json").exists()
+    heard = start(place)
+    assert due_of(heard) == [("sample", 2)]
+    assert heard.records[-1]["type"] == "complete"
+    assert (place.out / LORA).read_bytes() == before
+    assert due_of(start(place)) == []
+
+
+# --- Errors ---
+
+
+@dataclass
+class Failing(Recorder):
+    """A listener that fails once, when an update is told."""
+
+    step: int = 0
+    error: Exception = field(default_factory=Exception)
+    before: Callable[[], object] = dict
+    records: list[Record] = field(default_factory=list)
+
+    def __call__(self, record: Record) -> None:
+        """Keep the record, and fail when it is the chosen one."""
+        self.records.append(record)
+        if record["type"] == "progress" and record["step"] == self.step:
+            self.before()
+            raise self.error
+
+
+def fail(place: Place, listener: Recorder | None = None) -> Record:
+    """Start a run that ends by an error; return its last line."""
+    heard = listener or Recorder()
+    config = TrainingConfig.from_json(place.folder / "config.json")
+    with pytest.raises(TrainError):
+        LoRATrainer(config, Emitter(heard)).train()
+    assert heard.records[-1]["type"] == "error"
+    check_stream(b"".join(map(train_lora.encode_line, heard.records)))
+    return heard.records[-1]
+
+
+ERRORS = {"internal_error": LookupError("a bug"), "out_of_memory": MemoryError("nothing left")}
+
+
+@pytest.mark.parametrize("code", ERRORS)
+def test_an_error_between_two_updates_loses_nothing(code: str, half: Place, whole: Place) -> None:
+    """The state is saved as before a stop, and the last line tells what a restart goes on with."""
+    last = fail(half, Failing(step=7, error=ERRORS[code]))
+    assert (last["code"], last["step"]) == (code, 7)
+    assert last["path"] == str(half.out / "state" / "step_7")
+    assert (half.out / "checkpoints" / "lora_step_7.safetensors").is_file()
+    if code == "out_of_memory":
+        assert start(half).records[0]["resumed_step"] == 7
+        assert half.results() == whole.results()
+
+
+def test_a_failure_to_save_does_not_hide_the_error_before_it(half: Place) -> None:
+    """It is told as a warning; what was saved earlier is what a restart goes on with."""
+
+    def obstruct() -> None:
+        (half.out / "state").rename(half.out / "moved")
+        (half.out / "state").touch()
+
+    heard = Failing(step=7, error=LookupError("a bug"), before=obstruct)
+    last = fail(half, heard)
+    assert heard.codes()[-1] == "checkpoint_failed"
+    assert (last["code"], last["message"]) == ("internal_error", "LookupError: a bug")
+    assert last["path"] == str(half.out / "state" / "step_6")
+
+
+TORN = """
+import torch
+
+class Lion(torch.optim.SGD):
+    calls = 0
+
+    def __init__(self, params, weight_decay):
+        super().__init__(params, lr=0.1, weight_decay=weight_decay)
+
+    def step(self, closure=None):
+        self.calls += 1
+        if self.calls == 3:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(7.0)
+            raise LookupError("half of the numbers are changed")
+        return super().step(closure)
+"""
+
+
+def test_an_error_amid_the_optimizers_step_saves_no_torn_numbers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart goes on from the checkpoint before."""
+    (tmp_path / "lion_pytorch.py").write_text(TORN, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "lion_pytorch", raising=False)
+    place = write_place(tmp_path / "place", base, optimizer="lion", checkpoint_steps=1)
+    last = fail(place)
+    assert (last["step"], last["path"]) == (2, str(place.out / "state" / "step_2"))
+    assert place.states() == ["step_2", "step_1"]
+    assert not (place.out / "checkpoints" / "lora_step_3.safetensors").exists()
+
+
+def test_an_error_before_the_first_update_names_the_old_state(half: Place) -> None:
+    """Whatever the error is about, there is something to continue from."""
+    half.change(seed=1)
+    last = fail(half)
+    assert (last["code"], last["step"]) == ("run_changed", 6)
+    assert last["path"] == str(half.out / "state" / "step_6")
+
+
+def test_a_late_stop_before_the_first_update_names_the_old_state(half: Place) -> None:
+    """Also where another thread speaks, because the main thread is deep in loading."""
+    told: list[tuple[int, str | None]] = []
+
+    class Rescuer(Glance):
+        """A listener that saves in the main thread's place."""
+
+        def __call__(self, record: Record) -> None:
+            """Save as a late stop does, and stop."""
+            if record.get("topic") == "device":
+                stopped = TrainingInterrupted("SIGTERM")
+                self.stop.save(stopped)
+                told.append((stopped.step, stopped.path))
+            super().__call__(record)
+
+    stop = StopRequest()
+    config = TrainingConfig.from_json(half.folder / "config.json")
+    with pytest.raises(TrainingInterrupted):
+        LoRATrainer(config, Emitter(Rescuer(stop)), stop).train()
+    assert set(told) == {(6, str(half.out / "state" / "step_6"))}
+
+
 # --- Identity ---
 
 
@@ -875,21 +1083,6 @@ def replace_text(old: str, new: str) -> Callable[[Path], None]:
     return replace
 
 
-def empty_state_json(state: Path) -> None:
-    """Write nonsense where the counters stand."""
-    (state / "state.json").write_text("{}", encoding="utf-8")
-
-
-def forge_state_json(state: Path) -> None:
-    """Write counters that make no sense, together with the checksum they have."""
-    content = b'{"step": "many"}'
-    (state / "state.json").write_bytes(content)
-    path = state / "manifest.json"
-    manifest = json.loads(path.read_text("utf-8"))
-    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_json(path, manifest | {"files": manifest["files"] | {"state.json": entry}})
-
-
 def replace_by_file(state: Path) -> None:
     """Put a file where the folder was."""
     shutil.rmtree(state)
@@ -910,12 +1103,147 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a foreign version": edit_manifest(version=99),
     "no list of files": edit_manifest(files={}),
     "files that are none": edit_manifest(files=["adapter.safetensors"]),
-    "senseless counters": empty_state_json,
-    "counters of another kind": forge_state_json,
     "a flipped letter in the identity": replace_text('"seed": "0"', '"seed": "1"'),
     "a flipped letter in the run": replace_text('"run_id": "', '"run_ie": "'),
     "a file instead of a folder": replace_by_file,
 }
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def forge(state: Path, file: str = "", change: Callable[[Tensors], object] = dict.clear) -> None:
+    """Change the tensors of a state's file, and put a checksum for it into the manifest."""
+    path = state / f"{file}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    files = json.loads((state / "manifest.json").read_text("utf-8"))["files"]
+    forge_manifest(
+        files=files | {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+    )(state)
+
+
+def forge_manifest(**changes: Any) -> Callable[[Path], None]:
+    """Change entries of the manifest, or leave them out, together with its checksum."""
+
+    def change(state: Path) -> None:
+        path = state / "manifest.json"
+        manifest = json.loads(path.read_text("utf-8")) | changes
+        kept = {k: v for k, v in manifest.items() if v is not None and k != "checksum"}
+        kept["checksum"] = train_lora.short_digest(kept)
+        path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+
+    return change
+
+
+def take_entry(tensors: Tensors) -> None:
+    """Leave a tensor out."""
+    tensors.popitem()
+
+
+def halve_entry(tensors: Tensors) -> None:
+    """Leave out half of a matrix."""
+    name = next(name for name, value in tensors.items() if value.ndim == 2)
+    tensors[name] = tensors[name][:1].clone()
+
+
+def step_99(state: Path) -> None:
+    """Claim more updates than there are."""
+    forge_manifest(step=99)(state)
+    state.rename(state.with_name("step_99"))
+
+
+NONSENSE: dict[str, Callable[[Path], object]] = {
+    "a matrix too few": lambda state: forge(state, "adapter", take_entry),
+    "half of a matrix": lambda state: forge(state, "adapter", halve_entry),
+    "a moment too few": lambda state: forge(state, "optimizer", take_entry),
+    "half of a moment": lambda state: forge(state, "optimizer", halve_entry),
+    "step 99 of 12": step_99,
+    "nobody's": forge_manifest(run_id=None),
+    "no identity": forge_manifest(identity=None),
+    "no number of steps": forge_manifest(total_steps=None),
+    "files of others": forge_manifest(files={"../../data/0.png": {"bytes": 1, "sha256": ""}}),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_state_that_is_whole_and_makes_no_sense_is_left_out(name: str, half: Place) -> None:
+    """Its checksums are right; it is told all the same, and the run goes on from the one before."""
+    NONSENSE[name](half.out / "state" / "step_6")
+    heard = start(half, after=5)
+    (warning,) = [r for r in heard.of_type("warning") if r["code"] == "state_ignored"]
+    assert warning["data"]["reason"]
+    assert Path(warning["data"]["path"]).exists()
+    assert heard.of_type("progress")[0]["step"] == 5
+    assert heard.records[-1]["path"] == str(half.out / "state" / "step_5")
+
+
+def test_a_state_that_makes_no_sense_does_not_stand_for_a_new_one(
+    half: Place, whole: Place
+) -> None:
+    """The update is made again, saved under the same name, and the end has the same bytes."""
+    forge(half.out / "state" / "step_6", "adapter", halve_entry)
+    start(half, after=6)
+    assert read_state(half.out / "state" / "step_6").step == 6
+    assert start(half).records[0]["resumed_step"] == 6
+    assert half.results() == whole.results()
+
+
+def test_states_without_any_sense_are_an_error(half: Place) -> None:
+    """Never a silent new beginning, also where it turns out after the model is loaded."""
+    for state in state_folders(half.out):
+        forge(state, "adapter", halve_entry)
+    with pytest.raises(TrainError) as failed:
+        start(half)
+    assert failed.value.code is ErrorCode.STATE_DAMAGED
+    assert all(f"step_{step}" in failed.value.problems[0].found for step in (2, 4, 6))
+
+
+@pytest.mark.parametrize("history", [[["many", 1, 2, 3]], [[1, 2]], [None], "rows", 5])
+def test_a_history_that_makes_no_sense_costs_the_history_alone(
+    history: object, half: Place, whole: Place
+) -> None:
+    """It records the past; what was learned is whole."""
+    progress = {"bad_in_a_row": 0, "reported": 6, "loss": 0.5, "history": history}
+    forge_manifest(progress=progress)(half.out / "state" / "step_6")
+    heard = start(half, after=None if history == 5 else 7)
+    assert "state_ignored" in heard.codes()
+    assert heard.of_type("progress")[0]["step"] == 7
+    if history == 5:
+        assert half.results()[0] == whole.results()[0]
+
+
+def test_a_state_of_an_earlier_version_is_not_called_damaged(half: Place) -> None:
+    """The disk is well; the program has changed."""
+    forge_manifest(version=1)(half.out / "state" / "step_6")
+    heard = glance(half)
+    (warning,) = [r for r in heard.of_type("warning") if r["code"] == "state_ignored"]
+    assert "earlier version" in warning["message"]
+    assert "damaged" not in warning["message"]
+
+
+OWN = ["state/complete.json", "state/step_6/manifest.json", "state/step_6/adapter.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+@pytest.mark.parametrize("name", OWN)
+def test_what_only_has_the_name_of_a_saved_file_is_not_opened(
+    name: str, kind: str, half: Place
+) -> None:
+    """A pipe would never answer, and a link may lead anywhere."""
+    path = half.out / name
+    if path.exists():
+        path.rename(half.folder / "moved")
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(half.folder / "moved")
+        (half.folder / "moved").touch()
+    heard = glance(half)
+    (warning,) = [r for r in heard.of_type("warning") if r["code"] == "state_ignored"]
+    assert Path(warning["data"]["path"]) in (path, path.parent)
+    assert heard.records[0]["resumed_step"] == (6 if "complete" in name else 4)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -984,10 +1312,7 @@ def test_a_state_holds_tensors_and_json_alone(halfway: Place) -> None:
     """Nothing in it can run code when it is read."""
     for state in state_folders(halfway.out):
         names = sorted(path.name for path in state.iterdir())
-        assert names == [
-            *("adapter.safetensors", "manifest.json"),
-            *("optimizer.safetensors", "state.json"),
-        ]
+        assert names == ["adapter.safetensors", "manifest.json", "optimizer.safetensors"]
         assert all(load_file(path) for path in state.glob("*.safetensors"))
         assert all(json.loads(path.read_text("utf-8")) for path in state.glob("*.json"))
 

@@ -451,9 +451,24 @@ def test_a_skipped_update_changes_nothing(poisoned: Path) -> None:
     with pytest.raises(train_lora.TrainError) as failed:
         train(poisoned, events)
     assert failed.value.code is ErrorCode.LOSS_NOT_FINITE
-    assert (events.records[-1]["type"], events.records[-1]["step"]) == ("error", 10)
+    last = events.records[-1]
+    assert (last["type"], last["step"], Path(last["path"]).name) == ("error", 10, "step_10")
     saved = load_file(poisoned / "out" / "checkpoints" / "lora_step_5.safetensors")
     assert not any(value.any() for key, value in saved.items() if ".lora_up" in key)
+    assert not (poisoned / "out" / "lora_final.safetensors").exists()
+
+
+def test_a_run_given_up_at_its_last_update_is_not_complete_when_started_again(
+    poisoned: Path,
+) -> None:
+    """All its updates are made, and nothing was learned."""
+    (poisoned / "data" / "image0.txt").write_text("q", encoding="utf-8")
+    config = json.loads((poisoned / "config.json").read_text("utf-8"))
+    write_json(poisoned / "config.json", config | {"steps": 2})
+    for _ in range(2):
+        with pytest.raises(train_lora.TrainError) as failed:
+            train(poisoned)
+        assert (failed.value.code, failed.value.step) == (ErrorCode.LOSS_NOT_FINITE, 2)
     assert not (poisoned / "out" / "lora_final.safetensors").exists()
 
 
@@ -583,7 +598,6 @@ def test_a_stop_before_the_first_update_leaves_no_lora(
 MOMENTS = {
     "training": (at("progress"), {"steps": 1000, **NO_EXTRAS}, 1),
     "preview": (at("progress"), {"steps": 1000, "validation_steps": 1, "sample_steps": 200}, 1),
-    "checkpoint": (at("checkpoint"), {"steps": 1000, **NO_EXTRAS, "checkpoint_steps": 2}, 2),
 }
 
 
@@ -602,6 +616,20 @@ def test_a_stop_keeps_what_was_learned(moment: str, tmp_path: Path, bases: dict[
     assert len(rows) == 1 + step
     assert (tmp_path / "out" / "loss_curve.png").is_file()
     assert not sender.of_type("sample")
+
+
+def test_a_stop_just_after_a_checkpoint_does_not_announce_it_twice(
+    tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    """Its file is there; the history is written as before any stop."""
+    sender = Sender(signal.SIGTERM, at("checkpoint"))
+    changes = {"steps": 1000, **NO_EXTRAS, "checkpoint_steps": 2}
+    interrupt(write_workspace(tmp_path, bases[QUICK], **changes), sender)
+    told = [(record["step"], record["reason"]) for record in sender.of_type("checkpoint")]
+    assert told == [(2, "periodic")]
+    assert Path(sender.records[-1]["path"]).name == "step_2"
+    rows = (tmp_path / "out" / "loss_history.csv").read_text(encoding="ascii").splitlines()
+    assert len(rows) == 3
 
 
 def test_an_interrupted_checkpoint_equals_a_periodic_one(
