@@ -3776,14 +3776,16 @@ def claimed(path: Path) -> Iterator[Callable[[], None]]:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            held.append(open_own(path / ".lock", os.O_RDWR | os.O_CREAT))
+            descriptor = open_own(path / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise unusable_output(str(error)) from error
         in_time = deadline_in(LOCK_SECONDS)
-        while not try_lock(held[-1]):
+        while not try_lock(descriptor):
             if not in_time():
+                os.close(descriptor)
                 raise busy_output(path)
             time.sleep(0.05)
+        held.append(descriptor)
 
     try:
         claim()
@@ -5817,7 +5819,8 @@ def import_libraries() -> None:
 def mirror_ends_with(output: Path, complete: Record | None) -> bool:
     """Tell whether events.jsonl ends with the last line of a finished run, to its very end."""
     try:
-        last = (output / "events.jsonl").read_bytes().splitlines(keepends=True)[-1].decode()
+        with os.fdopen(open_own(output / "events.jsonl"), "rb") as file:
+            last = file.read().splitlines(keepends=True)[-1].decode()
         sha256 = parse_json(last)[0].get("sha256")
     except (OSError, LookupError, *NOT_JSON):
         return False
@@ -5846,7 +5849,7 @@ def open_mirror(events: Emitter, output: Path, claim: Callable[[], None], held: 
     except TrainError as error:
         raise OSError(str(error)) from error
     drop_torn_end(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if held != NOT_OPEN:
         message = f"What was removed from {output} is made again"
         events.warn(WarningCode.OUTPUT_REMOVED, message, path=str(output))
@@ -5855,7 +5858,10 @@ def open_mirror(events: Emitter, output: Path, claim: Callable[[], None], held: 
 
 def drop_torn_end(path: Path) -> None:
     """Cut off what a crash or a full disk left of a last line."""
-    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+    with (
+        contextlib.suppress(FileNotFoundError),
+        os.fdopen(open_own(path, os.O_RDWR), "r+b") as file,
+    ):
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - LINE_BYTES))
         end = file.read(min(size, LINE_BYTES))

@@ -1116,7 +1116,22 @@ def make_full(path: Path) -> None:
     path.symlink_to("/dev/full")
 
 
-@pytest.mark.parametrize("spoil", [make_folder, pytest.param(make_full, marks=has_dev_full)])
+def make_pipe(path: Path) -> None:
+    """Let a pipe that nobody reads stand there."""
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+
+
+def make_link(path: Path) -> None:
+    """Let the mirror be a link to what is to be made elsewhere."""
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/proc/of/nobody")
+
+
+SPOILS = [make_folder, pytest.param(make_full, marks=has_dev_full), make_pipe, make_link]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
 def test_a_mirror_that_cannot_be_written_is_a_warning(
     spoil: Callable[[Path], None], unusable: Path
 ) -> None:

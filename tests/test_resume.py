@@ -642,6 +642,18 @@ class Remover(Recorder):
             self.locked = train_lora.is_locked(self.place.out / ".lock")
 
 
+def test_a_folder_that_another_run_has_taken_meanwhile_is_not_taken_back(tmp_path: Path) -> None:
+    """The lock of the removed one is worth nothing, however often it is asked for."""
+    with train_lora.claimed(tmp_path / "out") as claim:
+        shutil.rmtree(tmp_path / "out")
+        with train_lora.claimed(tmp_path / "out"):
+            for _ in range(2):
+                with pytest.raises(TrainError, match="another run"):
+                    claim()
+        claim()
+        assert train_lora.is_locked(tmp_path / "out" / ".lock")
+
+
 def test_an_output_folder_removed_under_a_run_is_made_again(
     base: Path, whole: Place, tmp_path: Path
 ) -> None:
