@@ -1485,7 +1485,7 @@ CAPTION_BYTES = 64 * 1024  # a text encoder reads a few hundred of them
 METADATA_BYTES = 64 * 2**20
 REFUSED_LINES = 5  # told in full; what is wrong with a thousand more is known then
 PIXELS_AT_ONCE = 2**26  # decoded by all threads together; a WebP takes 16 bytes for each
-QUICK_PIXELS = 2**22  # unpacked for doubt alone where no run follows: a tenth of a second
+QUICK_PIXELS = 2**20  # unpacked for doubt alone where no run follows: a twentieth of a second
 
 
 class Unusable(Exception):
