@@ -77,8 +77,9 @@ def progress(step: int = 1, total_steps: int = 10, **changes: Any) -> ProgressEv
 
 def error(**changes: Any) -> ErrorEvent:
     """Make the error of a config that is not there."""
-    known: Record = {"code": ErrorCode.CONFIG_NOT_FOUND, "step": None, "hint": "Look there."}
-    return ErrorEvent(**(known | {"problems": (), "message": "No config."} | changes))
+    known: Record = {"code": ErrorCode.CONFIG_NOT_FOUND, "step": None, "path": None}
+    known |= {"hint": "Look there.", "problems": (), "message": "No config."}
+    return ErrorEvent(**(known | changes))
 
 
 def warning(message: str = "Something to know", **data: Any) -> WarningEvent:
