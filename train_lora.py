@@ -3176,7 +3176,7 @@ def checksum_of(key: str, kept: Kept) -> str:
     parts = sorted(kept.items())
     checksum = zlib.crc32(repr([(key, n, t.dtype, t.shape) for n, t in parts]).encode())
     for _, tensor in parts:
-        checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"
 
 
