@@ -1160,6 +1160,14 @@ def halve_entry(tensors: Tensors) -> None:
     tensors[name] = tensors[name][:1].clone()
 
 
+def foreign_file(state: Path) -> None:
+    """Name a file beside the output folder, with its checksum."""
+    files = json.loads((state / "manifest.json").read_text("utf-8"))["files"]
+    name = "../../../data/0.png"
+    entry = {"sha256": hashlib.sha256((state / name).read_bytes()).hexdigest()}
+    forge_manifest(files=files | {name: entry})(state)
+
+
 def step_99(state: Path) -> None:
     """Claim more updates than there are."""
     forge_manifest(step=99)(state)
@@ -1175,7 +1183,7 @@ NONSENSE: dict[str, Callable[[Path], object]] = {
     "nobody's": forge_manifest(run_id=None),
     "no identity": forge_manifest(identity=None),
     "no number of steps": forge_manifest(total_steps=None),
-    "files of others": forge_manifest(files={"../../data/0.png": {"bytes": 1, "sha256": ""}}),
+    "a file from elsewhere": foreign_file,
 }
 
 
