@@ -332,10 +332,10 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.CAPTION_TRUNCATED: trained(write_text("data/image1.txt", "cat " * 76)),
     WarningCode.PRECISION_CHANGED: trained(mixed_precision="fp16"),
     WarningCode.UPDATE_SKIPPED: trained(poison_a_word, steps=3),
-    WarningCode.SAMPLE_FAILED: trained(obstruct("samples", by_folder=False)),
+    WarningCode.SAMPLE_FAILED: trained(obstruct("samples/step_1.png", by_folder=True)),
     WarningCode.PREDICTION_ASSUMED: prepared(write_sd2_file, base_model="sd2.safetensors"),
     WarningCode.CHECKPOINT_FAILED: trained(
-        obstruct("checkpoints", by_folder=False), steps=2, checkpoint_steps=1
+        obstruct("checkpoints/lora_step_1.safetensors", by_folder=True), steps=2, checkpoint_steps=1
     ),
     WarningCode.STATE_IGNORED: again(damage_newest_state, steps=2, checkpoint_steps=1),
     WarningCode.CACHE_DAMAGED: damage_cache,
