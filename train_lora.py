@@ -1991,10 +1991,6 @@ class Headers:
     weights: Shapes  # under the names in the file; in a folder behind "<folder>/"
     weights_bytes: int
 
-    def config(self, folder: str) -> Record:
-        """Look up how a part is built, where that is said."""
-        return self.configs.get(folder, {})
-
     def shapes(self, part: Part) -> Shapes:
         """List the weights of one network, without what all their names begin with."""
         prefix = f"{part.folder}/" if self.configs else part.original
@@ -2131,14 +2127,14 @@ def is_unet(headers: Headers) -> bool:
 
 def knows_sizes(headers: Headers) -> bool:
     """Tell whether the denoiser is told how the picture was resized and cropped."""
-    told = headers.config("unet").get("addition_embed_type") == "text_time"
+    told = headers.configs.get("unet", {}).get("addition_embed_type") == "text_time"
     return told or "label_emb.0.0.weight" in headers.shapes(UNET)
 
 
 def projects_linearly(headers: Headers) -> bool:
     """Tell whether attention blocks begin with a linear layer; SD 1 has convolutions there."""
     if headers.configs:
-        return bool(headers.config("unet").get("use_linear_projection"))
+        return bool(headers.configs.get("unet", {}).get("use_linear_projection"))
     shapes = headers.shapes(UNET).items()
     return len(next((shape for name, shape in shapes if name.endswith("proj_in.weight")), ())) == 2
 
@@ -2146,7 +2142,7 @@ def projects_linearly(headers: Headers) -> bool:
 def refuse_variant(headers: Headers, first_text: Part) -> str | None:
     """Name a relative of Stable Diffusion that would train without complaint, to no use."""
     first = headers.shapes(UNET).get("input_blocks.0.0.weight", (0, 4))
-    channels = headers.config("unet").get("in_channels", first[1])
+    channels = headers.configs.get("unet", {}).get("in_channels", first[1])
     if not isinstance(channels, int):
         raise damaged_model(headers.path / "unet" / "config.json", f"in_channels {show(channels)}")
     if channels != 4:
@@ -2166,7 +2162,7 @@ def refuse_sdxl_variant(headers: Headers) -> str | None:
 
 def sd_resolution(headers: Headers) -> int | None:
     """Tell the side of the pictures a model was made for, where its configs say."""
-    size, vae = headers.config("unet").get("sample_size"), headers.config("vae")
+    size, vae = headers.configs.get("unet", {}).get("sample_size"), headers.configs.get("vae", {})
     if not isinstance(size, int) or not isinstance(vae.get("block_out_channels"), list):
         return None
     return size * sd_scale_factor(vae)
@@ -2185,7 +2181,7 @@ def sd_states(headers: Headers) -> tuple[str | None, bool | None]:
     if not headers.configs:
         marks = headers.weights
         return "v_prediction" if "v_pred" in marks else None, True if "ztsnr" in marks else None
-    sampler, vae = headers.config("scheduler"), headers.config("vae")
+    sampler, vae = headers.configs.get("scheduler", {}), headers.configs.get("vae", {})
     prediction = sampler.get("prediction_type", "epsilon")
     kind = str(sampler.get("_class_name"))
     if kind.startswith(("EDM", "FlowMatch")) or sampler.get("use_flow_sigmas"):
@@ -2245,10 +2241,8 @@ def read_two_encoders(encoders: Sequence[Any], tokens: Sequence[torch.Tensor]) -
     """Join the last layer but one of both text encoders; the second also sums the text up."""
     import torch
 
-    said = [
-        encoder(ids, output_hidden_states=True)
-        for encoder, ids in zip(encoders, tokens, strict=True)
-    ]
+    pairs = zip(encoders, tokens, strict=True)
+    said = [encoder(ids, output_hidden_states=True) for encoder, ids in pairs]
     hidden = torch.cat([each.hidden_states[-2] for each in said], dim=-1)
     return Conditioning(prompt_embeds=hidden, pooled_prompt_embeds=said[-1].text_embeds)
 
@@ -2276,22 +2270,15 @@ def decode_kl(vae: Any, latents: torch.Tensor, tile: int | None) -> torch.Tensor
     return pixels
 
 
-def predict_from_text(
+def ask_unet(
     denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, told: Conditioning
 ) -> torch.Tensor:
-    """Ask a denoiser that is told the caption alone."""
-    answer: torch.Tensor = denoiser(noisy, times, told["prompt_embeds"]).sample
-    return answer
-
-
-def predict_from_text_and_time_ids(
-    denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, told: Conditioning
-) -> torch.Tensor:
-    """Ask a denoiser that is also told how the picture was resized and cropped."""
-    more = {"text_embeds": told["pooled_prompt_embeds"], "time_ids": told["time_ids"]}
-    answer: torch.Tensor = denoiser(
-        noisy, times, told["prompt_embeds"], added_cond_kwargs=more
-    ).sample
+    """Ask the denoiser; SDXL's is also told how the picture was resized and cropped."""
+    more, pooled = None, told.get("pooled_prompt_embeds")
+    if pooled is not None:
+        more = {"text_embeds": pooled, "time_ids": told["time_ids"]}
+    text = told["prompt_embeds"]
+    answer: torch.Tensor = denoiser(noisy, times, text, added_cond_kwargs=more).sample
     return answer
 
 
@@ -2377,7 +2364,7 @@ SD1 = Family(
     scale=scale_latents,
     decode=decode_kl,
     objectives=(DDPM_EPSILON, DDPM_VELOCITY, DDPM_ZERO_SNR),
-    predict=predict_from_text,
+    predict=ask_unet,
     kept_per_latent=106_000,
     architectures={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"},
     header={"ss_base_model_version": "sd_v1", "ss_v2": "False"},
@@ -2410,7 +2397,6 @@ SDXL = dataclasses.replace(
     refuses=refuse_sdxl_variant,
     read_text=read_two_encoders,
     empty_is_silence=True,
-    predict=predict_from_text_and_time_ids,
     kept_per_latent=182_000,
     architectures={
         "epsilon": "stable-diffusion-xl-v1-base",
@@ -2503,8 +2489,8 @@ def read_json_file(path: Path) -> Record:
     return document
 
 
-def find_weights(component: Path, part: Part) -> list[Path]:
-    """Find a component's safetensors: whole, in half precision, or in shards."""
+def find_weights(component: Path, part: Part, *, whole: bool = True) -> list[Path]:
+    """Find a component's safetensors: one file, in half precision, or in shards."""
     stem = part.stem
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (component / name).is_file():
@@ -2518,7 +2504,9 @@ def find_weights(component: Path, part: Part) -> list[Path]:
         return [component / Path(name).name for name in sorted(set(names))]
     if any(component.glob("*.bin")):
         raise unsupported_model("stored as pickle (.bin), which can run code when loaded")
-    raise damaged_model(component, f"no {stem}.safetensors")
+    if whole:
+        raise damaged_model(component, f"no {stem}.safetensors")
+    return [component / f"{stem}.safetensors"]
 
 
 def known_parts() -> dict[str, Part]:
@@ -2616,20 +2604,13 @@ def missing_files(folder: Path | None) -> list[str]:
     configs = {config.parent.name: read_json_file(config) for config in denoisers_in(folder)}
     family = recognise(Headers(path=folder, configs=configs, weights={}, weights_bytes=0))
     lacks = [name for part in family.configured for name in missing_configs(folder, part)]
-    index = folder / "model_index.json"
-    absent = (
-        [n for n, kind in read_json_file(index).items() if kind == [None, None]]
-        if index.is_file()
-        else []
-    )
     for part in family.networks:
-        try:
-            files = find_weights(folder / part.folder, part)
-        except TrainError as error:  # pickles are there, though they are refused
-            damaged = error.code is ErrorCode.MODEL_DAMAGED
-            files = [folder / part.folder / f"{part.stem}.safetensors"] if damaged else []
-        lacks += [f"{part.folder}/{file.name}" for file in files if not file.is_file()]
-    return [name for name in lacks if name.partition("/")[0] not in absent]
+        with contextlib.suppress(TrainError):  # a pickle, which is refused elsewhere
+            files = find_weights(folder / part.folder, part, whole=False)
+            lacks += [f"{part.folder}/{file.name}" for file in files if not file.is_file()]
+    index = folder / "model_index.json"
+    kinds = read_json_file(index) if index.is_file() else {}
+    return [name for name in lacks if kinds.get(name.partition("/")[0]) != [None, None]]
 
 
 def missing_configs(folder: Path, part: Part) -> list[str]:
@@ -2731,7 +2712,10 @@ def find_configs(config: TrainingConfig, family: Family) -> Path | None:
     path = find_model(config.base_model)
     if path and path.is_dir():
         return path
-    return config.model_config_path or cached_snapshot(family.reference)
+    snapshot = cached_snapshot(family.reference)
+    if snapshot and any(missing_configs(snapshot, part) for part in family.configured):
+        snapshot = None  # the rest of it is fetched
+    return config.model_config_path or snapshot
 
 
 def check_configs(folder: Path, family: Family) -> None:
@@ -2826,12 +2810,11 @@ def download_model(config: TrainingConfig, events: Emitter) -> None:
         events.info(PhaseFacts(name="downloading base model", done=0, total=None))
         folder = fetch(hub_id, CONFIG_FILES)
         refuse_other_folder(folder)
-        for kind in ("", ".fp16"):  # the whole numbers, and half of them where there are no others
-            parts = {name.partition("/")[0] for name in missing_files(folder)} & {*known_parts()}
-            stems = {name: f"{name}/{known_parts()[name].stem}{kind}" for name in parts}
+        for kind in ("", ".fp16"):  # half precision where there is no other
+            short = {name.partition("/")[0] for name in missing_files(folder)}
+            stems = [f"{n}/{part.stem}{kind}" for n, part in known_parts().items() if n in short]
             ends = (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
-            wanted = [f"{stem}{end}" for stem in stems.values() for end in ends]
-            folder = fetch(hub_id, [*CONFIG_FILES, *wanted]) if parts else folder
+            fetch(hub_id, [*CONFIG_FILES, *(f"{stem}{end}" for stem in stems for end in ends)])
         if lacks := missing_files(folder):
             raise unfetched_model("base_model", hub_id, f"no {', '.join(lacks)}")
     elif path.is_file() and (reference := missing_reference(config, inspect_model(config)[0])):
@@ -2928,26 +2911,20 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     return model.to(device).eval().requires_grad_(False)
 
 
-def read_tensors(
-    file: Path, dtype: torch.dtype, device: str = "cpu", prefix: str = ""
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read the tensors of a file, or a part of them, one by one to where they are to be.
+def read_all(base: BaseModel, part: Part, dtype: torch.dtype, device: str = "cpu") -> Tensors:
+    """Read the tensors of one network, one by one to where they are to be, by their own names.
 
     A mapped file would count as memory beside what is made of it.
     """
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt", device=device, backend="pread") as opened:
-        for name in opened.keys():  # noqa: SIM118, it is no dictionary
-            if name.startswith(prefix):
-                yield name, opened.get_tensor(name).to(dtype)
-
-
-def read_all(base: BaseModel, part: Part, dtype: torch.dtype, device: str = "cpu") -> Tensors:
-    """Read the tensors of one network, under the names they have in its files."""
+    tensors: Tensors = {}
     prefix = part.original if base.file else ""
-    files = base.files(part)
-    return {k: v for file in files for k, v in read_tensors(file, dtype, device, prefix)}
+    for file in base.files(part):
+        with safe_open(file, framework="pt", device=device, backend="pread") as opened:
+            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+            tensors |= {name: opened.get_tensor(name).to(dtype) for name in names}
+    return tensors
 
 
 def load_large(
@@ -5942,9 +5919,10 @@ def import_libraries() -> None:
     import diffusers
     import peft  # noqa: F401, takes long, and is needed later
     import transformers
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: F401
-    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
+    for family in FAMILIES.values():
+        for part in family.configured:
+            library_class(part)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
