@@ -168,13 +168,17 @@ class WarningCode(Code):
     CAPTION_TRUNCATED = "A caption is longer than is read.", "Put what matters first."
     PREDICTION_ASSUMED = "An SD 2 file does not say what it predicts.", "Give prediction_type."
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
+    UPDATE_RETRIED = (
+        "An update ran out of memory; it is made again with gradient checkpointing.",
+        "Set gradient_checkpointing to true.",
+    )
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
     STATE_IGNORED = "Something saved cannot be used and is left out.", "Look at the disk."
     COMPILE_FAILED = "The denoiser cannot be compiled; it runs as it is.", "Set compile to off."
     MEMORY_SPILLED = (
-        "Updates became slow while the card's memory is full: the driver swaps.",
+        "The card's memory is full and updates are slow: the driver swaps.",
         "Lower batch_size or resolution, or close other programs.",
     )
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
@@ -333,14 +337,14 @@ class Facts(Event, type="info"):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts(Facts, topic="device"):
-    """The processor that will train, as far as it is known without loading torch."""
+    """The processor that will train: in a preflight by the system's word, else by torch's."""
 
     says: ClassVar[str] = "Device: {name} ({kind})"
     kind: Annotated[str, "`cuda`, `mps` or `cpu`"]
     name: Annotated[str, "as its maker calls it"]
-    memory_total_bytes: Annotated[int | None, "memory of the device"]
-    memory_free_bytes: Annotated[int | None, "memory free at the moment"]
-    driver: Annotated[str | None, "driver version"] = None
+    memory_total_bytes: Annotated[int | None, "memory of the device"] = None
+    memory_free_bytes: Annotated[int | None, "memory free at the moment"] = None
+    driver: Annotated[str | None, "driver version, where nvidia-smi was asked"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,8 +471,8 @@ class ProgressEvent(Event, type="progress"):
     images_per_second: Annotated[float | None, "speed of late"]
     seconds_per_step: Annotated[float | None, "speed of late"]
     elapsed_seconds: Annotated[float, "since the program started"]
-    eta_seconds: Annotated[float | None, "until the last step"]
-    memory_bytes: Annotated[int | None, "device memory in use"]
+    eta_seconds: Annotated[float | None, "until the end, previews and checkpoints included"]
+    memory_bytes: Annotated[int | None, "memory held, also what is kept for later use"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -507,7 +511,7 @@ class CompleteEvent(Event, type="complete"):
     total_time: Annotated[float, "seconds since the program started"]
     final_loss: Annotated[float | None, "mean of the last progress line"]
     images_per_second: Annotated[float | None, "over the whole run"]
-    peak_memory_bytes: Annotated[int | None, "most device memory ever in use"]
+    peak_memory_bytes: Annotated[int | None, "most memory that was ever held"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1110,6 +1114,11 @@ class TrainingConfig:
         return dataclasses.replace(config, remarks=(*remarks, *remark_on(config)))
 
     @property
+    def may_checkpoint(self) -> bool:
+        """Tell whether activations may be dropped; bitsandbytes' int8 layers hold on to theirs."""
+        return self.gradient_checkpointing is not False and self.base_precision != "int8"
+
+    @property
     def effective_batch(self) -> int:
         """Count the images behind one update."""
         return self.batch_size * self.gradient_accumulation_steps
@@ -1175,6 +1184,13 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
             expected="fp32, auto or a packed one where mixed_precision is no",
             found=show(config.base_precision),
             hint="Set mixed_precision to auto, or base_precision to auto.",
+        )
+    if config.gradient_checkpointing is True and not config.may_checkpoint:
+        yield Problem(
+            path="gradient_checkpointing",
+            expected="auto or false with base_precision int8, which keeps activations all the same",
+            found="true",
+            hint="Set base_precision to nf4.",
         )
 
 
@@ -2034,7 +2050,10 @@ class Family:
     objectives: tuple[Objective, ...]
     assumed: str | None = None  # what the reference predicts, where not all bases predict the same
     predict: Callable[[Any, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
-    kept_per_latent: float  # numbers kept for the way back, per image and place of the latents
+    # Numbers kept of an image for the way back, per place of its latents and per weight that the
+    # denoiser has for each channel of its first layer; the second with gradient checkpointing.
+    kept_per_latent: float
+    kept_per_latent_checkpointed: float
     # LoRA files.
     architectures: dict[str, str]  # what they call it, for each prediction type
     header: dict[str, str]  # what else they say about it
@@ -2195,10 +2214,12 @@ def sd_states(headers: Headers) -> tuple[str | None, bool | None]:
 def measure_sd(parts: Mapping[str, Shapes]) -> dict[str, int]:
     """Take the sizes that a plan needs from names and shapes, in either layout."""
     halving = re.compile(r"encoder\.down.*downsample.*conv\.weight")
-    vae, text = parts["vae"], parts["text_encoder"]
+    vae, text, unet = parts["vae"], parts["text_encoder"], parts["unet"]
     positions = [s[0] for n, s in text.items() if "position" in n and len(s) == 2]
-    widths = [s[1] for n, s in parts["unet"].items() if n.endswith("attn2.to_k.weight")]
+    widths = [s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight")]
+    first = unet.get("conv_in.weight") or unet.get("input_blocks.0.0.weight", (320,))
     return {
+        "width": first[0],
         "vae_scale_factor": 1 << (sum(bool(halving.match(name)) for name in vae) or 3),
         "vae_width": vae.get("decoder.conv_out.weight", (3, 128))[1],
         "tokens": max(positions, default=77),
@@ -2365,7 +2386,8 @@ SD1 = Family(
     decode=decode_kl,
     objectives=(DDPM_EPSILON, DDPM_VELOCITY, DDPM_ZERO_SNR),
     predict=ask_unet,
-    kept_per_latent=106_000,
+    kept_per_latent=0.046,
+    kept_per_latent_checkpointed=0.012,
     architectures={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"},
     header={"ss_base_model_version": "sd_v1", "ss_v2": "False"},
 )
@@ -2397,7 +2419,8 @@ SDXL = dataclasses.replace(
     refuses=refuse_sdxl_variant,
     read_text=read_two_encoders,
     empty_is_silence=True,
-    kept_per_latent=182_000,
+    kept_per_latent=0.03,
+    kept_per_latent_checkpointed=0.004,
     architectures={
         "epsilon": "stable-diffusion-xl-v1-base",
         "v_prediction": "stable-diffusion-xl-v1-base",
@@ -2648,6 +2671,7 @@ class Structure:
 
     family: Family
     parts: dict[str, Shapes]  # the weights of every network, by its folder
+    width: int  # channels of the denoiser where the picture is largest
     vae_scale_factor: int  # how far the VAE reduces a side
     vae_width: int  # its channels where the picture is largest
     tokens: int  # that a caption has room for
@@ -3051,7 +3075,10 @@ class Models:
     text_encoders: list[Any] = field(default_factory=list)
     denoiser: Any = None
     mixes: bool = False  # whether the denoiser lies in another precision than it computes in
+    vae: Any = None  # it waits for pictures in main memory
+    checkpointing: bool = False  # whether activations are computed anew on the way back
     tiling: bool = False  # whether the VAE decodes previews in pieces
+    previews_at_once: int = 1
 
     @classmethod
     def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Models:
@@ -3074,6 +3101,13 @@ class Models:
         parts = self.base.family.text_encoders
         self.text_encoders = [load_part(self.base, p, dtype, self.device) for p in parts]
 
+    def load_vae(self) -> Any:
+        """Load the VAE once, in full precision, to where it waits for pictures."""
+        import torch
+
+        self.vae = self.vae or load_part(self.base, self.base.family.vae, torch.float32)
+        return self.vae
+
     def load_denoiser(self, precision: str) -> None:
         """Load the network that is adapted, in a precision of its own where that was asked for."""
         import torch
@@ -3091,6 +3125,13 @@ class Models:
             pack_linears(denoiser, precision, self.dtype)
         # Convolutions in half precision read this order of numbers, and else convert to it.
         self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
+
+    def checkpoint_gradients(self) -> None:
+        """Keep few activations, and compute the others anew on the way back."""
+        self.checkpointing = True
+        self.denoiser.enable_gradient_checkpointing()
+        for encoder in self.text_encoders:
+            encoder.activation_checkpointing_enable()
 
     def read_text(self, tokens: Sequence[torch.Tensor]) -> Conditioning:
         """Let the text encoders read token numbers, [batch, tokens] for each of them."""
@@ -3396,8 +3437,6 @@ def encode_images(
     models: Models, pictures: Sequence[Picture], config: TrainingConfig, shelf: Shelf, phase: Phase
 ) -> tuple[CachedImage, ...]:
     """Let the VAE see what is new to the shelf; it is loaded for the first of it."""
-    import torch
-
     family = models.base.family
     origin = shelf.origin(models.base, [family.vae])
 
@@ -3413,7 +3452,7 @@ def encode_images(
         return fit_picture(load_checked(picture), config.resolution)
 
     def encode(numbers: list[int]) -> Iterator[Kept]:
-        vae = load_part(models.base, family.vae, torch.float32, models.device) if numbers else None
+        vae = models.load_vae().to(models.device) if numbers else None
         for picture, fitted in ahead(load, [pictures[number] for number in numbers]):
             made = encode_image(family, vae, *fitted, flip=config.flip)
             if not made["latent_dist"].isfinite().all():
@@ -4364,64 +4403,76 @@ def preview_prompts(config: TrainingConfig) -> list[str]:
 
 
 def sample_latents(
-    models: Models,
-    texts: tuple[Conditioning, Conditioning],
-    config: TrainingConfig,
-    seed: int,
-    stop: StopRequest,
+    models: Models, pairs: Conditioning, config: TrainingConfig, seeds: list[int], stop: StopRequest
 ) -> Any:
-    """Remove noise step by step, drawn towards the prompt and away from its opposite."""
+    """Remove noise step by step, drawn towards the prompts and away from their opposite."""
     import torch
 
-    base, side = models.base, config.resolution // models.vae_scale_factor
-    chance = torch.Generator().manual_seed(seed)
-    latents = torch.randn((1, base.family.latent_channels, side, side), generator=chance)
+    base, side, both = models.base, config.resolution // models.vae_scale_factor, 2 * len(seeds)
+    chances = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (1, base.family.latent_channels, side, side)
+    latents = torch.cat([torch.randn(shape, generator=chance) for chance in chances])
     latents = latents.to(models.device)
     solver = base.objective.solver(models.schedule, config.sample_steps, latents)
-    pair = Conditioning.stack(texts).to(models.device)
-    time_ids = torch.tensor([[config.resolution] * 2 + [0, 0] + [config.resolution] * 2] * 2)
+    time_ids = torch.tensor([[config.resolution] * 2 + [0, 0] + [config.resolution] * 2] * both)
     time_ids = time_ids.to(models.device, torch.float32)
     for time_step in solver.timesteps:
         stop.check()
         noisy = torch.cat([latents, latents])
-        plain, drawn = models.predict(noisy, time_step.expand(2), pair, time_ids).float().chunk(2)
+        answer = models.predict(noisy, time_step.expand(both), pairs, time_ids).float()
+        plain, drawn = answer.chunk(2)
         answer = plain + config.sample_guidance * (drawn - plain)
         (latents,) = solver.step(answer, time_step, latents, return_dict=False)
     return latents
 
 
-def decode_latents(models: Models, latents: torch.Tensor) -> Image.Image:
-    """Turn latents into a picture, in full precision: half of it makes some VAEs go black."""
+def decode_latents(models: Models, latents: torch.Tensor) -> list[Image.Image]:
+    """Turn latents into pictures, one by one; the VAE leaves main memory for that long."""
+    vae = models.load_vae().to(models.device)
+    try:
+        return [decode_picture(models, each[None]) for each in latents]
+    finally:
+        vae.to("cpu")
+
+
+def decode_picture(models: Models, latents: torch.Tensor) -> Image.Image:
+    """Decode in the run's precision, and again in full where half of it makes a VAE go black."""
     import torch
     from PIL import Image
 
-    family = models.base.family
-    vae = load_part(models.base, family.vae, torch.float32, models.device)
-    tile = TILE_PIXELS if models.tiling else None
-    pixels = family.decode(vae, latents, tile)[0]  # [3, height, width]
-    if not pixels.isfinite().all():
+    family, tile = models.base.family, TILE_PIXELS if models.tiling else None
+    for exact in (models.dtype == torch.float32, True):
+        with torch.autocast(models.device.type, models.dtype, enabled=not exact):
+            pixels = family.decode(models.vae, latents, tile)[0].float()  # [3, height, width]
+        if pixels.isfinite().all():
+            break
+    else:
         raise ArithmeticError("the picture is not finite")
     pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def draw_preview(
-    models: Models, cache: Cache, prompt: str, config: TrainingConfig, seed: int, stop: StopRequest
-) -> Image.Image:
-    """Draw one picture without touching anything that training depends on."""
+Wanted = Sequence[tuple[str, int]]  # prompts with their seeds
+
+
+def draw_previews(
+    models: Models, cache: Cache, wanted: Wanted, config: TrainingConfig, stop: StopRequest
+) -> list[Image.Image]:
+    """Draw pictures together, and touch nothing that training depends on."""
     import torch
 
     networks = (models.denoiser, *models.text_encoders)
+    prompts, seeds = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
     for network in networks:
         network.eval()
     try:
         with torch.no_grad():
-            text = cache.read(models, [prompt])
+            texts = cache.read(models, prompts)
             negative = cache.read(models, [config.sample_negative_prompt])
             if models.base.family.empty_is_silence and not config.sample_negative_prompt:
                 negative = negative.silenced()
-            latents = sample_latents(models, (negative, text), config, seed, stop)
-            return decode_latents(models, latents)
+            pairs = Conditioning.stack([*[negative] * len(seeds), texts]).to(models.device)
+            return decode_latents(models, sample_latents(models, pairs, config, seeds, stop))
     finally:
         for network in networks:
             network.train()
@@ -4430,40 +4481,61 @@ def draw_preview(
 # === Device ==================================================================
 
 
+# What is there beside a driver, where nvidia-smi is not: NVIDIA's own, that of WSL, AMD's.
+CARD_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
 def inspect_device(wanted: str) -> DeviceFacts:
     """Ask the system, not torch, which processor will train."""
-    apple = sys.platform == "darwin" and platform.machine() == "arm64"
     kind, _, index = wanted.partition(":")
-    gpu = query_nvidia(int(index or 0)) if kind in ("auto", "cuda") else None
-    return gpu or DeviceFacts(
+    if kind in ("auto", "cuda") and (card := inspect_card(int(index or 0))):
+        return card
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    facts = DeviceFacts(
         kind="mps" if apple and kind != "cpu" else "cpu",
         name=processor_name(),
         memory_total_bytes=memory_bytes("SC_PHYS_PAGES"),
         memory_free_bytes=free_memory(),
     )
+    if kind not in ("auto", facts.kind):
+        raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, "a machine without it")
+    return facts
 
 
-def query_nvidia(index: int) -> DeviceFacts | None:
-    """Read a visible GPU from nvidia-smi, where there is one."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [str(index)] * (index + 1) if listed is None else listed.split(",")
-    program = shutil.which("nvidia-smi")
-    if program is None or index >= len(visible) or visible[index].strip() in ("", "-1"):
+def inspect_card(index: int) -> DeviceFacts | None:
+    """Describe the card to which torch will give this number, as far as the system knows it."""
+    cards = list_cards()
+    every = ",".join(map(str, range(len(cards) or index + 1)))
+    entries = [e.strip() for e in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")]
+    if index >= len(entries) or not {"", "-1"}.isdisjoint(entries[: index + 1]):
         return None
-    query = "--query-gpu=name,memory.total,memory.free,driver_version"
-    command = [program, query, "--format=csv,noheader,nounits", f"--id={visible[index].strip()}"]
+    asked = entries[index]
+    if cards and not asked.startswith("MIG-"):
+        named = ((str(n), uuid, card) for n, (uuid, card) in enumerate(cards.items()))
+        return next((c for n, uuid, c in named if asked == n or uuid.startswith(asked)), None)
+    # Part of a card, or a machine without nvidia-smi: torch will see more.
+    there = cards or any(map(os.path.exists, CARD_NODES))
+    return DeviceFacts(kind="cuda", name="a card unknown to nvidia-smi") if there else None
+
+
+def list_cards() -> dict[str, DeviceFacts]:
+    """Ask nvidia-smi for all cards by their uuid, in the order in which CUDA counts them."""
+    query = "--query-gpu=uuid,compute_cap,name,memory.total,memory.free,driver_version"
+    program = shutil.which("nvidia-smi") or "nvidia-smi"
+    command = [program, query, "--format=csv,noheader,nounits"]
+    cards = {}
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        name, total, free, driver = answer.stdout.strip().split(", ")
-        return DeviceFacts(
-            kind="cuda",
-            name=name,
-            memory_total_bytes=mebibytes(total),
-            memory_free_bytes=mebibytes(free),
-            driver=driver,
-        )
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None  # a driver that does not answer trains nothing
+        rows = [line.split(", ") for line in answer.stdout.strip().splitlines()]
+        if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+            # Fastest first, by a rule of CUDA's own that this comes near; equals stay in order.
+            rows.sort(key=lambda row: (float(row[1]), mebibytes(row[3]) or 0), reverse=True)
+        for uuid, _, name, total, free, driver in rows:
+            memory = {"memory_total_bytes": mebibytes(total), "memory_free_bytes": mebibytes(free)}
+            cards[uuid] = DeviceFacts(kind="cuda", name=name, driver=driver, **memory)
+    except (OSError, LookupError, ValueError, subprocess.SubprocessError):
+        return {}  # a driver that does not answer trains nothing
+    return cards
 
 
 def mebibytes(text: str) -> int | None:
@@ -4507,15 +4579,15 @@ def choose_device(config: TrainingConfig) -> torch.device:
     """Take the processor that was asked for, or the best there is."""
     import torch
 
+    kind, _, index = config.device.partition(":")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if config.device == "auto":
-        return torch.device(next((kind for kind, there in available.items() if there), "cpu"))
-    device = torch.device(config.device)
-    missing = not available.get(device.type, True)
-    if missing or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+    if kind == "auto":
+        kind = next((kind for kind, there in available.items() if there), "cpu")
+    number = int(index or 0)
+    if not available.get(kind, True) or (kind == "cuda" and number >= torch.cuda.device_count()):
         found = "a torch that does not see it"
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", config.device, found)
-    return device
+    return torch.device(kind, number) if kind == "cuda" else torch.device(kind)
 
 
 def choose_precision(config: TrainingConfig, device: torch.device, events: Emitter) -> torch.dtype:
@@ -4536,19 +4608,14 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Tell which processor trains, once torch has been asked."""
+    """Tell which processor trains; of a card, torch knows best."""
     import torch
 
-    facts = inspect_device(str(device))
-    if device.type == "cuda" and facts.kind != "cuda":  # nvidia-smi is not everywhere
-        free, total = torch.cuda.mem_get_info(device)
-        facts = DeviceFacts(
-            kind="cuda",
-            name=torch.cuda.get_device_name(device),
-            memory_total_bytes=total,
-            memory_free_bytes=free,
-        )
-    return facts
+    if device.type != "cuda":
+        return inspect_device(device.type)
+    free, total = torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_properties(device).name
+    return DeviceFacts(kind="cuda", name=name, memory_total_bytes=total, memory_free_bytes=free)
 
 
 def keep_freed_memory() -> None:
@@ -4570,9 +4637,9 @@ def memory_in_use(device: torch.device) -> int | None:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_reserved(device)  # what the driver shows, but for its own
     if device.type == "mps":
-        return torch.mps.current_allocated_memory()
+        return torch.mps.driver_allocated_memory()
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -4595,7 +4662,7 @@ def peak_memory(device: torch.device) -> int | None:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     if sys.platform == "win32":
         return None
     import resource
@@ -4685,91 +4752,31 @@ SLACK = 1.15  # a plan may be wrong by so much; a run is refused only beyond
 
 # A packed number comes with a share of its group's scale.
 NUMBER_BYTES = {"nf4": 0.5625, "int8": 1.0, "fp16": 2.0, "bf16": 2.0, "fp32": 4.0}
-# Layers whose activations are computed anew together, with gradient checkpointing.
-BLOCK = re.compile(
-    r".*transformer_blocks\.\d+|.*resnets\.\d+|\w+put_blocks\.\d+\.0|middle_.*\.[02]"
-)
-STAGE = re.compile(r"(down|up|input|output)_blocks\.(\d+)\.")
-
-
-def halvings(shapes: Shapes) -> Callable[[str], int]:
-    """Tell how often the picture was halved on its way to a layer of the denoiser."""
-    found = [(m[1], int(m[2]), name) for name in shapes if (m := STAGE.match(name))]
-    doubling = re.compile(r"output_blocks\.\d+\.\d\.conv\.weight|.*upsamplers")
-    halved = {n for kind, n, name in found if kind == "input" and ".op." in name}
-    doubled = {n for kind, n, name in found if kind == "output" and doubling.match(name)}
-    deepest = max([len(halved), *(number for kind, number, _ in found if kind == "down")])
-
-    def at(name: str) -> int:
-        match = STAGE.match(name)
-        if match is None:
-            return deepest if name.startswith("mid") else 0
-        kind, number = match[1], int(match[2])
-        depth = {
-            "down": number,
-            "up": deepest - number,
-            "input": sum(n <= number for n in halved),
-            "output": deepest - sum(n < number for n in doubled),
-        }[kind]
-        return max(0, depth - bool(doubling.match(name)))
-
-    return at
-
-
-def kept_by(name: str, shape: tuple[int, ...], places: int, tokens: int) -> float:
-    """Count the numbers that a layer keeps of one image for the way back.
-
-    What a norm in front of the layer keeps counts too; layers that are frozen and linear keep
-    nothing.
-    """
-    if len(shape) < 2:
-        return 0
-    outgoing, incoming = shape[0] * places, shape[1] * places
-    if len(shape) == 4 and shape[2] > 1:  # normalised, activated, convolved
-        return 2 * incoming + outgoing
-    if name.endswith("to_q.weight"):
-        return 2 * incoming + outgoing
-    if name.endswith(("attn1.to_k.weight", "attn1.to_v.weight")):
-        return outgoing
-    if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
-        return shape[0] * tokens
-    if name.endswith(("to_out.0.weight", "proj_in.weight", "proj_out.weight")):
-        return incoming
-    if name.endswith("ff.net.0.proj.weight"):  # half of what goes out is the other half's gate
-        return incoming + 1.5 * outgoing
-    return 0
-
-
-def activation_bytes(
-    structure: Structure, config: TrainingConfig, number_bytes: float, *, checkpointing: bool
-) -> int:
-    """Add up what the denoiser keeps of a batch between the way there and the way back."""
-    run = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
-    alike = ("auto", run, *QUANTISED)
-    if config.base_precision not in alike:  # autocast then widens what norms see
-        number_bytes = 4
-    side, depth = config.resolution // structure.vae_scale_factor, halvings(structure.shapes)
-    tokens = structure.tokens
-    blocks: Counter[str] = Counter()
-    entering: dict[str, float] = {}
-    for name, shape in sorted(structure.shapes.items()):
-        places = max(1, side >> depth(name)) ** 2
-        match = BLOCK.match(name)
-        block = match[0] if match else name
-        if numbers := kept_by(name, shape, places, tokens):
-            blocks[block] += math.ceil(number_bytes * numbers)
-            entering.setdefault(block, number_bytes * (shape[1] * places if match else numbers))
-    largest = max(blocks.values(), default=0)
-    kept = sum(entering.values()) if checkpointing else sum(blocks.values())
-    if config.train_text_encoder:
-        linear = [s for n, s in structure.text_shapes.items() if len(s) == 2 and "embed" not in n]
-        kept += number_bytes * tokens * sum(map(sum, linear))
-    return math.ceil(config.batch_size * (kept + largest))
+# What more is kept: dropout's masks and products, and inputs that int8 layers hold on to.
+DROPOUT_KEEPS, INT8_KEEPS = 1.35, 1.2
 
 
 def run_bytes(config: TrainingConfig, device: DeviceFacts) -> float:
     """Tell the size of a number in the precision of the run."""
     return 4.0 if device.kind != "cuda" or config.mixed_precision == "no" else 2.0
+
+
+def activation_bytes(
+    config: TrainingConfig, structure: Structure, number_bytes: float, *, checkpointing: bool
+) -> int:
+    """Foresee what is kept of a batch between the way there and the way back."""
+    run = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
+    if config.base_precision not in ("auto", run, *QUANTISED):  # autocast widens what norms see
+        number_bytes = 4
+    family, side = structure.family, config.resolution // structure.vae_scale_factor
+    kept = family.kept_per_latent_checkpointed if checkpointing else family.kept_per_latent
+    kept *= DROPOUT_KEEPS if config.lora_dropout else 1
+    kept *= INT8_KEEPS if config.base_precision == "int8" else 1
+    numbers = kept * side**2 * structure.numbers(family.denoiser) / structure.width
+    if config.train_text_encoder:
+        linear = [s for n, s in structure.text_shapes.items() if len(s) == 2 and "embed" not in n]
+        numbers += structure.tokens * sum(map(sum, linear))
+    return math.ceil(config.batch_size * number_bytes * numbers)
 
 
 def denoiser_bytes(config: TrainingConfig, structure: Structure, device: DeviceFacts) -> int:
@@ -4786,10 +4793,9 @@ def denoiser_bytes(config: TrainingConfig, structure: Structure, device: DeviceF
     )
 
 
-def vae_bytes(structure: Structure, maps: float, side: int) -> int:
-    """Tell what the VAE needs at work on a picture, in full precision."""
-    widest = 4 * structure.vae_width * side**2
-    return 4 * structure.numbers(structure.family.vae) + round(maps * widest)
+def exceeds(needed: int, free: int | None, slack: float = 1.0) -> bool:
+    """Tell whether there is too little memory; what is not known is no obstacle."""
+    return free is not None and needed > slack * free
 
 
 def cached_bytes(config: TrainingConfig, structure: Structure) -> int:
@@ -4799,37 +4805,60 @@ def cached_bytes(config: TrainingConfig, structure: Structure) -> int:
     return 4 * ((1 + config.flip) * 2 * latents + structure.tokens * structure.text_width)
 
 
+def widest_map(structure: Structure, side: int) -> int:
+    """Tell the size of the VAE's widest map of a picture, in full precision."""
+    return 4 * structure.vae_width * side**2
+
+
+def lasting_bytes(
+    config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
+) -> dict[str, int]:
+    """Add up what is there before the first update, and then stays."""
+    number_bytes, learns = run_bytes(config, device), config.train_text_encoder
+    text = sum(map(math.prod, structure.text_shapes.values()))
+    encoding = round(ENCODE_MAPS * widest_map(structure, config.resolution))
+    return {
+        "process": 0 if device.kind == "cuda" else LIBRARIES_BYTES,
+        "encoders": encoding if learns else max(4 * text, encoding),  # these go
+        "denoiser": denoiser_bytes(config, structure, device),
+        "learned_text": round(number_bytes * text) if learns else 0,
+        # With its gradients, the optimizer's moments, and a copy where the run is in half.
+        "adapter": (16 if number_bytes == 4 else 20) * adapter_numbers(config, structure),
+        "vae": 4
+        * structure.numbers(structure.family.vae),  # waits in main memory for the next picture
+        # What is read from a file can be read again.
+        "cache": 0 if config.cache_dir else images * cached_bytes(config, structure),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What a run will hold, in bytes, and what follows from it."""
+    """What a run will hold, and what follows from it."""
 
-    process: int  # before any tensor
-    encoders: int  # the larger of VAE and text encoders at work
-    denoiser: int
-    largest_tensor: int  # read beside what is made of it
-    learned_text: int  # text encoders that stay, because they learn
-    adapter: int  # with its gradients, the optimizer's moments, and a copy where the run is in half
-    cache: int
-    activations: int
-    preview: int  # the VAE at work beside all that stays
-    on_card: bool  # elsewhere, memory that activations had stays with the process
+    parts: dict[str, int]  # bytes by what they hold
+    on_card: bool  # elsewhere all is one memory, and what activations had stays with the process
     free: int | None
+    main_free: int | None  # where images and captions lie
     checkpointing: bool
     tiling: bool  # previews are decoded in pieces
+    previews_at_once: int
 
     @property
-    def resting(self) -> int:
-        """Tell what is held between two steps."""
-        return self.process + self.denoiser + self.learned_text + self.adapter + self.cache
+    def main(self) -> int:
+        """Tell what waits in main memory beside a card."""
+        return self.parts["vae"] + self.parts["cache"] if self.on_card else 0
 
     @property
     def phases(self) -> dict[str, int]:
-        """Tell the most that each phase holds."""
+        """Tell the most that each phase holds of the memory that training happens in."""
+        part, card = self.parts, self.on_card
+        waits = part["process"] + part["learned_text"] + (0 if card else part["cache"])
+        loaded = waits + part["denoiser"] + part["adapter"] + (0 if card else part["vae"])
         return {
-            "encoding": self.process + self.encoders + self.learned_text + self.cache,
-            "loading": self.resting + self.largest_tensor,
-            "training": self.resting + self.activations,
-            "previews": self.resting + self.preview + (0 if self.on_card else self.activations),
+            "encoding": waits + part["vae"] + part["encoders"],
+            "loading": loaded,
+            "training": loaded + part["activations"],
+            "previews": loaded + part["preview"] + part["vae" if card else "activations"],
         }
 
     def peak_until(self, phase: str) -> int:
@@ -4838,117 +4867,94 @@ class MemoryPlan:
         return max(needs[: {"encoding": 1, "loading": 2}.get(phase, len(needs))])
 
     @property
-    def peak(self) -> int:
-        """Tell the most that is ever held."""
-        return self.peak_until("training")
-
-    @property
     def fits(self) -> bool:
-        """Tell whether it can be hoped for; what is not known is no obstacle."""
-        return self.free is None or self.peak <= self.free
+        """Tell whether it can be hoped for."""
+        return not exceeds(self.peak_until("training"), self.free)
 
     @property
-    def hopeless(self) -> bool:
-        """Tell whether it cannot be, even if the plan is too large and no preview is drawn."""
+    def shortage(self) -> str | None:
+        """Say what is missing even if the plan is too large and no preview is drawn."""
         needed = max(self.phases["encoding"], self.phases["training"])
-        return self.free is not None and needed > SLACK * self.free
+        rooms = ("memory", needed, self.free), ("main memory", self.main, self.main_free)
+        for kind, needs, free in rooms:
+            if exceeds(needs, free, SLACK):
+                return f"The run needs {needs:,} bytes of {kind}; {free:,} are free"
+        return None
 
     @classmethod
     def make(
         cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
     ) -> MemoryPlan:
         """Choose the fastest way that fits; where none does, the one that needs least."""
-        first = cls.roomy(config, structure, images, device)
-        number_bytes, tile = run_bytes(config, device), min(TILE_PIXELS, config.resolution)
-        smaller: Record = {
-            "checkpointing": True,
-            "activations": activation_bytes(structure, config, number_bytes, checkpointing=True),
-        }
-        tiled: Record = {"tiling": True, "preview": vae_bytes(structure, DECODE_MAPS, tile)}
-        asked = config.gradient_checkpointing
-        ways = [first, dataclasses.replace(first, **tiled)] if asked is not True else []
-        if asked is not False:
-            plan = dataclasses.replace(first, **smaller)
-            ways += [plan, dataclasses.replace(plan, **tiled)]
-        return next((plan for plan in ways if plan.fits), ways[-1])
-
-    @classmethod
-    def roomy(
-        cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
-    ) -> MemoryPlan:
-        """Add everything up, from headers and config alone, for the way that is fastest."""
-        number_bytes, learns = run_bytes(config, device), config.train_text_encoder
-        text = sum(map(math.prod, structure.text_shapes.values()))
-        encoding = vae_bytes(structure, ENCODE_MAPS, config.resolution)
-        # What is read from a file can be read again; and a card sees one batch at a time.
-        on_card, free = device.kind == "cuda", device.memory_free_bytes
-        elsewhere = config.cache_dir is not None or on_card
-        every = (*structure.shapes.values(), *structure.text_shapes.values())
-        at_once = 0 if on_card else 4 * max(map(math.prod, every), default=0)
-        return cls(
-            process=0 if on_card else LIBRARIES_BYTES,
-            encoders=encoding if learns else max(4 * text + at_once, encoding),
-            denoiser=denoiser_bytes(config, structure, device),
-            largest_tensor=at_once,
-            learned_text=round(number_bytes * text) if learns else 0,
-            adapter=(16 if number_bytes == 4 else 20) * adapter_numbers(config, structure),
-            cache=0 if elsewhere else images * cached_bytes(config, structure),
-            activations=activation_bytes(structure, config, number_bytes, checkpointing=False),
-            preview=vae_bytes(structure, DECODE_MAPS, config.resolution),
-            on_card=on_card,
-            free=free - CONTEXT_BYTES if on_card and free is not None else free,
-            checkpointing=False,
-            tiling=False,
+        parts, on_card = lasting_bytes(config, structure, images, device), device.kind == "cuda"
+        free, width = device.memory_free_bytes, run_bytes(config, device)
+        kept, least = (
+            activation_bytes(config, structure, width, checkpointing=on) for on in (False, True)
         )
+        sides = config.resolution, min(TILE_PIXELS, config.resolution)
+        whole, pieces = (round(DECODE_MAPS * widest_map(structure, side)) for side in sides)
+        ways = [(False, kept)] if config.gradient_checkpointing is not True else []
+        ways += [(True, least)] if config.may_checkpoint else []
+        plans = [
+            cls(
+                parts=parts | {"activations": active, "preview": preview},
+                on_card=on_card,
+                free=free - CONTEXT_BYTES if on_card and free is not None else free,
+                main_free=free_memory(),
+                checkpointing=checkpointing,
+                tiling=tiling,
+                # With and without its prompt, one takes no more than two images of a batch.
+                previews_at_once=max(1, config.batch_size * active // (2 * least))
+                if on_card
+                else 1,
+            )
+            for checkpointing, active in ways
+            for tiling, preview in ((False, whole), (True, pieces))
+        ]
+        return next((plan for plan in plans if plan.fits), plans[-1])
 
     def facts(self) -> MemoryFacts:
         """Tell what was chosen, and why."""
         room = "unknown" if self.free is None else f"{self.free:,} bytes are free"
+        planned = self.peak_until("training")
         chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
-        parts = ("process", "encoders", "denoiser", "largest_tensor", "learned_text", "adapter")
         return MemoryFacts(
             phase="planning",
             in_use_bytes=None,
             peak_bytes=None,
-            planned_bytes=self.peak,
+            planned_bytes=planned,
             free_bytes=self.free,
-            parts={
-                name: getattr(self, name) for name in (*parts, "cache", "activations", "preview")
-            },
+            parts=self.parts,
             choices={
-                knob: f"{'on' if on else 'off'}: {self.peak:,} bytes planned, {room}"
+                knob: f"{'on' if on else 'off'}: {planned:,} bytes planned, {room}"
                 for knob, on in chosen.items()
             },
         )
 
 
 def remedies(
-    config: TrainingConfig,
-    structure: Structure,
-    images: int,
-    device: DeviceFacts,
-    phase: str = "training",
+    config: TrainingConfig, planned: Callable[[TrainingConfig], MemoryPlan], phase: str = "training"
 ) -> list[Problem]:
     """Rank what would help where memory is short: what makes it fit, then what saves most."""
+    plan, found = planned(config), []
     offers: Record = {
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": True if config.base_precision != "int8" else "auto",
         "batch_size": max(1, config.batch_size // 2),
         "resolution": min(512, config.resolution),
         "train_text_encoder": False,
         "lora_rank": min(16, config.lora_rank),
-        **({"base_precision": "nf4"} if device.kind == "cuda" else {}),
+        "cache_dir": config.cache_dir or "a folder",
+        **({"base_precision": "nf4"} if plan.on_card else {}),
     }
-    plan = MemoryPlan.make(config, structure, images, device)
-    found = []
     for knob, better in offers.items():
-        changed = dataclasses.replace(config, **{knob: better})
-        other = MemoryPlan.make(changed, structure, images, device)
-        saved = plan.phases[phase] - other.phases[phase]
+        other = planned(dataclasses.replace(config, **{knob: better}))
+        saved = plan.phases[phase] + plan.main - other.phases[phase] - other.main
         if better != config.value(knob) and saved > 0:
             hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
             value = show(config.value(knob))
             problem = Problem(path=knob, expected=show(better), found=value, hint=hint)
-            found.append((not other.fits, -saved, knob, problem))
+            helps = other.fits and not other.shortage
+            found.append((not helps, -saved, knob, problem))
     return [problem for *_, problem in sorted(found, key=lambda entry: entry[:3])]
 
 
@@ -5047,13 +5053,14 @@ class Preflight:
     """Everything that is known before the first weight is loaded."""
 
     dataset: Dataset
-    device: DeviceFacts
     model: ModelFacts
     total_steps: int
     disk_needed_bytes: int | None
     disk_free_bytes: int
     structure: Structure | None
-    memory: MemoryPlan | None  # None while the model is not downloaded
+    # None until the device is looked at, and while the model is not downloaded.
+    memory: MemoryPlan | None = None
+    planned: Callable[[TrainingConfig], MemoryPlan] | None = None  # with other choices
 
     @classmethod
     def make(
@@ -5069,27 +5076,33 @@ class Preflight:
         report_model(config, facts, events)
         # Who goes on has decoded every image before, and none may have changed.
         dataset = scan_dataset(config, events, stop, thorough=done == 0)
-        # A driver in trouble can take very long.
-        device = stop.wait_for(beside(lambda: inspect_device(config.device)))
-        events.info(device)
-        check_base_precision(config, device)
         images, regularization = len(dataset.pictures), dataset.regularization_images
-        memory = MemoryPlan.make(config, structure, images, device) if structure else None
-        if memory:
-            events.info(memory.facts())
         total_steps = config.total_steps(images, regularization)
         needed = disk_needed(config, structure, total_steps - (done or 0)) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
         return cls(
             dataset=dataset,
-            device=device,
             model=facts,
             total_steps=total_steps,
             disk_needed_bytes=needed,
             disk_free_bytes=free,
             structure=structure,
-            memory=memory,
         )
+
+    def on(self, device: DeviceFacts, config: TrainingConfig, events: Emitter) -> Preflight:
+        """Look at the device, plan what will lie there, and refuse a run that has no room."""
+        events.info(device)
+        check_base_precision(config, device)
+        plan, structure, images = self, self.structure, len(self.dataset.pictures)
+        if structure:
+
+            def planned(config: TrainingConfig) -> MemoryPlan:
+                return MemoryPlan.make(config, structure, images, device)
+
+            plan = dataclasses.replace(self, memory=planned(config), planned=planned)
+            events.info(planned(config).facts())
+        plan.check_room(config)
+        return plan
 
     def check_room(self, config: TrainingConfig) -> None:
         """Refuse a run that would end on a full disk, or for want of memory."""
@@ -5097,30 +5110,17 @@ class Preflight:
         if needed is not None and needed > free:
             expected = f"{needed:,} bytes free"
             raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, f"{free:,}")
-        if self.memory and self.memory.hopeless:
-            message = (
-                f"The run needs {self.memory.peak:,} bytes of memory; {self.memory.free:,} are free"
-            )
+        if self.memory and (message := self.memory.shortage):
             raise TrainError(ErrorCode.OUT_OF_MEMORY, message, self.remedies(config))
 
     def remedies(self, config: TrainingConfig, phase: str = "training") -> list[Problem]:
         """Rank what would help when memory is short."""
-        if self.structure is None:
-            return []
         phase = phase if phase in ("encoding", "loading") else "training"
-        return remedies(config, self.structure, len(self.dataset.pictures), self.device, phase)
+        return remedies(config, self.planned, phase) if self.planned else []
 
-    def on(self, device: DeviceFacts, config: TrainingConfig) -> Preflight:
-        """Plan again where torch sees another device than the system's own tools do."""
-        if device.kind == self.device.kind or self.structure is None:
-            return self
-        check_base_precision(config, device)
-        memory = MemoryPlan.make(config, self.structure, len(self.dataset.pictures), device)
-        plan = dataclasses.replace(self, device=device, memory=memory)
-        plan.check_room(config)
-        return plan
-
-    def report(self, config: TrainingConfig, warnings_given: Mapping[str, int]) -> ValidFacts:
+    def report(
+        self, config: TrainingConfig, device: DeviceFacts, warnings_given: Mapping[str, int]
+    ) -> ValidFacts:
         """Sum everything up for the last line of --validate-only."""
         return ValidFacts(
             **vars(self.dataset.facts),
@@ -5130,7 +5130,7 @@ class Preflight:
             ),
             total_steps=self.total_steps,
             family=self.model.family,
-            device=self.device.kind,
+            device=device.kind,
             disk_needed_bytes=self.disk_needed_bytes,
             disk_free_bytes=self.disk_free_bytes,
             warnings=dict(warnings_given),
@@ -5230,6 +5230,8 @@ class TrainState:
     first_step: int = 1
     busy_seconds: float = 0.0
     timed_steps: int = 0
+    preview_seconds: float = 0.0  # of the last round
+    checkpoint_seconds: float = 0.0
     pace: Pace = field(default_factory=Pace)
     spilled: bool = False
 
@@ -5258,6 +5260,13 @@ class TrainState:
         self.loss = number(record["loss"])
 
 
+def timed(work: Callable[[], object]) -> float:
+    """Do something and tell how many seconds it took."""
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
 @dataclass
 class Run:
     """One run under way: what the updates work with, and what they have come to."""
@@ -5274,6 +5283,7 @@ class Run:
     saved: Path | None = None  # what a restart continues from
     written: int | None = None  # the step of the newest LoRA file
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
+    free_bytes: int | None = None  # of the device, before anything was loaded
     # Held while numbers change or are written, so that a rescuer finds neither half done.
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -5290,12 +5300,41 @@ class Run:
         self.check_loss()  # of a run that was given up at its last update
 
     def update(self) -> None:
-        """Make one update from one window of images, a batch at a time."""
+        """Make one update from one window of images."""
+        config, step, began = self.config, self.state.step + 1, time.monotonic()
+        loss, factor = self.collect_gradient(step), rate(config, step, self.total_steps)
+        with self.lock:
+            self.torn = True
+            norm, scaled = self.learner.step(factor), self.learner.scaler.is_enabled()
+            learning_rate = config.learning_rate * factor
+            self.state.unread.append(Computed(step, learning_rate, loss, norm, scaled))
+            self.state.step, self.torn = step, False
+        if step > self.state.first_step:  # the first update warms everything up
+            self.state.busy_seconds += time.monotonic() - began
+            self.state.timed_steps += 1
+
+    def collect_gradient(self, step: int) -> torch.Tensor:
+        """Go there and back; where memory runs out, once more with gradient checkpointing."""
+        try:
+            return self.there_and_back(step)
+        except Exception as error:
+            may = self.config.may_checkpoint and not self.models.checkpointing
+            if not (may and is_out_of_memory(error)):
+                raise
+            reason = str(error).splitlines()[0]
+        # Here, what the attempt held is gone with its frames; chance has no memory either.
+        self.learner.forget()
+        self.models.checkpoint_gradients()
+        message = f"Update {step} ran out of memory; with gradient checkpointing it is made again"
+        self.events.warn(WarningCode.UPDATE_RETRIED, message, step=step, reason=reason)
+        return self.there_and_back(step)
+
+    def there_and_back(self, step: int) -> torch.Tensor:
+        """Collect the gradient of an update, a batch at a time; return its loss."""
         import torch
 
-        config, step, began = self.config, self.state.step + 1, time.monotonic()
-        slots = list(enumerate(self.cache.window(self.config, step)))
-        losses = []
+        config, losses = self.config, []
+        slots = list(enumerate(self.cache.window(config, step)))
         for begin in range(0, len(slots), config.batch_size):
             self.stop.check()
             part = slots[begin : begin + config.batch_size]
@@ -5304,17 +5343,7 @@ class Run:
             self.learner.scaler.scale(loss).backward()
             self.learner.collect()
             losses.append(loss.detach())
-        factor = rate(config, step, self.total_steps)
-        with self.lock:
-            self.torn = True
-            norm, loss = self.learner.step(factor), torch.stack(losses).sum()
-            scaled = self.learner.scaler.is_enabled()
-            learning_rate = config.learning_rate * factor
-            self.state.unread.append(Computed(step, learning_rate, loss, norm, scaled))
-            self.state.step, self.torn = step, False
-        if step > self.state.first_step:  # the first update warms everything up
-            self.state.busy_seconds += time.monotonic() - began
-            self.state.timed_steps += 1
+        return torch.stack(losses).sum()
 
     def epoch(self) -> int:
         """Count how often every image of dataset_path was seen."""
@@ -5342,7 +5371,6 @@ class Run:
         losses = [point.loss for point in state.history[state.reported :] if point.loss is not None]
         state.reported = len(state.history)
         state.loss = sum(losses) / len(losses) if losses else None
-        pace = state.seconds_per_step
         self.events.emit(
             ProgressEvent(
                 step=state.step,
@@ -5353,18 +5381,34 @@ class Run:
                 learning_rate=state.history[-1].learning_rate,
                 grad_norm=state.history[-1].grad_norm,
                 images_per_second=self.images_per_second(),
-                seconds_per_step=pace,
+                seconds_per_step=state.seconds_per_step,
                 elapsed_seconds=self.events.elapsed_seconds(),
-                eta_seconds=pace * (self.total_steps - state.step) if pace else None,
+                eta_seconds=self.eta_seconds(),
                 memory_bytes=memory_in_use(self.models.device),
             )
         )
 
+    def eta_seconds(self) -> float | None:
+        """Foresee when the run ends, if previews and checkpoints take as long as their last."""
+        state, config, total = self.state, self.config, self.total_steps
+
+        def left(every: int) -> int:
+            return total // every - (state.step - 1) // every  # with what is due at this step
+
+        if not (pace := state.seconds_per_step):
+            return None
+        previews = left(config.validation_steps) + (not due(config.validation_steps, total))
+        beside = previews * state.preview_seconds
+        beside += left(config.checkpoint_steps) * state.checkpoint_seconds
+        return pace * (total - state.step) + beside
+
     def watch_pace(self) -> None:
-        """Tell once when updates become slow because the driver swaps a card's memory."""
+        """Tell once that the driver swaps a card's memory, from the first update on or later."""
         state, device = self.state, self.models.device
         slowed = state.pace.slowed(state.busy_seconds, state.timed_steps)
-        if slowed and not state.spilled and memory_full(device):
+        # Some drivers give what was not free, and take it from main memory.
+        beyond = (memory_in_use(device) or 0) > (self.free_bytes or math.inf)
+        if (slowed or beyond) and not state.spilled and memory_full(device):
             state.spilled = True
             message = f"Updates take {state.pace.latest:.2f} s while the card's memory is full"
             data = {
@@ -5410,10 +5454,10 @@ class Run:
         """Write and draw what this step asks for."""
         config, step = self.config, self.state.step
         if step and due(config.checkpoint_steps, step):
-            self.checkpoint()
+            self.state.checkpoint_seconds = timed(self.checkpoint)
         wanted = due(config.validation_steps, step) if step else config.sample_at_start
         if wanted and step < self.total_steps:  # the last one comes after the final file
-            self.preview()
+            self.state.preview_seconds = timed(self.preview)
 
     def owes(self, path: Path) -> bool:
         """Tell whether a file of this step is to be made; after a restart, if it is not there."""
@@ -5474,24 +5518,35 @@ class Run:
 
     def preview(self) -> None:
         """Draw one picture for every prompt. What goes wrong here does not end a run."""
-        config, step = self.config, self.state.step
+        step, prompts = self.state.step, enumerate(preview_prompts(self.config), start=1)
         try:
-            for number, prompt in enumerate(preview_prompts(config), start=1):
-                suffix = f"_{number}" if number > 1 else ""
-                path = config.output_path / "samples" / f"step_{step}{suffix}.png"
-                if step and not self.owes(path):
-                    continue
-                seed = config.seed + number - 1
-                image = draw_preview(self.models, self.cache, prompt, config, seed, self.stop)
-                content = encode_png(image)
-                if not step and path.is_file() and path.read_bytes() == content:
-                    continue  # a start that saved nothing drew and told it
-                write_whole(path, content)
-                drawn = SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed)
-                self.events.emit(drawn)
+            numbered = [p for p in prompts if not step or self.owes(self.sample_path(p[0]))]
+            while numbered:
+                at_once = self.models.previews_at_once
+                self.draw(numbered[:at_once])
+                del numbered[:at_once]
         except Exception as error:  # noqa: BLE001, whatever it is, training can go on
+            if is_out_of_memory(error):  # the next ones take less
+                self.models.previews_at_once, self.models.tiling = 1, True
             message, reason = f"No sample at step {step}: {error}", type(error).__name__
             self.events.warn(WarningCode.SAMPLE_FAILED, message, step=step, reason=reason)
+
+    def sample_path(self, number: int) -> Path:
+        """Name the picture of a prompt at this step."""
+        suffix = f"_{number}" if number > 1 else ""
+        return self.config.output_path / "samples" / f"step_{self.state.step}{suffix}.png"
+
+    def draw(self, numbered: Sequence[tuple[int, str]]) -> None:
+        """Draw some of the prompts together; write and announce each picture."""
+        config, step = self.config, self.state.step
+        wanted = [(prompt, config.seed + number - 1) for number, prompt in numbered]
+        images = draw_previews(self.models, self.cache, wanted, config, self.stop)
+        for (number, prompt), (_, seed), image in zip(numbered, wanted, images, strict=True):
+            path, content = self.sample_path(number), encode_png(image)
+            if not step and path.is_file() and path.read_bytes() == content:
+                continue  # a start that saved nothing drew and told it
+            write_whole(path, content)
+            self.events.emit(SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed))
 
     def save_before_end(self, ended: TrainingInterrupted | TrainError) -> None:
         """Save what was done, the most important first, and let the last line tell where."""
@@ -5572,9 +5627,11 @@ class LoRATrainer:
             model = check_paths(self.config)
             self._start(0)
             preflight = Preflight.make(self.config, model, self.events, self.stop)
-            preflight.check_room(self.config)
+            # A driver in trouble can take very long.
+            device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
+            preflight = preflight.on(device, self.config, self.events)
             self.stop.check()
-            report = preflight.report(self.config, self.events.warnings)
+            report = preflight.report(self.config, device, self.events.warnings)
             self.events.info(report)
         return report
 
@@ -5596,7 +5653,6 @@ class LoRATrainer:
                 return done
             if earlier.complete and not earlier.state:  # there is nothing to extend it from
                 refuse_to_overwrite(config.output_path)
-            plan.check_room(config)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
@@ -5614,6 +5670,7 @@ class LoRATrainer:
                 *(config, events, self.stop, models, cache, learner, state, plan.total_steps),
                 origin={"run_id": self.run_id, "identity": identity},
                 saved=self.earlier.state.folder if self.earlier.state else None,
+                free_bytes=self.memory.free if self.memory else None,
             )
             with stance:
                 self.run.go()
@@ -5674,16 +5731,18 @@ class LoRATrainer:
         """Choose device and precision and load what is small; the networks come one by one."""
         import torch
 
-        self.device = choose_device(self.config)
+        self.device = self.stop.wait_for(beside(lambda: choose_device(self.config)))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # what asks for no device by name gets this one
         facts = device_facts(self.device)
-        self.events.info(facts)
-        self.plan = self.plan and self.plan.on(facts, self.config)
+        self.plan = self.plan and self.plan.on(facts, self.config, self.events)
         dtype = choose_precision(self.config, self.device, self.events)
         if self.device.type == "cuda" and dtype != torch.float32:
             # TF32: exacter than the rest of such a run, and far faster than full precision.
             torch.set_float32_matmul_precision("high")
         models = Models.prepare(base, self.device, dtype)
-        models.tiling = self.memory.tiling if self.memory else False
+        if memory := self.memory:
+            models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
         return models
 
     def _encode(
@@ -5705,6 +5764,8 @@ class LoRATrainer:
             models.text_encoders = []
         phase = Phase("encoding images", len(pictures), self.events, self.stop)
         images = encode_images(models, pictures, config, shelf, phase)
+        if models.vae:
+            models.vae.to("cpu")
         self._tell_memory(models.device)
         return Cache(images, tokens, texts, regularization)
 
@@ -5732,9 +5793,7 @@ class LoRATrainer:
         models.load_denoiser(self.config.base_precision)
         asked = self.config.gradient_checkpointing
         if self.memory.checkpointing if self.memory else asked is True:
-            models.denoiser.enable_gradient_checkpointing()
-            for encoder in models.text_encoders:
-                encoder.activation_checkpointing_enable()
+            models.checkpoint_gradients()
         learner = Learner.build(models, self.config)
         if models.device.type == "cpu":
             keep_freed_memory()
@@ -5909,10 +5968,12 @@ def due(every: int, step: int) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Ask libraries, before they are imported, for no bars, no notices and no foreign code."""
+    """Ask libraries, before they are imported, for quiet, no foreign code and no lost memory."""
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 

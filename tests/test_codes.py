@@ -175,21 +175,25 @@ def poison_a_word(folder: Path) -> None:
     write_text("data/image1.txt", "q")(folder)
 
 
-def take_memory_away(folder: Path) -> list[Record]:
+def short_of_memory(**changes: Any) -> Scene:
     """Allow the process little more memory than it has when training is about to begin."""
-    write_tiny_run(folder, batch_size=64)
-    command = [sys.executable, str(PROGRAM), "--config", "config.json"]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if b'"phase":"loading"' in line:
-                size = Path(f"/proc/{process.pid}/statm").read_text(encoding="ascii").split()[0]
-                limit = int(size) * resource.getpagesize() + 2**28
-                resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
-    check_stream(b"".join(lines))
-    return [json.loads(line) for line in lines]
+
+    def play(folder: Path) -> list[Record]:
+        write_tiny_run(folder, batch_size=64, **changes)
+        command = [sys.executable, str(PROGRAM), "--config", "config.json"]
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if b'"phase":"loading"' in line:
+                    statm = Path(f"/proc/{process.pid}/statm").read_text(encoding="ascii")
+                    limit = int(statm.split()[0]) * resource.getpagesize() + 2**28
+                    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+        check_stream(b"".join(lines))
+        return [json.loads(line) for line in lines]
+
+    return play
 
 
 class Remover(Recorder):
@@ -312,7 +316,7 @@ ERRORS: dict[ErrorCode, Scene] = {
     ErrorCode.DEVICE_UNAVAILABLE: trained(device="cuda:99"),
     ErrorCode.LATENTS_NOT_FINITE: trained(poison("vae", "encoder.conv_in.bias")),
     ErrorCode.LOSS_NOT_FINITE: trained(poison("unet", "conv_out.bias"), steps=20),
-    ErrorCode.OUT_OF_MEMORY: take_memory_away,
+    ErrorCode.OUT_OF_MEMORY: short_of_memory(gradient_checkpointing=False),
     ErrorCode.SAVE_FAILED: trained(obstruct("loss_history.csv", by_folder=True)),
     ErrorCode.INTERNAL_ERROR: take_schema_away,
 }
@@ -331,6 +335,7 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.MODEL_NOT_CACHED: configured(base_model="some-body/that-is-not-cached"),
     WarningCode.CAPTION_TRUNCATED: trained(write_text("data/image1.txt", "cat " * 76)),
     WarningCode.PRECISION_CHANGED: trained(mixed_precision="fp16"),
+    WarningCode.UPDATE_RETRIED: short_of_memory(),
     WarningCode.UPDATE_SKIPPED: trained(poison_a_word, steps=3),
     WarningCode.SAMPLE_FAILED: trained(obstruct("samples/step_1.png", by_folder=True)),
     WarningCode.PREDICTION_ASSUMED: prepared(write_sd2_file, base_model="sd2.safetensors"),

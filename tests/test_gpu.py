@@ -97,6 +97,26 @@ def test_memory_is_that_of_the_device(ground: Path) -> None:
     used = train_lora.memory_in_use(ready.models.device)
     assert used is not None
     assert 0 < used < torch.cuda.get_device_properties(0).total_memory
+    assert used == torch.cuda.memory_reserved(0)
+
+
+def test_torch_describes_the_card_that_was_chosen(ground: Path) -> None:
+    """It is the current one, too, for what asks for no card by number."""
+    ready = prepare(tiny_config(ground, device="cuda"))
+    facts = train_lora.device_facts(ready.models.device)
+    assert ready.models.device == torch.device("cuda", torch.cuda.current_device())
+    assert (facts.kind, facts.name) == ("cuda", torch.cuda.get_device_name())
+    assert facts.memory_total_bytes == torch.cuda.mem_get_info()[1]
+
+
+def test_the_vae_waits_in_main_memory_and_draws_on_the_card(ground: Path, tmp_path: Path) -> None:
+    """Two pictures at once, in the run's precision."""
+    choices: dict[str, Any] = {"device": "cuda", "output_path": str(tmp_path)}
+    ready = prepare(tiny_config(ground, sample_prompts=["a cat", "a dog"], **choices))
+    ready.models.previews_at_once = 2
+    ready.preview()
+    assert len(ready.recorder.of_type("sample")) == 2
+    assert ready.models.vae.device.type == "cpu"
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")

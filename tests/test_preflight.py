@@ -286,26 +286,15 @@ def write_program(path: Path, script: str) -> Path:
     return path
 
 
-def wait_for(path: Path) -> None:
-    """Wait until a file is there."""
-    patience = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < patience, f"no {path}"
-        time.sleep(0.01)
-
-
 @POSIX
 def test_of_two_real_runs_the_second_is_refused(workspace: Path) -> None:
-    """The first is held in its preflight by a driver that takes its time to answer."""
-    waiting = "touch asked; while [ ! -e answer ]; do /bin/sleep 0.02; done"
-    search = str(write_program(workspace / "bin" / "nvidia-smi", waiting).parent)
-    environment = {**os.environ, "PATH": f"{search}:{os.environ['PATH']}"}
-    environment["CUDA_VISIBLE_DEVICES"] = "0"
+    """The first has said its first line, and imports its libraries for a while."""
     command = [sys.executable, str(PROGRAM), "--config", "config.json"]
-    with subprocess.Popen(command, cwd=workspace, env=environment, stdout=subprocess.PIPE) as first:
-        wait_for(workspace / "asked")
+    with subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert b'"start"' in first.stdout.readline()
+        first.send_signal(signal.SIGSTOP)
         second = run_program("--config", "config.json", cwd=workspace)
-        (workspace / "answer").touch()
         first.kill()
     assert (second.code, len(second.lines), second.last["code"]) == (1, 1, "output_busy")
 
@@ -387,10 +376,15 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "answer"
 
 
+SLOW = "GPU-1a2b, 6.1, NVIDIA GeForce GTX 1080 Ti, 11264, 11000, 580.95.05"
+FAST = "GPU-3c4d, 8.9, NVIDIA GeForce RTX 4090, 24564, 23950, 580.95.05"
+NVIDIA_NAMES = {"slow": "NVIDIA GeForce GTX 1080 Ti", "fast": "NVIDIA GeForce RTX 4090"}
+
+
 @POSIX
 def test_a_graphics_card_is_described_by_its_driver(answer: Path) -> None:
     """Name, memory and version, without loading torch."""
-    answer.write_text("NVIDIA GeForce RTX 4090, 24564, 23950, 580.95.05\n", encoding="utf-8")
+    answer.write_text(FAST + "\n", encoding="utf-8")
     assert train_lora.inspect_device("auto") == train_lora.DeviceFacts(
         kind="cuda",
         name="NVIDIA GeForce RTX 4090",
@@ -403,14 +397,14 @@ def test_a_graphics_card_is_described_by_its_driver(answer: Path) -> None:
 @POSIX
 def test_a_card_that_shares_the_main_memory_is_still_a_card(answer: Path) -> None:
     """Such a driver does not tell the memory: unknown is null, and the card trains."""
-    answer.write_text("NVIDIA GB10, [N/A], [N/A], 580.95.05\n", encoding="utf-8")
+    answer.write_text("GPU-1, 12.1, NVIDIA GB10, [N/A], [N/A], 580.95.05\n", encoding="utf-8")
     device = train_lora.inspect_device("auto")
     assert (device.kind, device.name, device.memory_total_bytes) == ("cuda", "NVIDIA GB10", None)
 
 
 @POSIX
 @pytest.mark.parametrize(
-    "text", ["", "garbage", "a, b, c", "a, b, c, d, e", "No devices were found", "\0\0\0\0"]
+    "text", ["", "garbage", "a, b, c, d, e", "a, b, c, d, e, f", "No devices were found", "\0\0"]
 )
 def test_a_driver_that_answers_nonsense_means_no_card(answer: Path, text: str) -> None:
     """A broken driver trains nothing, and is no reason to fail."""
@@ -434,30 +428,96 @@ def test_a_driver_that_fails_means_no_card(answer: Path, script: str) -> None:
 
 
 @POSIX
-@pytest.mark.parametrize("visible", ["", "-1"])
+@pytest.mark.parametrize("visible", ["", "-1", "-1,0", "7", "GPU-ffff"])
 def test_a_hidden_card_is_not_seen(
     answer: Path, monkeypatch: pytest.MonkeyPatch, visible: str
 ) -> None:
-    """CUDA_VISIBLE_DEVICES rules here as it does in torch."""
-    answer.write_text("NVIDIA GeForce RTX 4090, 24564, 23950, 580.95.05\n", encoding="utf-8")
+    """CUDA_VISIBLE_DEVICES rules here as it does in torch, also over a card that is asked for."""
+    answer.write_text(FAST + "\n", encoding="utf-8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert train_lora.inspect_device("auto").kind in ("cpu", "mps")
+    with pytest.raises(train_lora.TrainError) as refused:
+        train_lora.inspect_device("cuda")
+    assert refused.value.code is train_lora.ErrorCode.DEVICE_UNAVAILABLE
 
 
 @POSIX
 @pytest.mark.parametrize(
-    ("visible", "asked"), [(None, "0"), ("1", "1"), ("2,0", "2"), ("GPU-1a2b", "GPU-1a2b")]
+    ("wanted", "visible", "order", "found"),
+    [
+        ("auto", None, None, "fast"),
+        ("cuda:1", None, None, "slow"),
+        ("cuda", None, "PCI_BUS_ID", "slow"),
+        ("cuda:1", None, "PCI_BUS_ID", "fast"),
+        ("cuda", "1", None, "slow"),
+        ("cuda:1", "1,0", "PCI_BUS_ID", "slow"),
+        ("cuda", "GPU-1a2b", None, "slow"),
+        ("cuda:1", "GPU-1a2b, GPU-3c4d", None, "fast"),
+    ],
 )
-def test_the_first_visible_card_is_asked_for(
-    answer: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, asked: str
+def test_a_card_is_counted_as_cuda_counts_it(
+    answer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    visible: str | None,
+    order: str | None,
+    found: str,
 ) -> None:
-    """That is the one torch calls number 0."""
-    answer.write_text("x, 1, 1, 1\n", encoding="utf-8")
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    train_lora.inspect_device("auto")
-    arguments = (answer.parent / "arguments").read_text(encoding="utf-8").split()
-    assert f"--id={asked}" in arguments
+    """The fastest first unless CUDA_DEVICE_ORDER says otherwise; nvidia-smi goes by slots."""
+    answer.write_text(f"{SLOW}\n{FAST}\n", encoding="utf-8")
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert train_lora.inspect_device(wanted).name == NVIDIA_NAMES[found]
+
+
+@POSIX
+@pytest.mark.parametrize("wanted", ["auto", "cuda", "cuda:1"])
+def test_a_card_that_nvidia_smi_cannot_describe_has_unknown_memory(
+    answer: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    """Containers often have the driver alone; what torch will find there is not known."""
+    (answer.parent / "bin" / "nvidia-smi").unlink()
+    monkeypatch.setattr(train_lora, "CARD_NODES", (str(answer.parent),))
+    device = train_lora.inspect_device(wanted)
+    assert (device.kind, device.memory_free_bytes) == ("cuda", None)
+
+
+@POSIX
+def test_a_part_of_a_card_has_unknown_memory(answer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A MIG instance stands in no list of cards."""
+    answer.write_text(FAST + "\n", encoding="utf-8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5e6f")
+    device = train_lora.inspect_device("cuda")
+    assert (device.kind, device.memory_free_bytes) == ("cuda", None)
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps"])
+def test_a_device_that_training_refuses_is_refused_before(workspace: Path, name: str) -> None:
+    """Preflight says no to what cannot begin."""
+    (workspace / "bin").mkdir()
+    write_config(workspace, device=name)
+    ended = validate(workspace, PATH=str(workspace / "bin"))
+    assert (ended.code, ended.last["code"]) == (1, "device_unavailable")
+    assert paths(ended) == ["device"]
+
+
+@POSIX
+def test_in_training_torch_says_which_device_there_is(workspace: Path) -> None:
+    """nvidia-smi, which may be absent or count otherwise, is not even asked."""
+    program = write_program(workspace / "bin" / "nvidia-smi", f"touch asked; echo '{FAST}'")
+    path = f"{program.parent}:{os.environ['PATH']}"
+    code = "import sys, torch; sys.exit(torch.cuda.is_available())"
+    if subprocess.run([sys.executable, "-c", code], check=False).returncode:
+        pytest.skip("needs a machine without a card")
+    ended = run_program("--config", "config.json", cwd=workspace, PATH=path)
+    devices = [line["data"]["kind"] for line in ended.lines if line.get("topic") == "device"]
+    planned = [line["data"] for line in ended.lines if line.get("topic") == "memory"]
+    assert devices == ["cpu"]
+    assert planned[0]["free_bytes"] != 23950 * 2**20 - train_lora.CONTEXT_BYTES
+    assert not (workspace / "asked").exists()
 
 
 def test_without_a_card_the_processor_is_described(

@@ -16,6 +16,7 @@ from conftest import Recorder, load_config, write_image, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
+from tiny_runs import prepare, tiny_config
 
 import train_lora
 from train_lora import (
@@ -164,9 +165,8 @@ class Studio:
         """Draw the prompt."""
         config = dataclasses.replace(self.config, **changes)
         stop = stop or StopRequest()
-        picture = train_lora.draw_preview(
-            self.models, self.cache, config.sample_prompts[0], config, seed, stop
-        )
+        wanted = [(config.sample_prompts[0], seed)]
+        (picture,) = train_lora.draw_previews(self.models, self.cache, wanted, config, stop)
         return np.asarray(picture)
 
 
@@ -293,6 +293,97 @@ def test_the_sampler_a_model_names_does_not_change_its_previews(
     wanted = draw_with_diffusers(built / "sd1", "sd1", studio.config)
     assert distance(studio.draw(), wanted) <= 1
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- several at once ---
+
+
+@pytest.mark.parametrize("learns_text", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_drawn_together_are_those_drawn_alone(
+    here: Path, built: Path, family: str, *, learns_text: bool
+) -> None:
+    """But for the last bits, which depend on the size of a batch."""
+    prompts = [PROMPT, "zkb", "a dog"]
+    changes: Record = {"sample_prompts": prompts, "train_text_encoder": learns_text}
+    studio, _ = open_studio(built / family, **changes)
+    wanted = list(zip(prompts, (3, 4, 3), strict=True))
+    together = train_lora.draw_previews(
+        studio.models, studio.cache, wanted, studio.config, StopRequest()
+    )
+    for (prompt, seed), picture in zip(wanted, together, strict=True):
+        alone = studio.draw(seed, sample_prompts=(prompt,))
+        assert distance(np.asarray(picture), alone) <= 1
+    assert distance(*map(np.asarray, together[:2])) > 1
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_round_draws_every_prompt_however_many_at_once(
+    ground: Path, tmp_path: Path, at_once: int
+) -> None:
+    """Each under its own number and with its own seed, in the order of the prompts."""
+    prompts = ["zkb cat", "zkb dog", "zkb bird"]
+    config = tiny_config(ground, output_path=str(tmp_path), sample_prompts=prompts, seed=7)
+    ready = prepare(config)
+    ready.models.previews_at_once = at_once
+    batches: list[int] = []
+    ready.models.denoiser.register_forward_hook(lambda *a: batches.append(len(a[1][0])))
+    ready.preview()
+    told = [(r["prompt"], r["seed"]) for r in ready.recorder.of_type("sample")]
+    assert told == list(zip(prompts, (7, 8, 9), strict=True))
+    assert batches == {1: [2, 2, 2], 2: [4, 2], 3: [6]}[at_once]
+
+
+def test_the_vae_is_read_once_for_all_previews(
+    ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the disk, in a run: it waits in main memory after it encoded the images."""
+    opened: list[str] = []
+    real = diffusers.AutoencoderKL.from_pretrained
+
+    def counted(place: Any, **named: Any) -> Any:
+        opened.append(str(place))
+        return real(place, **named)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", counted)
+    options: Record = {"steps": 3, "validation_steps": 1, "sample_prompts": ["a", "b"]}
+    LoRATrainer(tiny_config(ground, output_path=str(tmp_path), **options)).train()
+    assert len(opened) == 1
+    assert len(list(tmp_path.glob("samples/*.png"))) == 6
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_vae_that_overflows_in_half_decodes_in_full(
+    ground: Path, monkeypatch: pytest.MonkeyPatch, *, overflows: bool
+) -> None:
+    """As that of SDXL does in fp16; others decode in the run's precision."""
+    monkeypatch.setattr(train_lora, "choose_precision", lambda *_: torch.float16)
+    ready = prepare(tiny_config(ground))
+    vae, seen = ready.models.load_vae(), []
+    with torch.no_grad():
+        for weight in (vae.decoder.conv_in.weight, vae.decoder.conv_in.bias):
+            weight.mul_(1e8 if overflows else 1)
+    vae.decoder.conv_in.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    ready.preview()
+    assert "sample_failed" not in ready.recorder.codes()
+    assert seen == [torch.float16, *[torch.float32] * overflows]
+    assert vae.decoder.conv_in.weight.dtype == torch.float32
+
+
+def test_after_a_preview_without_memory_the_next_ones_take_less(
+    ground: Path, tmp_path: Path
+) -> None:
+    """One at a time, decoded in pieces."""
+    prompts = ["zkb cat", "zkb dog"]
+    ready = prepare(tiny_config(ground, output_path=str(tmp_path), sample_prompts=prompts))
+    ready.models.previews_at_once = 2
+    hook = ready.models.denoiser.register_forward_hook(lambda *_: torch.empty(2**60))
+    ready.preview()
+    hook.remove()
+    assert ready.recorder.codes().count("sample_failed") == 1
+    ready.preview()
+    assert len(ready.recorder.of_type("sample")) == 2
+    assert (ready.models.previews_at_once, ready.models.tiling) == (1, True)
 
 
 # --- training takes no notice ---

@@ -39,10 +39,55 @@ def test_slow_updates_on_a_full_card_are_told_once(
     ready = prepare(tiny_config(ground))
     ready.models.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * 2**30), 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**29)
     for seconds in (1.0, 2.0, 60.0, 120.0, 180.0):
         ready.state.busy_seconds, ready.state.timed_steps = seconds, ready.state.timed_steps + 10
         ready.watch_pace()
     assert ready.recorder.codes() == ["memory_spilled"] * (free < 0.03)
+
+
+@pytest.mark.parametrize(("held", "spills"), [(0.9, True), (0.7, False)])
+def test_a_card_that_swaps_from_the_first_update_is_told_of(
+    ground: Path, monkeypatch: pytest.MonkeyPatch, *, held: float, spills: bool
+) -> None:
+    """Its pace never falls, but torch holds more than was free when the run began."""
+    ready = prepare(tiny_config(ground))
+    ready.models.device, ready.free_bytes = torch.device("cuda"), int(0.8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(held * 2**30))
+    ready.state.busy_seconds, ready.state.timed_steps = 1.0, 1
+    ready.watch_pace()
+    ready.watch_pace()
+    assert ready.recorder.codes() == ["memory_spilled"] * spills
+
+
+def test_what_a_card_holds_is_what_its_driver_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what the allocator keeps for later use, which is not free for others."""
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 7)
+    card = torch.device("cuda", 0)
+    assert (train_lora.memory_in_use(card), train_lora.peak_memory(card)) == (5, 7)
+
+
+def test_the_time_left_counts_previews_and_checkpoints(ground: Path) -> None:
+    """Each as long as the last one took; what is due at this very step is still to come."""
+    ready = prepare(tiny_config(ground, validation_steps=4, checkpoint_steps=5))
+    ready.total_steps = 10
+    ready.state.busy_seconds, ready.state.timed_steps = 6.0, 3
+    ready.state.preview_seconds, ready.state.checkpoint_seconds = 100.0, 1000.0
+    left = []
+    for ready.state.step in (1, 4, 5, 9, 10):
+        left.append(ready.eta_seconds())
+    assert left == [18 + 300 + 2000, 12 + 300 + 2000, 10 + 200 + 2000, 2 + 100 + 1000, 100 + 1000]
+
+
+def test_a_run_measures_what_its_previews_and_checkpoints_take(ground: Path) -> None:
+    """A foresight rests on the last of each."""
+    ready = prepare(tiny_config(ground, validation_steps=1, checkpoint_steps=2))
+    ready.total_steps = 2
+    ready.go()
+    assert ready.state.preview_seconds > 0
+    assert ready.state.checkpoint_seconds > 0
 
 
 def test_main_memory_is_never_a_full_card() -> None:
