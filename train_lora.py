@@ -182,6 +182,7 @@ class WarningCode(Code):
         "Lower batch_size or resolution, or close other programs.",
     )
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
+    COPY_FAILED = "The LoRA is not in loras_path.", "Copy lora_final.safetensors there."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
     OUTPUT_REMOVED = "output_path was removed under the run.", "Leave it alone until the last line."
@@ -508,6 +509,7 @@ class CompleteEvent(Event, type="complete"):
     final_path: Annotated[str, "lora_final.safetensors"]
     bytes: Annotated[int, "its size"]
     sha256: Annotated[str, "its checksum"]
+    copy_path: Annotated[str | None, "its copy in loras_path"]
     total_time: Annotated[float, "seconds since the program started"]
     final_loss: Annotated[float | None, "mean of the last progress line"]
     images_per_second: Annotated[float | None, "over the whole run"]
@@ -1089,6 +1091,8 @@ class TrainingConfig:
     sample_at_start: bool
     sample_steps: int
     sample_guidance: float
+    lora_name: str | None
+    loras_path: Path | None
     save_precision: str
     keep_checkpoints: int
 
@@ -1117,6 +1121,12 @@ class TrainingConfig:
     def may_checkpoint(self) -> bool:
         """Tell whether activations may be dropped; bitsandbytes' int8 layers hold on to theirs."""
         return self.gradient_checkpointing is not False and self.base_precision != "int8"
+
+    @property
+    def name(self) -> str:
+        """Name the LoRA: as asked for, or else as its folder, as far as that is text."""
+        folder = os.path.basename(os.path.normpath(self.output_path))  # noqa: PTH119, resolves ..
+        return self.lora_name or os.fsencode(folder).decode(errors="replace") or "lora"
 
     @property
     def effective_batch(self) -> int:
@@ -1203,6 +1213,8 @@ def folders_in_conflict(config: TrainingConfig) -> Iterator[Problem]:
         ("regularization_path", "dataset_path", same_folder, foreign),
         ("regularization_path", "output_path", same_folder, spoiled),
         ("regularization_path", "output_path", is_written_by_run, spoiled),
+        ("loras_path", "dataset_path", same_folder, spoiled),
+        ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
     ):
         path = config.value(knob)
         if path and clash(path, config.value(other)):
@@ -2057,6 +2069,7 @@ class Family:
     # LoRA files.
     architectures: dict[str, str]  # what they call it, for each prediction type
     header: dict[str, str]  # what else they say about it
+    original_names: bool = False  # of the denoiser's modules, instead of diffusers'
 
     @property
     def networks(self) -> tuple[Part, ...]:
@@ -2425,7 +2438,12 @@ SDXL = dataclasses.replace(
         "epsilon": "stable-diffusion-xl-v1-base",
         "v_prediction": "stable-diffusion-xl-v1-base",
     },
-    header={"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
+    header={
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+    },
+    original_names=True,
 )
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
@@ -3654,18 +3672,21 @@ def unread_modules(part: Part, network: Any) -> str | None:
     return rf".*\.layers\.({'|'.join(map(str, unread))})\..*"
 
 
+# How the learning rate goes from its full value, at 0, towards its end, which lies behind the last
+# update: every update moves something.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
+
+
 def rate(config: TrainingConfig, step: int, total_steps: int) -> float:
-    """Scale the learning rate for an update: a pure function, which ends at the last step."""
-    warmup = min(config.lr_warmup_steps, total_steps)
-    if step < warmup:
-        return step / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    shapes = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }
-    return shapes[config.lr_scheduler]
+    """Scale the learning rate for an update: a pure function, above zero from first to last."""
+    peak = max(1, min(config.lr_warmup_steps, total_steps))  # the first update at the full rate
+    if step < peak:
+        return step / peak
+    return SCHEDULES[config.lr_scheduler]((step - peak) / (total_steps - peak + 1))
 
 
 # Who provides the optimizers that torch does not have; imported only when asked for.
@@ -3690,95 +3711,93 @@ def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
-@dataclass(frozen=True)
-class Twins:
-    """What is learned in full precision, beside the copy in half that the networks compute with.
-
-    All matrices are parts of one tensor each, so that an update converts them in one go; autocast
-    would convert every one of them in every pass.
-    """
-
-    used: list[Any]  # the networks' own parameters, parts of half
-    half: torch.Tensor
-    full: torch.Tensor
-    gradient: torch.Tensor
-
-    @classmethod
-    def split(cls, parameters: dict[str, Any], dtype: torch.dtype) -> tuple[Twins, dict[str, Any]]:
-        """Leave half the precision to the networks; return what is to learn instead."""
-        import torch
-
-        used = list(parameters.values())
-        full = torch.cat([p.detach().flatten() for p in used])
-        twins = cls(used, full.to(dtype), full, torch.zeros_like(full))
-        sizes = [p.numel() for p in used]
-        parts = zip(
-            *(whole.split(sizes) for whole in (twins.half, full, twins.gradient)), strict=True
-        )
-        learned = []
-        for parameter, (half, exact, gradient) in zip(used, parts, strict=True):
-            parameter.data = half.view_as(parameter)
-            learned.append(torch.nn.Parameter(exact.view_as(parameter)))
-            learned[-1].grad = gradient.view_as(parameter)
-        return twins, dict(zip(parameters, learned, strict=True))
-
-    def collect(self) -> None:
-        """Add what a pass back left with the networks."""
-        import torch
-
-        self.gradient.add_(torch.cat([p.grad.flatten() for p in self.used]))
-        for parameter in self.used:
-            parameter.grad = None
-
-    def forget(self) -> None:
-        """Drop what was collected, and what a pass back that failed left half done."""
-        self.gradient.zero_()
-        for parameter in self.used:
-            parameter.grad = None
-
-    def refresh(self) -> None:
-        """Let the networks have what was learned."""
-        self.half.copy_(self.full)
-
-
 @dataclass
 class Learner:
-    """The adapter's numbers and what moves them."""
+    """The adapter's numbers and what moves them.
 
-    parameters: dict[str, Any]
+    All matrices lie end to end in one tensor, and their gradients in another: one call does for
+    all of them. In half precision the networks compute with a copy that is converted once per
+    update, where autocast would convert every matrix in every pass; what is learned stays in full.
+    """
+
+    parameters: dict[str, Any]  # the networks' own, parts of used
+    learned: torch.Tensor  # in full precision; the optimizer has one part of it for each rate
+    gradient: torch.Tensor
+    used: torch.Tensor  # learned itself, or its copy in half
     optimizer: Any
     scaler: Any  # for fp16, whose small gradients would vanish; idle otherwise
     max_grad_norm: float
-    twins: Twins | None = None  # where the networks compute in half precision
 
     @classmethod
     def build(cls, models: Models, config: TrainingConfig) -> Learner:
         """Adapt the networks and set the optimizer up."""
         import torch
 
-        twins, parameters = None, add_adapters(models, config)
-        if models.dtype != torch.float32:
-            twins, parameters = Twins.split(parameters, models.dtype)
-        text_rate = config.text_encoder_learning_rate or config.learning_rate
+        adapted = add_adapters(models, config)
         prefix = f"{models.base.family.denoiser.folder}."
-        denoiser = [p for name, p in parameters.items() if name.startswith(prefix)]
-        text = [p for name, p in parameters.items() if not name.startswith(prefix)]
-        groups = [{"params": denoiser, "lr": config.learning_rate, "full_lr": config.learning_rate}]
-        if text:
-            groups.append({"params": text, "lr": text_rate, "full_lr": text_rate})
+        denoiser = {name: p for name, p in adapted.items() if name.startswith(prefix)}
+        parameters = denoiser | adapted  # the denoiser's first
+        learned = torch.cat([p.detach().flatten() for p in parameters.values()])
+        gradient = torch.zeros_like(learned)
+        share = sum(p.numel() for p in denoiser.values())
+        text_rate = config.text_encoder_learning_rate or config.learning_rate
+        groups = []
+        for full, span in (config.learning_rate, slice(share)), (text_rate, slice(share, None)):
+            if len(learned[span]):
+                part = torch.nn.Parameter(learned[span])
+                part.grad = gradient[span]
+                groups.append({"params": [part], "lr": full, "full_lr": full})
+        optimizer = build_optimizer(groups, config, models.device)
         half = models.dtype == torch.float16
-        return cls(
-            parameters=parameters,
-            optimizer=build_optimizer(groups, config, models.device),
-            scaler=torch.amp.GradScaler(models.device.type, enabled=half),
-            max_grad_norm=config.max_grad_norm,
-            twins=twins,
-        )
+        scaler = torch.amp.GradScaler(models.device.type, enabled=half)
+        used = learned.to(models.dtype)
+        learner = cls(parameters, learned, gradient, used, optimizer, scaler, config.max_grad_norm)
+        learner.connect()
+        return learner
+
+    def connect(self) -> None:
+        """Let the networks' parameters, and in full precision their gradients, be parts."""
+        used, gradients = self.parts(self.used), self.gradients
+        for name, parameter in self.parameters.items():
+            parameter.data = used[name]
+            if not self.in_half:  # a pass back adds to what it finds
+                parameter.grad = gradients[name]
+
+    @property
+    def in_half(self) -> bool:
+        """Tell whether the networks compute with a copy."""
+        return self.used is not self.learned
+
+    def parts(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name the matrices' parts of a tensor that is as long as all of them."""
+        pieces = whole.split([p.numel() for p in self.parameters.values()])
+        named = zip(self.parameters.items(), pieces, strict=True)
+        return {name: piece.view_as(p) for (name, p), piece in named}
+
+    @property
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """Name the adapter's matrices, in full precision."""
+        return self.parts(self.learned)
+
+    @property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Name the gradients, as far as they were collected."""
+        return self.parts(self.gradient)
 
     def collect(self) -> None:
-        """Take what a pass back left with the networks, where it does not lie here anyway."""
-        if self.twins:
-            self.twins.collect()
+        """Add what a pass back left in half; a matrix that it did not reach counts as zero."""
+        import torch
+
+        if self.in_half:
+            used = self.parameters.values()
+            passed = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+            self.gradient.add_(torch.cat([each.flatten() for each in passed]))
+            self._drop()
+
+    def _drop(self) -> None:
+        """Take the gradients in half from the networks."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def step(self, factor: float) -> torch.Tensor:
         """Make one update, unless the gradient is not finite; return the gradient's norm.
@@ -3790,8 +3809,9 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         self.scaler.unscale_(self.optimizer)
+        norm: torch.Tensor = torch.linalg.vector_norm(self.gradient)
         limit = self.max_grad_norm or math.inf
-        norm: torch.Tensor = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
         finite = norm.isfinite()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
@@ -3807,16 +3827,30 @@ class Learner:
         return norm
 
     def forget(self) -> None:
-        """Drop all gradients."""
-        if self.twins:
-            self.twins.forget()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+        """Drop all gradients, also what a pass back that failed left half done."""
+        self.gradient.zero_()
+        if self.in_half:
+            self._drop()
 
     def refresh(self) -> None:
-        """Bring the networks' numbers up to date, where they are not those that learn."""
-        if self.twins:
-            self.twins.refresh()
+        """Let the networks have what was learned."""
+        if self.in_half:
+            self.used.copy_(self.learned)
+
+    @contextlib.contextmanager
+    def moved(self, noise: float) -> Iterator[None]:
+        """Let the adapter stand a little beside where it is, and put it back exactly."""
+        import torch
+
+        before = self.learned.to("cpu", copy=True)
+        away = noise * torch.randn(before.shape, generator=seeded("trial"))
+        try:
+            self.learned.add_(away.to(self.learned.device))
+            self.refresh()
+            yield
+        finally:
+            self.learned.copy_(before)
+            self.refresh()
 
 
 # === Output folder ===========================================================
@@ -4030,12 +4064,39 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+# Where SDXL's original code, and with it kohya's programs, has the parts of a block.
+ORIGINAL_PLACES = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}
+ORIGINAL_NAMES = (
+    *((r"^mid_block\.attentions\.0", "middle_block.1"), (r"\.conv_shortcut$", ".skip_connection")),
+    *((r"^mid_block\.resnets\.0", "middle_block.0"), (r"^mid_block\.resnets\.1", "middle_block.2")),
+    *((r"\.conv1$", ".in_layers.2"), (r"\.conv2$", ".out_layers.3")),
+    *((r"\.time_emb_proj$", ".emb_layers.1"), (r"^(input.*)\.conv$", r"\1.op")),
+)
+
+
+def original_name(module: str) -> str:
+    """Name a module in a block of SDXL's denoiser as its original code does."""
+
+    def number(found: re.Match[str]) -> str:
+        side, level, kind, index = found.groups()
+        # Three entries to a level, a sampler in the last; on the way down, one more goes before.
+        entry = 3 * int(level) + (2 if "sampler" in kind else int(index)) + (side == "down")
+        return f"{'in' if side == 'down' else 'out'}put_blocks.{entry}.{ORIGINAL_PLACES[kind]}"
+
+    module = re.sub(r"^(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)", number, module)
+    for pattern, name in ORIGINAL_NAMES:
+        module = re.sub(pattern, name, module)
+    return module
+
+
 def kohya_name(name: str, family: Family) -> str:
-    """Name a LoRA weight as ComfyUI, A1111 and diffusers all read it."""
+    """Name a LoRA weight as ComfyUI, A1111, diffusers and kohya's own programs read it."""
     part, _, rest = name.partition(".")
     module, _, matrix = rest.partition(".lora_")
     prefix = family.key_prefixes[part]
-    if part != family.denoiser.folder and not module.startswith("text_model."):
+    if part == family.denoiser.folder:
+        module = original_name(module) if family.original_names else module
+    elif not module.startswith("text_model."):
         module = f"text_model.{module}"  # transformers 5 leaves this level out
     direction = {"A": "down", "B": "up"}[matrix[0]]
     return f"{prefix}_{module.replace('.', '_')}.lora_{direction}.weight"
@@ -4057,28 +4118,37 @@ def lora_tensors(
     return tensors
 
 
-def lora_header(config: TrainingConfig, base: BaseModel, step: int) -> dict[str, str]:
+def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int) -> dict[str, str]:
     """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
-    size = config.resolution
-    model = config.base_model
+    size, family, name = config.resolution, base.family, config.name
+    model, words = config.base_model, ", ".join(config.trigger_words)
     if expand_home(model).exists():
         model = expand_home(model).name  # not where it lies on somebody's disk
+    version = family.header["ss_base_model_version"]
+    if base.prediction_type == "v_prediction" and version.startswith("sd_"):
+        version += "_v"  # SDXL's has no such form
     return {
+        "modelspec.architecture": f"{family.architectures[base.prediction_type]}/lora",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.prediction_type": base.prediction_type.removesuffix("_prediction"),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": "LoRA of " + (", ".join(config.trigger_words) or model),
-        "modelspec.trigger_phrase": ", ".join(config.trigger_words),
-        **base.family.header,
-        "modelspec.architecture": f"{base.family.architectures[base.prediction_type]}/lora",
+        "modelspec.title": f"{name}, step {step}",
+        **({"modelspec.trigger_phrase": words} if words else {}),
+        **family.header,
+        "ss_base_model_version": version,
+        "ss_clip_skip": str(1 + family.text_encoders[0].unread_layers),
         "ss_network_alpha": f"{config.lora_alpha:.10g}",
         "ss_network_dim": str(config.lora_rank),
         "ss_network_module": "networks.lora",
+        "ss_num_train_images": str(images),
+        "ss_output_name": name,
         "ss_resolution": f"({size}, {size})",
         "ss_sd_model_name": model,
         "ss_seed": str(config.seed),
         "ss_steps": str(step),
+        # Every caption holds every trigger word.
+        "ss_tag_frequency": json.dumps({name: dict.fromkeys(config.trigger_words, images)}),
         "train_lora_version": __version__,
     }
 
@@ -4109,10 +4179,77 @@ def safetensors_pieces(
 
 
 def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> Record:
-    """Write a LoRA file; return its size and checksum."""
+    """Write a LoRA file, and in it what programs know its numbers by; return size and checksum."""
     if not all(value.isfinite().all() for value in tensors.values()):
         raise OSError(errno.EDOM, "the adapter holds numbers that are too large for the format")
-    return write_whole(path, *safetensors_pieces(tensors, header))
+    digest = hashlib.sha256()
+    for numbers in safetensors_pieces(tensors)[1:]:
+        digest.update(numbers)
+    known = {"sshs_model_hash": digest.hexdigest()}
+    known["modelspec.hash_sha256"] = f"0x{digest.hexdigest()}"
+    return write_whole(path, *safetensors_pieces(tensors, {**header, **known}))
+
+
+def copies_of(config: TrainingConfig) -> list[Path]:
+    """Name the files that a finished LoRA is in another program's folder, the LoRA itself first."""
+    endings = (".safetensors", ".preview.png", ".json") if config.loras_path else ()
+    return [Path(config.loras_path or "", config.name + ending) for ending in endings]
+
+
+def known_copies(config: TrainingConfig) -> set[str]:
+    """Recall by their checksums what this run has put there, or was about to."""
+    try:
+        said, _ = parse_json((config.output_path / "state" / "copies.json").read_text("ascii"))
+        return set(said)
+    except (OSError, *NOT_JSON):
+        return set()
+
+
+def foreign_copies(config: TrainingConfig, known: set[str]) -> list[Path]:
+    """List those of the files that are there and are none of this run's."""
+    there = (path for path in copies_of(config) if os.path.lexists(path))
+    return [
+        path for path in there if not path.is_file() or checksum(path.read_bytes()) not in known
+    ]
+
+
+def check_copies(config: TrainingConfig) -> None:
+    """Refuse a folder that cannot be written, and a name under which another LoRA is there."""
+    folder = config.loras_path
+    if folder and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        expected = "a folder that this user may write"
+        raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "loras_path", expected, str(folder))
+    foreign = foreign_copies(config, known_copies(config))
+    # Beside this run's own LoRA, they are what somebody edited, and stay as they are.
+    if foreign and (not (lora := copies_of(config)[0]).exists() or lora in foreign):
+        expected, found = "a name that is free in loras_path", f"{foreign[0]}, of another run"
+        hint = "Give another lora_name, or move that file away."
+        raise TrainError.at(ErrorCode.RUN_EXISTS, "lora_name", expected, found, hint)
+
+
+def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Path) -> Path:
+    """Put a finished LoRA where loras_path says, with a picture and what A1111 reads about it."""
+    lora, picture, card = copies_of(config)
+    words, kind = ", ".join(config.trigger_words), family.name.upper()
+    said = {"activation text": words, "preferred weight": 1.0, "sd version": kind}
+    contents = {lora: final.read_bytes(), card: json.dumps(said, indent=1).encode()}
+    if preview.is_file():
+        contents[picture] = preview.read_bytes()
+    known = known_copies(config) | {checksum(content) for content in contents.values()}
+    foreign = foreign_copies(config, known)
+    if lora in foreign:
+        raise FileExistsError(errno.EEXIST, "another run's LoRA is there", str(lora))
+    # First of all, so that the run knows its own, whatever happens.
+    write_whole(config.output_path / "state" / "copies.json", json.dumps(sorted(known)).encode())
+    for path, content in contents.items():
+        if path not in foreign:
+            write_whole(path, content)
+    return lora
+
+
+def checksum(content: bytes) -> str:
+    """Tell contents apart."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -4353,45 +4490,59 @@ def remove_leftovers(output: Path) -> None:
 
 
 def pack_learner(learner: Learner) -> tuple[dict[str, dict[str, torch.Tensor]], Record]:
-    """Turn everything that learns into files of tensors, and the few plain numbers beside them."""
-    moments: dict[str, torch.Tensor] = {}
-    numbers: Record = {}
-    for name, parameter in learner.parameters.items():
-        for key, value in learner.optimizer.state[parameter].items():
-            if isinstance(value, (int, float)):
-                numbers[f"{name}/{key}"] = value
-            else:
-                moments[f"{name}/{key}"] = value
-    contents = {"adapter.safetensors": learner.parameters, "optimizer.safetensors": moments}
-    return contents, {"optimizer_numbers": numbers, "scaler": learner.scaler.state_dict()}
+    """Turn everything that learns into files of tensors, and what JSON can say beside them."""
+    import torch
+
+    optimizer, moments, numbers = learner.optimizer.state_dict(), {}, {}
+    for place, value in leaves(optimizer["state"]):
+        (moments if isinstance(value, torch.Tensor) else numbers)[place] = value
+    return {"adapter.safetensors": learner.matrices, "optimizer.safetensors": moments}, {
+        "optimizer_numbers": numbers,
+        "optimizer_shapes": {place: [*value.shape] for place, value in moments.items()},
+        "optimizer_groups": optimizer["param_groups"],
+        "scaler": learner.scaler.state_dict(),
+    }
+
+
+def leaves(tree: Mapping[Any, Any], way: str = "") -> Iterator[tuple[str, Any]]:
+    """List what a tree of dicts holds, with the way that leads there."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{way}{key}/")
+        else:
+            yield f"{way}{key}", value
+
+
+# What config and device decide at every start; all else in a group may be the optimizer's own.
+DECIDED_ANEW = ("lr", "full_lr", "weight_decay", "fused")
 
 
 def unpack_learner(saved: SavedState, learner: Learner) -> None:
     """Put back what pack_learner took, exactly; raise ValueError before anything is changed."""
-    import torch
     from safetensors.torch import load_file
 
+    manifest, state = saved.manifest, dict[int, Record]()
     adapter = load_file(saved.folder / "adapter.safetensors")
     moments: Record = load_file(saved.folder / "optimizer.safetensors")
-    numbers = saved.manifest["optimizer_numbers"]
-    shapes = {name: parameter.shape for name, parameter in learner.parameters.items()}
-    if {name: value.shape for name, value in adapter.items()} != shapes:
+    matrices, groups = learner.matrices, learner.optimizer.param_groups
+    if {n: m.shape for n, m in adapter.items()} != {n: m.shape for n, m in matrices.items()}:
         raise ValueError("its adapter has other layers")
-    entries = Counter(key.rpartition("/")[0] for key in moments | numbers)
-    if entries and (entries.keys() != shapes.keys() or len(set(entries.values())) > 1):
-        raise ValueError("its optimizer lacks entries")
-    if any(v.ndim and v.shape != shapes[k.rpartition("/")[0]] for k, v in moments.items()):
-        raise ValueError("its optimizer is of other layers")
-    with torch.no_grad():
-        for name, parameter in learner.parameters.items():
-            parameter.copy_(adapter[name])
-    for key, value in (moments | numbers).items():
-        name, _, field_name = key.rpartition("/")
-        parameter = learner.parameters[name]
-        on_device = value if key in numbers else value.to(parameter.device)
-        learner.optimizer.state[parameter][field_name] = on_device
+    if {place: [*value.shape] for place, value in moments.items()} != manifest["optimizer_shapes"]:
+        raise ValueError("its optimizer lacks entries, or has others")
+    for key, value in (moments | manifest["optimizer_numbers"]).items():
+        place, *inner, name = key.split("/")
+        kept = state.setdefault(int(place), {})
+        for part in inner:
+            kept = kept.setdefault(part, {})
+        kept[name] = value
+    told = zip(manifest["optimizer_groups"], groups, strict=True)
+    merged = [{**then, **{k: now[k] for k in DECIDED_ANEW if k in now}} for then, now in told]
+    learner.optimizer.load_state_dict({"state": state, "param_groups": merged})
+    for name, matrix in matrices.items():
+        matrix.copy_(adapter[name])
     learner.refresh()
-    learner.scaler.load_state_dict(saved.manifest["scaler"])
+    if manifest["scaler"] and learner.scaler.is_enabled():  # other precisions have none
+        learner.scaler.load_state_dict(manifest["scaler"])
 
 
 # === Previews ================================================================
@@ -5179,6 +5330,7 @@ MOST_BAD_STEPS = 10  # updates in a row without a finite loss
 MOST_OVERFLOWS = 50  # updates in a row in which fp16's scaler found no factor that works
 COMPILE_STEPS = 1000  # fewer updates do not win back the minute that compiling takes
 TRIAL_SCALE = 1024.0  # lifts a trial's gradients above what fp16 loses
+TRIAL_NOISE = 0.02  # moves the adapter in a trial: at zero, half of its gradients are zero
 SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
 SPILL_SHARE = 0.03  # of a card's memory; what is free once it is full
 
@@ -5504,8 +5656,9 @@ class Run:
     def write_lora(self, path: Path) -> Record:
         """Write the adapter as it is; return the file's size and checksum."""
         step, base = self.state.step, self.models.base
-        tensors = lora_tensors(self.learner.parameters, self.config, base.family)
-        said = save_lora(path, tensors, lora_header(self.config, base, step))
+        images = len(self.cache.images) - self.cache.regularization
+        tensors = lora_tensors(self.learner.matrices, self.config, base.family)
+        said = save_lora(path, tensors, lora_header(self.config, base, step, images))
         self.written = step
         return said
 
@@ -5563,6 +5716,19 @@ class Run:
                 self.warn_unsaved(error)
         ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
 
+    def put_copies(self, final: Path) -> str | None:
+        """Put the final file where loras_path says; what goes wrong there does not end a run."""
+        config, preview = self.config, f"step_{self.state.step}.png"
+        if not config.loras_path:
+            return None
+        try:
+            drawn = config.output_path / "samples" / preview
+            return str(put_copies(config, self.models.base.family, final, drawn))
+        except OSError as error:
+            message, reason = f"No copy in loras_path: {error}", error.strerror or str(error)
+            self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
+            return None
+
     def finish(self) -> CompleteEvent:
         """Write the final file and the history, draw the last preview, and say so."""
         config, state = self.config, self.state
@@ -5578,6 +5744,7 @@ class Run:
                 percent=100,
                 final_path=str(path),
                 **written,
+                copy_path=self.put_copies(path),
                 total_time=self.events.elapsed_seconds(),
                 final_loss=state.loss,
                 images_per_second=self.images_per_second(),
@@ -5630,6 +5797,7 @@ class LoRATrainer:
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
             preflight = preflight.on(device, self.config, self.events)
+            check_copies(self.config)
             self.stop.check()
             report = preflight.report(self.config, device, self.events.warnings)
             self.events.info(report)
@@ -5653,6 +5821,7 @@ class LoRATrainer:
                 return done
             if earlier.complete and not earlier.state:  # there is nothing to extend it from
                 refuse_to_overwrite(config.output_path)
+            check_copies(config)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
@@ -5804,7 +5973,7 @@ class LoRATrainer:
             dataclasses.replace(
                 facts,
                 precision=str(models.dtype).removeprefix("torch."),
-                trainable_parameters=sum(p.numel() for p in learner.parameters.values()),
+                trainable_parameters=sum(m.numel() for m in learner.matrices.values()),
             )
         )
         return learner
@@ -5923,10 +6092,11 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     """
     import torch
 
-    expected = trial_gradients(models, cache, learner, config)
-    # With this option, dropout draws what it draws in blocks that are not compiled.
-    models.denoiser.compile_repeated_blocks(dynamic=True, options={"fallback_random": True})
-    found = trial_gradients(models, cache, learner, config)
+    with learner.moved(TRIAL_NOISE):
+        expected = trial_gradients(models, cache, learner, config)
+        # With this option, dropout draws what it draws in blocks that are not compiled.
+        models.denoiser.compile_repeated_blocks(dynamic=True, options={"fallback_random": True})
+        found = trial_gradients(models, cache, learner, config)
     lengths = torch.stack([e.norm() for e in expected])
     errors = torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]) / lengths
     # Every matrix counts alike but for those that hardly move, as those only round.
@@ -5950,8 +6120,7 @@ def trial_gradients(
     with torch.random.fork_rng():
         (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
     learner.collect()
-    found = (p.grad for p in learner.parameters.values() if p.grad is not None)
-    gradients = [gradient.to("cpu", copy=True) for gradient in found]
+    gradients = [gradient.to("cpu", copy=True) for gradient in learner.gradients.values()]
     learner.forget()
     return gradients
 

@@ -28,7 +28,7 @@ from models import DENOISERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_lora import ATTENTION, Twins
+from train_lora import ATTENTION, Learner
 
 Norm = Callable[..., torch.Tensor]
 
@@ -108,12 +108,15 @@ def textbook(size: str) -> Counter[str]:
 def ours(size: str) -> Counter[str]:
     """Count where all is in half precision, and the adapter is converted once."""
     unet, parameters = adapted(size)
-    twins, _ = Twins.split(parameters, torch.bfloat16)
+    full = torch.cat([p.detach().flatten() for p in parameters.values()])
+    gradient, half = torch.zeros_like(full), full.to(torch.bfloat16)
+    learner = Learner(parameters, full, gradient, half, None, None, 1.0)
+    learner.connect()
     calls = Calls()
     with calls:
         passes(unet, torch.bfloat16)
-        twins.collect()
-        twins.refresh()
+        learner.collect()
+        learner.refresh()
     return calls.names
 
 

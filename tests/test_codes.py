@@ -344,6 +344,8 @@ WARNINGS: dict[WarningCode, Scene] = {
     ),
     WarningCode.STATE_IGNORED: again(damage_newest_state, steps=2, checkpoint_steps=1),
     WarningCode.CACHE_DAMAGED: damage_cache,
+    # A name that is just short enough, but not for the file that is written before it is renamed.
+    WarningCode.COPY_FAILED: trained(loras_path=".", lora_name="\u5b57" * 80),
     WarningCode.CACHE_FAILED: trained(cache_dir="/dev/null"),
     WarningCode.COMPILE_FAILED: compile_without_compiler,
     WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),

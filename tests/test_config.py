@@ -191,7 +191,8 @@ def test_knobs_that_hold_a_path_say_so() -> None:
     """A host can tell from the schema for which knobs to offer a picker."""
     paths = {name for name, knob in KNOBS.items() if knob.get("format") == "path"}
     required = {"dataset_path", "base_model", "output_path"}
-    assert paths == required | {"model_config_path", "vae", "cache_dir", "regularization_path"}
+    optional = {"model_config_path", "vae", "cache_dir", "regularization_path", "loras_path"}
+    assert paths == required | optional
 
 
 def test_the_contract_and_the_schema_name_the_same_knobs() -> None:

@@ -106,6 +106,7 @@ COMPLETE = CompleteEvent(
     final_path="out/lora_final.safetensors",
     bytes=1000,
     sha256="0" * 64,
+    copy_path=None,
     total_time=60.0,
     final_loss=0.5,
     images_per_second=2.0,

@@ -23,14 +23,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import Recorder
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_models import _original_unet, _unet_key
 from tiny_runs import FAMILIES, Ready, prepare, tiny_base, tiny_config
 
 import train_lora
-from train_lora import LossPoint
+from launches import NARROW
+from models import DENOISERS
+from train_lora import ErrorCode, LossPoint, TrainError
 
 PIPELINES: dict[str, Any] = {
     "sd1": StableDiffusionPipeline,
@@ -67,7 +71,7 @@ def weights_of(network: Any) -> dict[str, torch.Tensor]:
 
 def products(ready: Ready, part: str) -> dict[str, torch.Tensor]:
     """Multiply B and A of a network in training, by weight."""
-    own = {n: p.detach() for n, p in ready.learner.parameters.items() if n.startswith(f"{part}.")}
+    own = {n: p.detach() for n, p in ready.learner.matrices.items() if n.startswith(f"{part}.")}
     found = {}
     for name, down in own.items():
         if ".lora_A." in name:
@@ -144,7 +148,10 @@ def comfy_keys(base: Path, family: str) -> dict[str, tuple[str, str]]:
     (unet,) = (base / "unet").glob("*.safetensors")
     for key in load_file(unet):
         if key.endswith(".weight"):
-            names["lora_unet_" + key.removesuffix(".weight").replace(".", "_")] = ("unet", key)
+            config = json.loads((base / "unet" / "config.json").read_text("utf-8"))
+            # It knows SDXL's denoiser by both names; kohya's programs know the original alone.
+            stem = (_unet_key(key, config) if family == "sdxl" else key).removesuffix(".weight")
+            names["lora_unet_" + stem.replace(".", "_")] = ("unet", key)
     for part in sorted(base.glob("text_encoder*")):
         prefix = COMFY_TEXT[part.name][family == "sdxl" and part.name == "text_encoder"]
         for key in load_file(part / "model.safetensors"):
@@ -167,9 +174,9 @@ def test_every_key_names_a_module_in_comfyui(
     kinds = ("alpha", "lora_down.weight", "lora_up.weight")
     assert {f"{module}.{kind}" for module in modules for kind in kinds} == set(tensors)
     assert modules <= known.keys()
-    assert len(modules) == len(ready.learner.parameters) / 2
+    assert len(modules) == len(ready.learner.matrices) / 2
     assert {known[module][0] for module in modules} == {
-        name.partition(".")[0] for name in ready.learner.parameters
+        name.partition(".")[0] for name in ready.learner.matrices
     }
     assert {float(tensors[f"{module}.alpha"]) for module in modules} == {float(torch.tensor(3.7))}
     for module in modules:
@@ -192,8 +199,54 @@ def test_weights_are_saved_in_the_precision_asked_for(
     tensors = load_file(tmp_path / "lora_final.safetensors")
     assert {v.dtype for k, v in tensors.items() if not k.endswith("alpha")} == {kind}
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    own = ready.learner.parameters[f"unet.{name}.lora_B.default.weight"].detach()
+    own = ready.learner.matrices[f"unet.{name}.lora_B.default.weight"].detach()
     assert torch.equal(tensors[f"lora_unet_{name.replace('.', '_')}.lora_up.weight"], own.to(kind))
+
+
+# Where kohya's programs, and all who choose blocks by them, have what diffusers calls so.
+KOHYA_BLOCKS = {
+    "down_blocks.1.attentions.0": "input_blocks_4_1",
+    "down_blocks.1.attentions.1": "input_blocks_5_1",
+    "down_blocks.2.attentions.0": "input_blocks_7_1",
+    "down_blocks.2.attentions.1": "input_blocks_8_1",
+    "mid_block.attentions.0": "middle_block_1",
+    "up_blocks.0.attentions.0": "output_blocks_0_1",
+    "up_blocks.0.attentions.1": "output_blocks_1_1",
+    "up_blocks.0.attentions.2": "output_blocks_2_1",
+    "up_blocks.1.attentions.0": "output_blocks_3_1",
+    "up_blocks.1.attentions.1": "output_blocks_4_1",
+    "up_blocks.1.attentions.2": "output_blocks_5_1",
+}
+
+
+def test_sdxl_has_kohyas_block_numbers_and_the_others_diffusers() -> None:
+    """As published; a program that knows these alone would pass over any other without a word."""
+    layer = "transformer_blocks.0.attn1.to_out.0"
+    for block, kohya in KOHYA_BLOCKS.items():
+        name = f"unet.{block}.{layer}.lora_A.default.weight"
+        ending = "transformer_blocks_0_attn1_to_out_0.lora_down.weight"
+        assert train_lora.kohya_name(name, train_lora.SDXL) == f"lora_unet_{kohya}_{ending}"
+        plain = block.replace(".", "_")
+        for family in (train_lora.SD1, train_lora.SD2):
+            assert train_lora.kohya_name(name, family) == f"lora_unet_{plain}_{ending}"
+
+
+def test_all_layers_in_blocks_of_sdxl_have_the_names_that_diffusers_converts() -> None:
+    """Of a denoiser with SDXL's depth, also those that have no adapter."""
+    shape = DENOISERS["sdxl"] | NARROW["sdxl"] | {"cross_attention_dim": 64}
+    unet: Any = UNet2DConditionModel(**shape)
+    weights = unet.state_dict()
+    numbered = {key: torch.tensor(number) for number, key in enumerate(weights)}
+    originals = _original_unet(numbered, dict(unet.config))
+    converted = convert_ldm_unet_checkpoint(dict(originals), dict(unet.config))
+    names = {int(number): key for key, number in originals.items()}
+    prefix = "model.diffusion_model."
+    blocks = {k: v for k, v in weights.items() if v.ndim > 1 and "block" in k}
+    layers = [key.removesuffix(".weight") for key in blocks]
+    assert len(layers) > 700
+    for layer in layers:
+        original = names[int(converted[f"{layer}.weight"])].removeprefix(prefix)
+        assert train_lora.original_name(layer) == original.removesuffix(".weight")
 
 
 # --- the header ---
@@ -247,7 +300,7 @@ def test_the_header_names_a_model_of_the_hub_by_its_id(ground: Path) -> None:
     """An id is no path."""
     config = tiny_config(ground, base_model="stabilityai/sdxl-turbo")
     base = prepare(tiny_config(ground)).models.base
-    header = train_lora.lora_header(config, base, 1)
+    header = train_lora.lora_header(config, base, 1, 6)
     assert header["ss_sd_model_name"] == "stabilityai/sdxl-turbo"
 
 
@@ -263,7 +316,7 @@ def test_the_header_tells_the_two_kinds_of_sd2_apart(
 ) -> None:
     """The model spec has a name for each."""
     config = tiny_config(ground, "sd2", prediction_type=prediction)
-    header = train_lora.lora_header(config, prepare(config).models.base, 1)
+    header = train_lora.lora_header(config, prepare(config).models.base, 1, 6)
     assert header["modelspec.architecture"] == said
 
 
@@ -271,8 +324,197 @@ def test_the_header_tells_the_two_kinds_of_sd2_apart(
 def test_the_header_tells_alpha_as_the_tensors_do(alpha: float, ground: Path) -> None:
     """No digit of it is lost."""
     base = prepare(tiny_config(ground)).models.base
-    header = train_lora.lora_header(tiny_config(ground, lora_alpha=alpha), base, 1)
+    header = train_lora.lora_header(tiny_config(ground, lora_alpha=alpha), base, 1, 6)
     assert float(header["ss_network_alpha"]) == pytest.approx(alpha, rel=1e-9)
+
+
+def a1111_family(header: dict[str, str]) -> str:
+    """Decide as A1111 and Forge do which models a LoRA is offered for."""
+    if header.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    return "SD2" if header.get("ss_v2") == "True" else "SD1"
+
+
+# kohya's own words: with velocity, SD 1 and 2 are versions of their own, and SDXL is not.
+KOHYA_VERSIONS = {
+    ("sd1", "epsilon"): "sd_v1",
+    ("sd1", "v_prediction"): "sd_v1_v",
+    ("sd2", "epsilon"): "sd_v2",
+    ("sd2", "v_prediction"): "sd_v2_v",
+    ("sdxl", "epsilon"): "sdxl_base_v1-0",
+    ("sdxl", "v_prediction"): "sdxl_base_v1-0",
+}
+KOHYA_ARCHITECTURES = {
+    "sd_v1": "stable-diffusion-v1/lora",
+    "sd_v1_v": "stable-diffusion-v1/lora",
+    "sd_v2": "stable-diffusion-v2-512/lora",
+    "sd_v2_v": "stable-diffusion-v2-768-v/lora",
+    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base/lora",
+}
+REQUIRED = ("sai_model_spec", "architecture", "implementation", "title", "resolution")
+
+
+@pytest.mark.parametrize(("family", "prediction"), KOHYA_VERSIONS)
+def test_the_header_follows_the_published_rules(family: str, prediction: str, ground: Path) -> None:
+    """Those of A1111, of kohya and of the model spec."""
+    config = tiny_config(ground, family, prediction_type=prediction, trigger_words=["zkb", "mug"])
+    header = train_lora.lora_header(config, prepare(config).models.base, 7, 6)
+    version = KOHYA_VERSIONS[family, prediction]
+    assert header["ss_base_model_version"] == version
+    assert header["modelspec.architecture"] == KOHYA_ARCHITECTURES[version]
+    assert header["modelspec.prediction_type"] == {"epsilon": "epsilon"}.get(prediction, "v")
+    assert a1111_family(header) == family.upper()
+    assert all(header[f"modelspec.{field}"] for field in REQUIRED)
+    assert header["modelspec.sai_model_spec"] == "1.0.0"
+    generative = "https://github.com/Stability-AI/generative-models"
+    assert (header["modelspec.implementation"] == generative) == (family == "sdxl")
+    assert json.loads(header["ss_tag_frequency"]) == {"tiny": {"zkb": 6, "mug": 6}}
+    assert header["ss_num_train_images"] == "6"
+    assert header["ss_clip_skip"] == ("2" if family == "sdxl" else "1")
+
+
+def test_the_header_has_the_name_and_nothing_empty(ground: Path) -> None:
+    """Titles differ from step to step, and from one LoRA to another."""
+    base = prepare(tiny_config(ground)).models.base
+    config = tiny_config(ground, lora_name="blue mug", trigger_words=[])
+    headers = [train_lora.lora_header(config, base, step, 6) for step in (1, 2)]
+    headers.append(train_lora.lora_header(replace(config, lora_name="red mug"), base, 2, 6))
+    assert [h["ss_output_name"] for h in headers] == ["blue mug", "blue mug", "red mug"]
+    assert len({h["modelspec.title"] for h in headers}) == 3
+    assert all(h["modelspec.title"].startswith(h["ss_output_name"]) for h in headers)
+    assert "modelspec.trigger_phrase" not in headers[0]
+    assert all(value for header in headers for value in header.values())
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("zkb", "zkb"), ("a/../zkb", "zkb"), ("zkb/", "zkb"), ("z\udc80", "z\ufffd"), ("/", "lora")],
+)
+def test_a_lora_is_named_as_its_folder_unless_told(folder: str, name: str, ground: Path) -> None:
+    """A folder's name need not be text; a header's must."""
+    config = replace(tiny_config(ground), lora_name=None, output_path=Path(folder).absolute())
+    assert config.name == name
+    assert replace(config, lora_name="mug").name == "mug"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", ".a", "a.", "a ", "a\n", "a:b", "a?"]
+)
+def test_a_name_that_is_no_plain_file_name_is_refused(name: str, ground: Path) -> None:
+    """It becomes one."""
+    with pytest.raises(TrainError) as refused:
+        tiny_config(ground, lora_name=name)
+    assert refused.value.problems[0].path == "lora_name"
+
+
+def test_the_header_has_the_hash_of_the_tensors(ground: Path, tmp_path: Path) -> None:
+    """As kohya's programs and the model spec take it: of all that follows the header."""
+    trained(ground, tmp_path, "sd1")
+    content = (tmp_path / "lora_final.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    digest = hashlib.sha256(content[8 + length :]).hexdigest()
+    header = header_of(tmp_path / "lora_final.safetensors")
+    assert header["sshs_model_hash"] == digest
+    assert header["modelspec.hash_sha256"] == f"0x{digest}"
+
+
+# --- a copy for another program ---
+
+
+def train_for(loras: Path, ground: Path, out: Path, **changes: Any) -> train_lora.CompleteEvent:
+    """Make a run whose LoRA is also put into another program's folder."""
+    options: dict[str, Any] = {"loras_path": str(loras), "output_path": str(out)}
+    options |= {"steps": 1, "lora_name": "mug"}
+    return train_lora.LoRATrainer(tiny_config(ground, **options | changes)).train()
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> Path:
+    """Provide another program's folder, with somebody's LoRA in it."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    (folder / "other.safetensors").write_bytes(b"somebody's")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:__array__")  # numpy's, about Pillow
+def test_a_finished_lora_is_put_where_another_program_looks(
+    ground: Path, tmp_path: Path, loras: Path
+) -> None:
+    """With the last picture, and with what A1111 reads about it."""
+    done = train_for(loras, ground, tmp_path / "out", trigger_words=["zkb", "mug"])
+    names = {"mug.safetensors", "mug.preview.png", "mug.json", "other.safetensors"}
+    assert {path.name for path in loras.iterdir()} == names
+    assert done.copy_path == str(loras / "mug.safetensors")
+    assert hashlib.sha256(Path(done.copy_path).read_bytes()).hexdigest() == done.sha256
+    shown = (tmp_path / "out" / "samples" / "step_1.png").read_bytes()
+    assert (loras / "mug.preview.png").read_bytes() == shown
+    assert json.loads((loras / "mug.json").read_text("ascii")) == {
+        "activation text": "zkb, mug",
+        "preferred weight": 1.0,
+        "sd version": "SD1",
+    }
+
+
+def test_a_longer_run_replaces_what_it_put_there_and_nothing_edited(
+    ground: Path, tmp_path: Path, loras: Path
+) -> None:
+    """Somebody may have written notes beside it."""
+    first = train_for(loras, ground, tmp_path / "out")
+    (loras / "mug.json").write_text('{"notes": "mine"}')
+    second = train_for(loras, ground, tmp_path / "out", steps=2)
+    assert second.copy_path == first.copy_path
+    content = (loras / "mug.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == second.sha256 != first.sha256
+    assert (loras / "mug.json").read_text() == '{"notes": "mine"}'
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "preview.png", "json"])
+def test_a_file_of_somebody_else_is_never_replaced(
+    ending: str, ground: Path, tmp_path: Path, loras: Path
+) -> None:
+    """Preflight names it, and so does a start, before anything is learned."""
+    taken = loras / f"mug.{ending}"
+    taken.write_bytes(b"somebody's")
+    options: Any = {"loras_path": str(loras), "output_path": str(tmp_path / "out")}
+    options["lora_name"] = "mug"
+    trainer = train_lora.LoRATrainer(tiny_config(ground, **options))
+    for refuse in (trainer.validate, trainer.train):
+        with pytest.raises(TrainError) as refused:
+            refuse()
+        assert refused.value.code is ErrorCode.RUN_EXISTS
+        assert str(taken) in str(refused.value)
+    assert taken.read_bytes() == b"somebody's"
+    assert len(list(loras.iterdir())) == 2
+
+
+def test_a_lora_that_came_meanwhile_stays_and_the_run_is_complete(
+    ground: Path, tmp_path: Path, loras: Path
+) -> None:
+    """What was learned lies in output_path all the same."""
+    options = {"loras_path": str(loras), "output_path": str(tmp_path / "out")}
+    ready = prepare(tiny_config(ground, **options))
+    ready.make_updates()
+    lora = loras / "tiny.safetensors"
+    lora.write_bytes(b"somebody's")
+    assert ready.finish().copy_path is None
+    assert ready.recorder.codes()[-1] == "copy_failed"
+    assert lora.read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("kind", ["none", "file"])
+def test_a_folder_of_loras_that_is_none_is_refused_by_preflight(
+    kind: str, ground: Path, tmp_path: Path
+) -> None:
+    """Nobody wants to find a folder with a typing error in it."""
+    path = tmp_path / "lorras"
+    if kind == "file":
+        path.touch()
+    config = tiny_config(ground, loras_path=str(path), output_path=str(tmp_path / "out"))
+    with pytest.raises(TrainError) as refused:
+        train_lora.LoRATrainer(config).validate()
+    assert refused.value.problems[0].path == "loras_path"
+    assert not path.is_dir()
 
 
 def sample_tensors() -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def gradients(ready: Ready, strength: float = 1.0, slots: int = 4) -> Tensors:
     """Compute where images would move an awake adapter, without moving it."""
     chance = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in ready.learner.parameters.values():
+        for parameter in ready.learner.matrices.values():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=chance))
     ready.learner.refresh()
     for slot in range(slots):
@@ -40,8 +40,7 @@ def gradients(ready: Ready, strength: float = 1.0, slots: int = 4) -> Tensors:
         text = ready.cache.read(ready.models, batch.captions)
         (train_lora.batch_losses(ready.models, batch, text).sum() * strength).backward()
         ready.learner.collect()
-    found = ready.learner.parameters.items()
-    return {name: p.grad.clone() / strength for name, p in found if p.grad is not None}
+    return {name: g.clone() / strength for name, g in ready.learner.gradients.items()}
 
 
 def largest_error(found: Tensors, expected: Tensors) -> float:
@@ -83,14 +82,14 @@ def test_the_adapter_learns_in_full_precision(ground: Path, half: torch.dtype) -
     ready = prepare(tiny_config(ground, train_text_encoder=True))
     before = snapshot(ready)
     ready.make_updates(2)
-    learned = ready.learner.parameters.values()
+    learned = ready.learner.matrices.values()
     used = [p for net in ready.networks().values() for p in net.parameters() if p.requires_grad]
     assert {p.dtype for p in learned} == {torch.float32}
     assert {p.dtype for net in ready.networks().values() for p in net.parameters()} == {half}
-    assert any((p != before[name]).any() for name, p in ready.learner.parameters.items())
+    assert any((p != before[name]).any() for name, p in ready.learner.matrices.items())
     assert Counter(map(fingerprint, used)) == Counter(fingerprint(p.to(half)) for p in learned)
     assert all(p.grad is None for p in used)
-    assert not any(p.grad.any() for p in learned)
+    assert not any(g.any() for g in ready.learner.gradients.values())
 
 
 def fingerprint(matrix: torch.Tensor) -> tuple[Any, ...]:
@@ -126,17 +125,41 @@ def test_a_run_in_two_parts_is_the_run_in_one(
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
 
 
+def test_a_run_goes_on_in_another_precision(
+    ground: Path, tmp_path: Path, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From full to half, from one half to the other, and back: a scaler is only fp16's."""
+    dtypes = iter((torch.float32, half, torch.bfloat16, torch.float16, torch.float32))
+    monkeypatch.setattr(train_lora, "choose_precision", lambda *_: next(dtypes))
+    for steps in range(1, 6):
+        config = tiny_config(ground, steps=steps, output_path=str(tmp_path / "out"))
+        done = train_lora.LoRATrainer(config).train()
+    assert done.step == 5
+    assert all(value.isfinite().all() for value in load_file(done.final_path).values())
+
+
+def test_a_matrix_that_no_gradient_reaches_counts_as_zero(ground: Path, half: torch.dtype) -> None:
+    """Its networks leave none at all."""
+    ready = prepare(tiny_config(ground))
+    first, *others = ready.learner.parameters.values()
+    sum(p.sum() for p in others).backward()
+    assert first.grad is None
+    ready.learner.collect()
+    zero, *ones = ready.learner.gradients.values()
+    assert not zero.any()
+    assert all((gradient == 1).all() for gradient in ones)
+
+
 def test_an_update_that_overflows_moves_nothing(ground: Path, half: torch.dtype) -> None:
     """The next one finds nothing of it; in fp16, it comes with a smaller factor."""
     ready = prepare(tiny_config(ground))
     ready.make_updates(1)
     learner, before = ready.learner, snapshot(ready)
     scale = learner.scaler.get_scale()
-    assert learner.twins
-    learner.twins.gradient[0] = torch.inf
+    learner.gradient[0] = torch.inf
     assert not learner.step(1.0).isfinite()
     assert all(torch.equal(value, before[name]) for name, value in snapshot(ready).items())
-    assert not learner.twins.gradient.any()
+    assert not learner.gradient.any()
     assert learner.scaler.get_scale() == (scale / 2 if half == torch.float16 else scale)
     ready.make_updates(1)
     assert all(value.isfinite().all() for value in snapshot(ready).values())
@@ -145,7 +168,7 @@ def test_an_update_that_overflows_moves_nothing(ground: Path, half: torch.dtype)
 
 def snapshot(ready: Ready) -> Tensors:
     """Copy what is learned."""
-    return {name: p.detach().clone() for name, p in ready.learner.parameters.items()}
+    return {name: p.detach().clone() for name, p in ready.learner.matrices.items()}
 
 
 @pytest.mark.parametrize("rank", [2, 4])
@@ -157,5 +180,5 @@ def test_nothing_is_converted_layer_by_layer(ground: Path, half: torch.dtype, ra
     calls = Calls()
     with calls:
         ready.update()
-    assert len(ready.learner.parameters) > 60
+    assert len(ready.learner.matrices) > 60
     assert calls.names["aten::_to_copy"] + calls.names["aten::copy_"] < 20

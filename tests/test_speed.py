@@ -220,7 +220,33 @@ def test_blocks_with_other_gradients_are_not_used(
     assert ("compile_failed" not in ready.recorder.codes()) == harmless
     assert all(bool(block._compiled_call_impl) == harmless for block in blocks)
     assert not any(p.grad is not None and p.grad.any() for p in unet.parameters())
-    assert not any(p.grad is not None and p.grad.any() for p in ready.learner.parameters.values())
+    assert not any(g.any() for g in ready.learner.gradients.values())
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0])
+def test_a_compiler_that_errs_in_half_of_the_matrices_is_found(
+    ground: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """An adapter that is zero gives its first half no gradient: it is moved for the trial."""
+    config = tiny_config(ground, compile="on")
+    ready = prepare(config)
+    unet = ready.models.denoiser
+    first_halves = [m for name, m in unet.named_modules() if name.endswith("lora_A.default")]
+
+    def compile_wrongly(**_: object) -> None:
+        for module in first_halves:
+            module.register_forward_hook(bent)
+
+    def bent(_: object, __: object, true: torch.Tensor) -> torch.Tensor:
+        return true.detach() + factor * (true - true.detach())
+
+    monkeypatch.setattr(unet, "compile_repeated_blocks", compile_wrongly)
+    before = {name: matrix.clone() for name, matrix in ready.learner.matrices.items()}
+    trainer = train_lora.LoRATrainer(config, ready.events)
+    trainer._compile(ready.models, ready.cache, ready.learner, 1)
+    assert ("compile_failed" in ready.recorder.codes()) == (factor != 1)
+    assert all(torch.equal(m, before[name]) for name, m in ready.learner.matrices.items())
+    assert not any(g.any() for g in ready.learner.gradients.values())
 
 
 def fail(_: object) -> None:

@@ -33,6 +33,7 @@ def tiny_config(ground: Path, family: str = "sd1", **changes: Any) -> TrainingCo
         "dataset_path": str(ground / "data"),
         "base_model": str(tiny_base(family, ground / "bases")),
         "output_path": str(ground / "out"),
+        "lora_name": "tiny",
         "resolution": 256,
         "lora_rank": 4,
         "lora_alpha": 4,
