@@ -4493,7 +4493,8 @@ def pack_learner(learner: Learner) -> tuple[dict[str, dict[str, torch.Tensor]], 
     """Turn everything that learns into files of tensors, and what JSON can say beside them."""
     import torch
 
-    optimizer, moments, numbers = learner.optimizer.state_dict(), {}, {}
+    optimizer, numbers = learner.optimizer.state_dict(), Record()
+    moments: dict[str, torch.Tensor] = {}
     for place, value in leaves(optimizer["state"]):
         (moments if isinstance(value, torch.Tensor) else numbers)[place] = value
     return {"adapter.safetensors": learner.matrices, "optimizer.safetensors": moments}, {
