@@ -13,6 +13,7 @@ import peft  # noqa: F401, looks for bitsandbytes on import, before a test provi
 import pytest
 import torch
 from conftest import Recorder
+from peft.import_utils import is_bnb_available
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
 from tiny_runs import FAMILIES, Ready, one_of, prepare, tiny_base, tiny_config
@@ -545,6 +546,7 @@ class AdamW8bit(torch.optim.Optimizer):
 @pytest.fixture
 def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Provide an optimizer that keeps something in every place where one can."""
+    is_bnb_available()  # remembered, so that nobody else takes this for the real package
     folder = tmp_path / "packages" / "bitsandbytes"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
