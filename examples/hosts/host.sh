@@ -51,9 +51,10 @@ foreach ((inputs | fromjson? | objects), null) as $event (null;
   else $event | describe | tostring | gsub("[\\x00-\\x1f\\x7f-\\x9f]"; "?") end)'
 show_events() { jq -nrR --unbuffered --argjson killed "$killed" "$view"; }
 
-# A trap interrupts `wait` before the process has ended.
+# A trap interrupts `wait` before the process has ended; and a signal that arrives just before the
+# shell falls asleep in it would be heard only at its end. Between short naps none can be missed.
 wait_for() {
-  while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+  while kill -0 "$1" 2>/dev/null; do sleep 0.2; done
   wait "$1"
 }
 
