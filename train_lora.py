@@ -4216,7 +4216,8 @@ def foreign_copies(config: TrainingConfig, known: set[str]) -> list[Path]:
 def check_copies(config: TrainingConfig) -> None:
     """Refuse a folder that cannot be written, and a name under which another LoRA is there."""
     folder = config.loras_path
-    if folder and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+    usable = folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)  # noqa: PTH112, takes long names
+    if folder and not usable:
         expected = "a folder that this user may write"
         raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "loras_path", expected, str(folder))
     foreign = foreign_copies(config, known_copies(config))

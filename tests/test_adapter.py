@@ -432,7 +432,7 @@ def test_ten_bad_updates_in_a_row_end_a_run(ground: Path) -> None:
 
 
 def test_a_base_that_answers_without_sense_ends_the_run(ground: Path, tmp_path: Path) -> None:
-    """Ten warnings, one error, and no file that pretends to be a result."""
+    """Ten warnings, one error, and no final file; what there was is saved, as at every end."""
     base = build_tiny("sd1", tmp_path / "base")
     (file,) = (base / "unet").glob("*.safetensors")
     weights = load_file(file)
@@ -444,7 +444,8 @@ def test_a_base_that_answers_without_sense_ends_the_run(ground: Path, tmp_path: 
         train_lora.LoRATrainer(config, train_lora.Emitter(recorder)).train()
     assert recorder.records[-1]["code"] == "loss_not_finite"
     assert recorder.codes().count("update_skipped") == 10
-    assert not list(tmp_path.glob("out/**/*.safetensors"))
+    assert recorder.records[-1]["path"] == str(tmp_path / "out" / "state" / "step_10")
+    assert not list(tmp_path.glob("out/*.safetensors"))
 
 
 # --- optimizers ---

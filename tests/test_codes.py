@@ -282,6 +282,17 @@ def change_image_after_the_check(folder: Path) -> list[Record]:
     return start(folder, overwrite)
 
 
+def obstruct_a_checkpoint_meanwhile(folder: Path) -> list[Record]:
+    """Put a folder where the next checkpoint goes, once the run has begun."""
+    write_tiny_run(folder, steps=2, checkpoint_steps=1)
+
+    def put(record: Record) -> None:
+        if record.get("topic") == "dataset":
+            obstruct("checkpoints/lora_step_1.safetensors", by_folder=True)(folder)
+
+    return start(folder, put)
+
+
 def compile_without_compiler(folder: Path) -> list[Record]:
     """Ask for compiled blocks where there is no C++ compiler, and no earlier result."""
     write_tiny_run(folder, compile="on")
@@ -339,9 +350,7 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.UPDATE_SKIPPED: trained(poison_a_word, steps=3),
     WarningCode.SAMPLE_FAILED: trained(obstruct("samples/step_1.png", by_folder=True)),
     WarningCode.PREDICTION_ASSUMED: prepared(write_sd2_file, base_model="sd2.safetensors"),
-    WarningCode.CHECKPOINT_FAILED: trained(
-        obstruct("checkpoints/lora_step_1.safetensors", by_folder=True), steps=2, checkpoint_steps=1
-    ),
+    WarningCode.CHECKPOINT_FAILED: obstruct_a_checkpoint_meanwhile,
     WarningCode.STATE_IGNORED: again(damage_newest_state, steps=2, checkpoint_steps=1),
     WarningCode.CACHE_DAMAGED: damage_cache,
     # A name that is just short enough, but not for the file that is written before it is renamed.

@@ -188,7 +188,6 @@ def preflight(number: int) -> list[Record]:
     lines = [train_lora.encode_line(record) for record in recorder.records]
     check_stream(b"".join(lines))
     last = recorder.records[-1]
-    assert all(len(line) < 4096 for line in lines)
     assert {path.name for path in Path().iterdir()} == {"config.json", "data", "model"}
     assert code == (1 if last["type"] == "error" else 0)
     assert last.get("code") != "internal_error", f"mutation {number}: {last['message']}"

@@ -440,8 +440,8 @@ def test_a_preview_that_cannot_be_written_is_a_warning(
     here: Path, built: Path, recorder: Recorder
 ) -> None:
     """Training goes on to its end, and tells of every failure."""
-    (here / "out").mkdir()
-    (here / "out" / "samples").write_text("no folder")
+    for step in (2, 4):
+        (here / "out" / "samples" / f"step_{step}.png").mkdir(parents=True)
     done = run(built / "sd1", recorder, steps=4, validation_steps=2)
     assert remarks(recorder) == ["sample_failed"] * 2
     failed = [r for r in recorder.of_type("warning") if r["code"] == "sample_failed"]
