@@ -2067,8 +2067,7 @@ class Family:
     kept_per_latent: float
     kept_per_latent_checkpointed: float
     # LoRA files.
-    architectures: dict[str, str]  # what they call it, for each prediction type
-    header: dict[str, str]  # what else they say about it
+    headers: dict[str, dict[str, str]]  # what they say about it, for each prediction type
     original_names: bool = False  # of the denoiser's modules, instead of diffusers'
 
     @property
@@ -2316,6 +2315,19 @@ def ask_unet(
     return answer
 
 
+def called(
+    architecture: str, version: str, code: str = "https://github.com/huggingface/diffusers"
+) -> dict[str, str]:
+    """Tell a model's kind in the words of LoRA files; A1111 knows SD 2 by its own mark."""
+    return {
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": code,
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),
+    }
+
+
+SGM = "https://github.com/Stability-AI/generative-models"
 UNET = Part(
     folder="unet",
     library="diffusers",
@@ -2401,8 +2413,10 @@ SD1 = Family(
     predict=ask_unet,
     kept_per_latent=0.046,
     kept_per_latent_checkpointed=0.012,
-    architectures={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"},
-    header={"ss_base_model_version": "sd_v1", "ss_v2": "False"},
+    headers={
+        "epsilon": called("stable-diffusion-v1", "sd_v1"),
+        "v_prediction": called("stable-diffusion-v1", "sd_v1_v"),
+    },
 )
 SD2 = dataclasses.replace(
     SD1,
@@ -2414,11 +2428,10 @@ SD2 = dataclasses.replace(
     recognises=lambda it: is_unet(it) and not knows_sizes(it) and projects_linearly(it),
     refuses=functools.partial(refuse_variant, first_text=OPEN_CLIP),
     assumed="v_prediction",
-    architectures={
-        "epsilon": "stable-diffusion-v2-512",
-        "v_prediction": "stable-diffusion-v2-768-v",
+    headers={
+        "epsilon": called("stable-diffusion-v2-512", "sd_v2"),
+        "v_prediction": called("stable-diffusion-v2-768-v", "sd_v2_v"),
     },
-    header={"ss_base_model_version": "sd_v2", "ss_v2": "True"},
 )
 SDXL = dataclasses.replace(
     SD1,
@@ -2434,15 +2447,9 @@ SDXL = dataclasses.replace(
     empty_is_silence=True,
     kept_per_latent=0.03,
     kept_per_latent_checkpointed=0.004,
-    architectures={
-        "epsilon": "stable-diffusion-xl-v1-base",
-        "v_prediction": "stable-diffusion-xl-v1-base",
-    },
-    header={
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_v2": "False",
-    },
+    headers=dict.fromkeys(
+        ("epsilon", "v_prediction"), called("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", SGM)
+    ),
     original_names=True,
 )
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
@@ -4124,19 +4131,13 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
     model, words = config.base_model, ", ".join(config.trigger_words)
     if expand_home(model).exists():
         model = expand_home(model).name  # not where it lies on somebody's disk
-    version = family.header["ss_base_model_version"]
-    if base.prediction_type == "v_prediction" and version.startswith("sd_"):
-        version += "_v"  # SDXL's has no such form
     return {
-        "modelspec.architecture": f"{family.architectures[base.prediction_type]}/lora",
-        "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.prediction_type": base.prediction_type.removesuffix("_prediction"),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": f"{name}, step {step}",
         **({"modelspec.trigger_phrase": words} if words else {}),
-        **family.header,
-        "ss_base_model_version": version,
+        **family.headers[base.prediction_type],
         "ss_clip_skip": str(1 + family.text_encoders[0].unread_layers),
         "ss_network_alpha": f"{config.lora_alpha:.10g}",
         "ss_network_dim": str(config.lora_rank),

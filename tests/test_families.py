@@ -715,8 +715,7 @@ def another_family() -> train_lora.Family:
         read_text=read,
         predict=predict,
         objectives=(flow_matching(),),
-        architectures={"flow": "another"},
-        header={},
+        headers={"flow": {"modelspec.architecture": "another/lora"}},
     )
 
 
