@@ -32,15 +32,20 @@ pytestmark = [
 
 # What every scene has: something is due at almost every update.
 EVERYTHING_DUE: Record = {
-    "steps": 7,
+    "steps": 5,
     "checkpoint_steps": 2,
-    "validation_steps": 3,
+    "validation_steps": 2,
     "sample_at_start": True,
-    "sample_prompts": ["zkb", "a cat"],
 }
 SCENES: dict[str, Record] = {
     "sd1": {"train_text_encoder": True, "lr_scheduler": "cosine", "gradient_accumulation_steps": 2},
-    "sd2": {"lora_dropout": 0.1, "flip": True, "lr_scheduler": "linear", "lr_warmup_steps": 3},
+    "sd2": {
+        "sample_prompts": ["zkb", "a cat"],
+        "lora_dropout": 0.1,
+        "flip": True,
+        "lr_scheduler": "linear",
+        "lr_warmup_steps": 3,
+    },
     "sdxl": {"train_text_encoder": True, "lora_dropout": 0.1, "regularization_share": 0.3},
 }
 STRIKES = ("kill", "die at a file", "SIGTERM", "SIGINT", "SIGTERM at a file")
