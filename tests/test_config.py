@@ -517,13 +517,12 @@ CROWDED: dict[str, Record] = {
 
 
 @pytest.mark.parametrize("crowd", CROWDED.values(), ids=CROWDED.keys())
-def test_a_config_full_of_mistakes_is_answered_at_once(crowd: Record) -> None:
-    """However many values are wrong, a config error takes less than a second."""
+def test_of_a_config_full_of_mistakes_only_the_first_are_put_into_words(crowd: Record) -> None:
+    """However many values are wrong, a config error takes no time: words are what costs."""
     Path("config.json").write_bytes(json.dumps(VALID | crowd).encode())
-    began = time.monotonic()
     error = refusal()
-    assert time.monotonic() - began < 1  # promised for every config error
     assert error.code is ErrorCode.CONFIG_INVALID
+    assert 0 < len(error.problems) <= train_lora.MOST_PROBLEMS
 
 
 # --- The stairs: schema and rules ---------------------------------------------
