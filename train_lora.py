@@ -4200,9 +4200,8 @@ def copies_of(config: TrainingConfig) -> list[Path]:
 def known_copies(config: TrainingConfig) -> set[str]:
     """Recall by their checksums what this run has put there, or was about to."""
     try:
-        said, _ = parse_json((config.output_path / "state" / "copies.json").read_text("ascii"))
-        return set(said)
-    except (OSError, *NOT_JSON):
+        return set(unseal(config.output_path / "state" / "copies.json")["checksums"])
+    except (OSError, LookupError, *NOT_JSON):
         return set()
 
 
@@ -4242,7 +4241,8 @@ def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Pat
     if lora in foreign:
         raise FileExistsError(errno.EEXIST, "another run's LoRA is there", str(lora))
     # First of all, so that the run knows its own, whatever happens.
-    write_whole(config.output_path / "state" / "copies.json", json.dumps(sorted(known)).encode())
+    record = seal({"checksums": sorted(known)})
+    write_whole(config.output_path / "state" / "copies.json", record)
     for path, content in contents.items():
         if path not in foreign:
             write_whole(path, content)

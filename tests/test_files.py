@@ -517,6 +517,16 @@ def test_a_folder_of_loras_that_is_none_is_refused_by_preflight(
     assert not path.is_dir()
 
 
+def test_what_only_has_the_name_of_the_list_of_copies_is_not_opened(
+    ground: Path, tmp_path: Path, loras: Path
+) -> None:
+    """A pipe would never answer; without its list, a run has put nothing there."""
+    config = tiny_config(ground, loras_path=str(loras), output_path=str(tmp_path / "out"))
+    (tmp_path / "out" / "state").mkdir(parents=True)
+    os.mkfifo(tmp_path / "out" / "state" / "copies.json")
+    assert train_lora.known_copies(config) == set()
+
+
 def sample_tensors() -> dict[str, torch.Tensor]:
     """Make three small tensors."""
     return {f"lora_unet_{n}.alpha": torch.full((8, 8), float(n)) for n in range(3)}
