@@ -188,7 +188,7 @@ class WarningCode(Code):
     OUTPUT_REMOVED = "output_path was removed under the run.", "Leave it alone until the last line."
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Problem:
     """One thing wrong with the input, in the four parts a person needs to mend it."""
 
@@ -225,9 +225,7 @@ class TrainError(Exception):
         cls, code: ErrorCode, path: object, expected: str, found: str, hint: str = ""
     ) -> TrainError:
         """Report a single problem."""
-        hint = hint or code.hint
-        problem = Problem(path=str(path), expected=expected, found=found, hint=hint)
-        return cls.listing(code, [problem])
+        return cls.listing(code, [Problem(str(path), expected, found, hint or code.hint)])
 
 
 StopReason = Literal["SIGINT", "SIGTERM", "SIGHUP", "stop_file", "host_gone", "output_full"]
