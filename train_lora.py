@@ -316,29 +316,39 @@ def plain(value: Any) -> Any:
 # === Events ==================================================================
 
 
-@dataclass(frozen=True, kw_only=True)
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 class Event:
     """One line on stdout. The docstring of each kind tells when it is sent."""
 
     wire: ClassVar[dict[str, str]] = {}  # how hosts tell the kind: its `type`, and maybe `topic`
-    says: ClassVar[str] = "{message}"
-    ends_run: ClassVar[bool] = False
+    says: ClassVar[str] = "{message}"  # to be filled with its fields
+    ends_run: ClassVar[bool]
 
-    def __init_subclass__(cls, **wire: str) -> None:
-        """Take the words that hosts know; what a class is called does not matter to them."""
-        cls.wire = {**cls.wire, **wire}
+    def __init_subclass__(cls, says: str = "", ends_run: bool = False, **wire: str) -> None:
+        """Make it a record; what its class is called does not matter to hosts."""
+        cls.wire, cls.says, cls.ends_run = {**cls.wire, **wire}, says or cls.says, ends_run
+        dataclass(frozen=True, kw_only=True)(cls)
 
 
-@dataclass(frozen=True, kw_only=True)
+class StartEvent(Event, type="start", says="train_lora {version}, protocol {protocol}"):
+    """First line once the config is valid."""
+
+    protocol: Annotated[str, "version of this event protocol"]
+    version: Annotated[str, "version of the program"]
+    run_id: Annotated[str, "names the run, over all its starts"]
+    pid: Annotated[int, "process to send a stop signal to"]
+    resumed_step: Annotated[int, "updates done by earlier starts"]
+    total_steps: Annotated[int | None, "updates in all; null until the images are counted"]
+    config: Annotated[dict[str, Any], "resolved config, defaults filled in; never a secret"]
+
+
 class Facts(Event, type="info"):
     """A fact worth showing."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceFacts(Facts, topic="device"):
+class DeviceFacts(Facts, topic="device", says="Device: {name} ({kind})"):
     """The processor that will train: in a preflight by the system's word, else by torch's."""
 
-    says: ClassVar[str] = "Device: {name} ({kind})"
     kind: Annotated[str, "`cuda`, `mps` or `cpu`"]
     name: Annotated[str, "as its maker calls it"]
     memory_total_bytes: Annotated[int | None, "memory of the device"] = None
@@ -346,11 +356,11 @@ class DeviceFacts(Facts, topic="device"):
     driver: Annotated[str | None, "driver version, where nvidia-smi was asked"] = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts(Facts, topic="model"):
+class ModelFacts(
+    Facts, topic="model", says="Base model: {source}, family {family}, {parameters} parameters"
+):
     """The base model, as far as its headers tell; null while it is not downloaded."""
 
-    says: ClassVar[str] = "Base model: {source}, family {family}, {parameters} parameters"
     source: Annotated[str, "`folder`, `file` or `hub`"]
     cached: Annotated[bool, "whether the weights are on this machine"]
     family: Annotated[str | None, "`sd1`, `sd2` or `sdxl`"] = None
@@ -364,11 +374,13 @@ class ModelFacts(Facts, topic="model"):
     trainable_parameters: Annotated[int | None, "numbers that learn, once known"] = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetFacts(Facts, topic="dataset"):
+class DatasetFacts(
+    Facts,
+    topic="dataset",
+    says="Dataset: {images} images, {captions_found} captions, {skipped} skipped",
+):
     """The training images and their captions."""
 
-    says: ClassVar[str] = "Dataset: {images} images, {captions_found} captions, {skipped} skipped"
     images: Annotated[int, "usable images in dataset_path"]
     skipped: Annotated[int, "images left out in both folders, each named in a warning"]
     captions_found: Annotated[int, "images of dataset_path with a caption of their own"]
@@ -377,21 +389,21 @@ class DatasetFacts(Facts, topic="dataset"):
     regularization_images: Annotated[int, "usable images in regularization_path"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhaseFacts(Facts, topic="phase"):
+class PhaseFacts(Facts, topic="phase", says="{name}: {done} of {total}"):
     """How far a longer preparation has come."""
 
-    says: ClassVar[str] = "{name}: {done} of {total}"
     name: Annotated[str, "what is done: `checking images`, …"]
     done: Annotated[int, "items done"]
     total: Annotated[int | None, "items in all"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryFacts(Facts, topic="memory"):
+class MemoryFacts(
+    Facts,
+    topic="memory",
+    says="Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured",
+):
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
-    says: ClassVar[str] = "Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured"
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
     in_use_bytes: Annotated[int | None, "held by training at the end of the phase"]
     peak_bytes: Annotated[int | None, "most that was ever held"]
@@ -401,22 +413,22 @@ class MemoryFacts(Facts, topic="memory"):
     choices: Annotated[dict[str, str] | None, "what was chosen and why, in planning"] = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResumeFacts(Facts, topic="resume"):
+class ResumeFacts(Facts, topic="resume", says="The run begins after step {step}"):
     """Where the run begins."""
 
-    says: ClassVar[str] = "The run begins after step {step}"
     step: Annotated[int, "updates done by earlier starts"]
     aimed_at: Annotated[int | None, "updates that the earlier start was to make in all"]
     set_aside: Annotated[str | None, "where `--fresh` moved the earlier run"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ValidFacts(DatasetFacts, topic="valid"):
+class ValidFacts(
+    DatasetFacts,
+    topic="valid",
+    says="Valid: {images} images, {total_steps} steps on {device}",
+    ends_run=True,
+):
     """The whole report of a preflight that found nothing wrong. Always the last line."""
 
-    says: ClassVar[str] = "Valid: {images} images, {total_steps} steps on {device}"
-    ends_run: ClassVar[bool] = True
     effective_batch: Annotated[int, "images per update"]
     steps_per_epoch: Annotated[int, "updates in which every image of dataset_path is seen once"]
     total_steps: Annotated[int, "updates in all"]
@@ -427,26 +439,9 @@ class ValidFacts(DatasetFacts, topic="valid"):
     warnings: Annotated[dict[str, int], "how many warnings of each code were given"]
 
 
-FACTS: tuple[type[Facts], ...] = (
-    *(DeviceFacts, ModelFacts, DatasetFacts, PhaseFacts, MemoryFacts, ResumeFacts, ValidFacts),
-)
+FACTS: tuple[type[Facts], ...] = (*Facts.__subclasses__(), ValidFacts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartEvent(Event, type="start"):
-    """First line once the config is valid."""
-
-    says: ClassVar[str] = "train_lora {version}, protocol {protocol}"
-    protocol: Annotated[str, "version of this event protocol"]
-    version: Annotated[str, "version of the program"]
-    run_id: Annotated[str, "names the run, over all its starts"]
-    pid: Annotated[int, "process to send a stop signal to"]
-    resumed_step: Annotated[int, "updates done by earlier starts"]
-    total_steps: Annotated[int | None, "updates in all; null until the images are counted"]
-    config: Annotated[dict[str, Any], "resolved config, defaults filled in; never a secret"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class WarningEvent(Event, type="warning"):
     """Something to know; the run goes on."""
 
@@ -455,11 +450,9 @@ class WarningEvent(Event, type="warning"):
     message: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProgressEvent(Event, type="progress"):
+class ProgressEvent(Event, type="progress", says="Step {step} of {total_steps}, loss {loss}"):
     """At most 2 per second and about 1,000 per run; always the first and the last step."""
 
-    says: ClassVar[str] = "Step {step} of {total_steps}, loss {loss}"
     step: Annotated[int, "updates done"]
     total_steps: Annotated[int, "updates in all"]
     percent: Annotated[int, "0 … 99; 100 stands in `complete` alone"]
@@ -474,34 +467,29 @@ class ProgressEvent(Event, type="progress"):
     memory_bytes: Annotated[int | None, "memory held, also what is kept for later use"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleEvent(Event, type="sample"):
+class SampleEvent(Event, type="sample", says="Sample at step {step}: {prompt}"):
     """A preview image is complete on disk."""
 
-    says: ClassVar[str] = "Sample at step {step}: {prompt}"
     step: Annotated[int, "updates done"]
     image_path: Annotated[str, "the picture"]
     prompt: Annotated[str, "what it was asked to show"]
     seed: Annotated[int, "of its noise"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointEvent(Event, type="checkpoint"):
+class CheckpointEvent(Event, type="checkpoint", says="Checkpoint at step {step}"):
     """A checkpoint is complete on disk."""
 
-    says: ClassVar[str] = "Checkpoint at step {step}"
     step: Annotated[int, "updates done"]
     path: Annotated[str, "the usable LoRA file"]
     bytes: Annotated[int, "its size"]
     reason: Annotated[CheckpointReason, "why it was written"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompleteEvent(Event, type="complete"):
+class CompleteEvent(
+    Event, type="complete", says="Complete: {step} steps in {total_time} s", ends_run=True
+):
     """Last line of a finished run."""
 
-    says: ClassVar[str] = "Complete: {step} steps in {total_time} s"
-    ends_run: ClassVar[bool] = True
     step: Annotated[int, "updates done"]
     percent: Annotated[int, "100"]
     final_path: Annotated[str, "lora_final.safetensors"]
@@ -514,23 +502,20 @@ class CompleteEvent(Event, type="complete"):
     peak_memory_bytes: Annotated[int | None, "most memory that was ever held"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class InterruptedEvent(Event, type="interrupted"):
+class InterruptedEvent(
+    Event, type="interrupted", says="Interrupted by {reason} at step {step}", ends_run=True
+):
     """Last line of a stopped run."""
 
-    says: ClassVar[str] = "Interrupted by {reason} at step {step}"
-    ends_run: ClassVar[bool] = True
     step: Annotated[int, "updates done"]
     reason: Annotated[StopReason, "who asked"]
     path: Annotated[str | None, "what a restart continues from; null when nothing was done"]
     total_time: Annotated[float, "seconds since the program started"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ErrorEvent(Event, type="error"):
+class ErrorEvent(Event, type="error", ends_run=True):
     """Last line of a failed run."""
 
-    ends_run: ClassVar[bool] = True
     code: Annotated[ErrorCode, "which error"]
     step: Annotated[int | None, "updates done; null before the first"]
     path: Annotated[str | None, "what a restart continues from; null when nothing is saved"]
@@ -539,10 +524,7 @@ class ErrorEvent(Event, type="error"):
     message: str
 
 
-EVENTS: tuple[type[Event], ...] = (
-    *(StartEvent, Facts, WarningEvent, ProgressEvent, SampleEvent, CheckpointEvent),
-    *(CompleteEvent, InterruptedEvent, ErrorEvent),
-)
+EVENTS: tuple[type[Event], ...] = tuple(Event.__subclasses__())
 
 ENVELOPE: dict[str, Any] = {
     "type": Annotated[str, "which event"],
