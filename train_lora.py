@@ -131,10 +131,7 @@ class ErrorCode(Code):
     MODEL_DAMAGED = "The base model is incomplete or broken.", "Download it again."
     OUTPUT_UNUSABLE = "output_path cannot be written.", "Choose a folder this user may write."
     OUTPUT_BUSY = "Another run uses output_path.", "Wait for it, stop it, or choose another folder."
-    DISK_FULL = (
-        "The run needs more space than is free.",
-        "Free some, or save and sample less often.",
-    )
+    DISK_FULL = "The run needs more space than is free.", "Free some, or save less often."
     RUN_CHANGED = "The config or the data is not the earlier start's.", "Undo it, or use --fresh."
     RUN_EXISTS = "output_path holds another run.", "Use --fresh, or another output_path."
     STATE_DAMAGED = "No saved state can be used.", "Use --fresh, or restore output_path."
@@ -151,10 +148,7 @@ class ErrorCode(Code):
 class WarningCode(Code):
     """What is worth knowing although the run goes on."""
 
-    CONFIG_VALUE_TWICE = (
-        "A knob stands twice, with two values.",
-        "training_params wins; remove one.",
-    )
+    CONFIG_VALUE_TWICE = "A knob stands twice, with two values.", "training_params wins."
     KNOB_WITHOUT_EFFECT = "A knob has no effect beside another.", "Remove it, or change the other."
     LEARNING_RATE_LOW = "Little will be learned at this rate.", "1e-4 suits most runs."
     RESOLUTION_UNUSUAL = "The base was made for another size.", "Use the model's own size."
@@ -168,18 +162,15 @@ class WarningCode(Code):
     CAPTION_TRUNCATED = "A caption is longer than is read.", "Put what matters first."
     PREDICTION_ASSUMED = "An SD 2 file does not say what it predicts.", "Give prediction_type."
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
-    UPDATE_RETRIED = (
-        "An update ran out of memory; it is made again with gradient checkpointing.",
-        "Set gradient_checkpointing to true.",
-    )
+    UPDATE_RETRIED = "An update ran out of memory and is made again.", "Set gradient_checkpointing."
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
     STATE_IGNORED = "Something saved cannot be used and is left out.", "Look at the disk."
     COMPILE_FAILED = "The denoiser cannot be compiled; it runs as it is.", "Set compile to off."
     MEMORY_SPILLED = (
-        "The card's memory is full and updates are slow: the driver swaps.",
-        "Lower batch_size or resolution, or close other programs.",
+        "The card is full and slow: the driver swaps.",
+        "Lower batch_size or resolution.",
     )
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
     COPY_FAILED = "The LoRA is not in loras_path.", "Copy lora_final.safetensors there."
@@ -254,27 +245,24 @@ def parse_json(text: str) -> tuple[Any, list[Problem]]:
     problems: list[Problem] = []
 
     def note(path: str, expected: str, found: str) -> None:
-        problems.append(Problem(path=path, expected=expected, found=found, hint="Mend the file."))
+        problems.append(Problem(path, expected, found, "Mend the file."))
 
-    def whole(digits: str) -> int:
+    def number(kind: type, digits: str) -> Any:
         if len(digits) > NUMBER_LENGTH:
             raise ValueError(f"a number of {len(digits)} characters")
-        return int(digits)
-
-    def number(digits: str) -> float:
-        value = float(digits) if len(digits) <= NUMBER_LENGTH else whole(digits)
-        if not math.isfinite(value):
+        value = kind(digits)
+        if kind is float and not math.isfinite(value):
             note("$", "a finite number", digits)
         return value
 
     def unique(pairs: list[tuple[str, Any]]) -> Record:
-        counts = Counter(key for key, _ in pairs)
-        for key, count in counts.items():
+        for key, count in Counter(key for key, _ in pairs).items():
             if count > 1:
                 note(key, "every key once", f"it {count} times")
         return dict(pairs)
 
-    hooks: Record = {"parse_constant": number, "parse_float": number, "parse_int": whole}
+    whole, fraction = functools.partial(number, int), functools.partial(number, float)
+    hooks: Record = {"parse_constant": fraction, "parse_float": fraction, "parse_int": whole}
     document = json.loads(text, object_pairs_hook=unique, **hooks)
     try:
         json.dumps(document, ensure_ascii=False).encode()
@@ -689,7 +677,7 @@ class Emitter:
 
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
-        self.emit(WarningEvent(code=code, message=message, data=data))
+        self.emit(remark(code, message, **data))
 
 
 NOT_OPEN = -1  # a descriptor that is yet to come
@@ -959,18 +947,14 @@ def translate(error: ValidationError) -> Iterator[Problem]:
     if error.validator == "additionalProperties":
         for key in sorted(set(error.instance) - set(knob["properties"])):
             hint = nearest_key(key, knob["properties"])
-            yield Problem(
-                path=prefix + key, expected="a known key", found="an unknown one", hint=hint
-            )
+            yield Problem(prefix + key, "a known key", "an unknown one", hint)
     elif error.validator == "required":
         for key in (key for key in knob["required"] if key not in error.instance):
             wanted = knob["properties"][key]
-            expected = describe_values(wanted)
-            yield Problem(path=key, expected=expected, found="nothing", hint=wanted["hint"])
+            yield Problem(key, describe_values(wanted), "nothing", wanted["hint"])
     else:
-        found, hint = show(error.instance), knob.get("hint", "")
-        path = place.removeprefix(".") or "$"
-        yield Problem(path=path, expected=describe_values(knob), found=found, hint=hint)
+        path, hint = place.removeprefix(".") or "$", knob.get("hint", "")
+        yield Problem(path, describe_values(knob), show(error.instance), hint)
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
@@ -989,16 +973,18 @@ def resolve(document: Record) -> tuple[Record, list[WarningEvent]]:
     values = {name: knob["default"] for name, knob in knobs().items()} | flat | nested
     if "steps" not in flat | nested and "epochs" in flat | nested:
         values["steps"] = None
-    remarks = [
-        WarningEvent(
-            code=WarningCode.CONFIG_VALUE_TWICE,
-            data={"key": key, "top_level": flat[key], "training_params": nested[key]},
-            message=f"{key} is given twice; training_params wins with {show(nested[key])}",
-        )
-        for key in sorted(flat.keys() & nested.keys())
-        if flat[key] != nested[key]
-    ]
+    remarks = []
+    for key in sorted(flat.keys() & nested.keys()):
+        if flat[key] != nested[key]:
+            message = f"{key} is given twice; training_params wins with {show(nested[key])}"
+            told = {"key": key, "top_level": flat[key], "training_params": nested[key]}
+            remarks.append(remark(WarningCode.CONFIG_VALUE_TWICE, message, **told))
     return values, remarks
+
+
+def remark(code: WarningCode, message: str, **data: Any) -> WarningEvent:
+    """Make a warning for when somebody listens."""
+    return WarningEvent(code=code, message=message, data=data)
 
 
 def expand_home(path: str) -> Path:
@@ -1006,14 +992,9 @@ def expand_home(path: str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111, Path.expanduser raises in that case
 
 
-def absolute(path: str) -> Path:
-    """Say where a file is in a way that means the same to the host."""
-    return expand_home(path).absolute()
-
-
 # From JSON to the types of the fields; draft-07 takes 1e3 for a whole number.
 FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
-    "Path": absolute,
+    "Path": lambda path: expand_home(path).absolute(),  # means the same to the host
     "tuple[str, ...]": tuple,
     "float": float,
     "int": int,
@@ -1152,36 +1133,22 @@ class TrainingConfig:
 
 def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     """List values that are fine alone but do not go together."""
+    precision = config.base_precision
     for knob in ("learning_rate", "text_encoder_learning_rate"):
         if (config.value(knob) or 0) > HIGH_LEARNING_RATE:
-            yield Problem(
-                path=knob,
-                expected=f"at most {HIGH_LEARNING_RATE} with this optimizer",
-                found=show(config.value(knob)),
-                hint="1e-4 suits most runs.",
-            )
+            expected = f"at most {HIGH_LEARNING_RATE} with this optimizer"
+            yield Problem(knob, expected, show(config.value(knob)), "1e-4 suits most runs.")
     yield from folders_in_conflict(config)
     if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
-        yield Problem(
-            path="$",
-            expected=f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII",
-            found=f"{size} bytes",
-            hint="Shorten the longest: prompts, trigger words, paths.",
-        )
-    if config.mixed_precision == "no" and config.base_precision in ("bf16", "fp16"):
-        yield Problem(
-            path="base_precision",
-            expected="fp32, auto or a packed one where mixed_precision is no",
-            found=show(config.base_precision),
-            hint="Set mixed_precision to auto, or base_precision to auto.",
-        )
+        expected = f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII"
+        yield Problem("$", expected, f"{size} bytes", "Shorten prompts, trigger words or paths.")
+    if config.mixed_precision == "no" and precision in ("bf16", "fp16"):
+        expected = "fp32, auto or a packed one where mixed_precision is no"
+        hint = "Set mixed_precision to auto, or base_precision to auto."
+        yield Problem("base_precision", expected, show(precision), hint)
     if config.gradient_checkpointing is True and not config.may_checkpoint:
-        yield Problem(
-            path="gradient_checkpointing",
-            expected="auto or false with base_precision int8, which keeps activations all the same",
-            found="true",
-            hint="Set base_precision to nf4.",
-        )
+        expected = "auto or false with base_precision int8, which keeps activations all the same"
+        yield Problem("gradient_checkpointing", expected, "true", "Set base_precision to nf4.")
 
 
 def folders_in_conflict(config: TrainingConfig) -> Iterator[Problem]:
@@ -1198,8 +1165,7 @@ def folders_in_conflict(config: TrainingConfig) -> Iterator[Problem]:
     ):
         path = config.value(knob)
         if path and clash(path, config.value(other)):
-            expected, found = f"a folder other than {other}", show(str(path))
-            yield Problem(path=knob, expected=expected, found=found, hint=hint)
+            yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
 
 
 def same_folder(one: Path, other: Path) -> bool:
@@ -1237,27 +1203,18 @@ IDLE_KNOBS = {
 
 def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
     """Warn of values that are allowed but seldom meant."""
-    if config.learning_rate < LOW_LEARNING_RATE:
-        rate = config.learning_rate
-        yield WarningEvent(
-            code=WarningCode.LEARNING_RATE_LOW,
-            data={"learning_rate": rate},
-            message=f"learning_rate {rate:g} is very low; 1e-4 suits most runs",
-        )
+    if (rate := config.learning_rate) < LOW_LEARNING_RATE:
+        message = f"learning_rate {rate:g} is very low; 1e-4 suits most runs"
+        yield remark(WarningCode.LEARNING_RATE_LOW, message, learning_rate=rate)
     for (knob, other), idle in IDLE_KNOBS.items():
         value, beside = config.value(knob), config.value(other)
         if bool(beside) is idle and value != knobs()[knob]["default"]:
-            yield WarningEvent(
-                code=WarningCode.KNOB_WITHOUT_EFFECT,
-                data={"key": knob, "value": value, "because": other},
-                message=f"{knob} {show(value)} has no effect beside {other} {show(plain(beside))}",
-            )
+            message = f"{knob} {show(value)} has no effect beside {other} {show(plain(beside))}"
+            data = {"key": knob, "value": value, "because": other}
+            yield remark(WarningCode.KNOB_WITHOUT_EFFECT, message, **data)
     if not config.trigger_words:
-        yield WarningEvent(
-            code=WarningCode.TRIGGER_WORDS_EMPTY,
-            data={},
-            message="No trigger words: only what the captions say will call the concept",
-        )
+        message = "No trigger words: only what the captions say will call the concept"
+        yield remark(WarningCode.TRIGGER_WORDS_EMPTY, message)
 
 
 # === Stopping ================================================================
@@ -1269,7 +1226,6 @@ STOP_SIGNALS: dict[str, StopReason] = {
     "SIGHUP": "SIGHUP",
     "SIGBREAK": "SIGTERM",
 }
-
 EXIT_CODES: dict[StopReason, int] = {
     "SIGINT": 130,
     "SIGTERM": 143,
