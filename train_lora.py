@@ -572,21 +572,19 @@ def describe_object(fields: Mapping[str, Any], description: str) -> Record:
     }
 
 
-def describe_event(cls: type[Event]) -> Record:
-    """Describe one type of line; for `info`, one topic of it."""
-    schema = describe_object(ENVELOPE | payload_types(cls), cls.__doc__ or "")
-    schema["properties"] |= {key: {"const": word} for key, word in cls.wire.items()}
-    return schema
-
-
 def event_schema() -> Record:
     """Describe every line the program can print, from the event classes alone."""
-    kinds = [cls for cls in EVENTS if cls is not Facts] + [*FACTS]
+    lines = []
+    for cls in (*EVENTS, *FACTS):
+        if cls is not Facts:
+            line = describe_object(ENVELOPE | payload_types(cls), cls.__doc__ or "")
+            line["properties"] |= {key: {"const": word} for key, word in cls.wire.items()}
+            lines.append(line)
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": f"Events of train_lora.py, protocol {PROTOCOL}",
         "description": "One JSON object per line. Ignore types, fields and values you do not know.",
-        "oneOf": [describe_event(cls) for cls in kinds],
+        "oneOf": lines,
     }
 
 
@@ -596,17 +594,6 @@ def say(value: Any) -> Any:
         exact = isinstance(value, int) or abs(value) >= 1000
         return f"{value:,.0f}" if exact else f"{value:.4g}"
     return "unknown" if value is None else value
-
-
-def fill(template: str, values: Record) -> str:
-    """Put values into a sentence."""
-    return template.format_map({key: say(value) for key, value in values.items()})
-
-
-def utc_now() -> str:
-    """Tell the time as RFC 3339 in UTC with milliseconds."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return now.replace("+00:00", "Z")
 
 
 PROGRESS_SECONDS = 0.5  # a person cannot follow more than two lines a second
@@ -653,8 +640,10 @@ class Emitter:
             self._seq += 1
             self.last = event if event.ends_run else None
             fields: Record = plain(event)
-            head = {"type": event.wire["type"], "seq": self._seq, "timestamp": utc_now()}
-            head |= {"message": fill(event.says, fields)} | event.wire
+            message = event.says.format_map({key: say(value) for key, value in fields.items()})
+            now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            head = {"type": event.wire["type"], "seq": self._seq, "timestamp": now}
+            head |= {"message": message} | event.wire
             record = head | ({"data": fields} if isinstance(event, Facts) else fields)
             for listener in self._listeners:
                 listener(record)
@@ -1313,8 +1302,11 @@ class StopRequest:
         if sys.platform != "win32":
             os.register_at_fork(after_in_child=self._let_go)
         try:
-            for name in STOP_SIGNALS:
-                self._take_over(name)
+            for name, number in signal.Signals.__members__.items():
+                # The wish of nohup to ignore SIGHUP stands.
+                ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+                if name in STOP_SIGNALS and not ignored:
+                    self._taken[number] = signal.signal(number, self._handle) or signal.SIG_DFL
             with unblocked(self._taken):
                 yield self
         finally:
@@ -1322,16 +1314,9 @@ class StopRequest:
             signal.set_wakeup_fd(former)
             mouth.close()
             wait([listener], timeout=1)  # it shall take no signal meant for the former handlers
-            for number, handler in self._taken.items():
-                signal.signal(number, handler)
+            for taken, handler in self._taken.items():
+                signal.signal(taken, handler)
             self._taken.clear()
-
-    def _take_over(self, name: str) -> None:
-        """Handle one signal where the platform has it; nohup's wish to ignore SIGHUP stands."""
-        number = signal.Signals.__members__.get(name)
-        if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            return
-        self._taken[number] = signal.signal(number, self._handle) or signal.SIG_DFL
 
     def _let_go(self) -> None:
         """Let a forked helper end like any other program, unheard by its parent."""
