@@ -28,7 +28,7 @@ Data flow:
 
 Two contracts frame the program. What comes in is owned by config_schema.json: names, ranges,
 defaults and prose. What goes out is owned by the event classes below, from which --event-schema,
-event_schema.json and the README's tables are made. Standard output carries events alone.
+event_schema.json and REFERENCE.md are made. Standard output carries events alone.
 
 Exit codes: 0 complete or valid, 1 error, 2 wrong command line, 128 + signal when interrupted.
 """
@@ -107,7 +107,7 @@ class Code(Enum):
     """A stable word for hosts, with its meaning and, for people, what to do."""
 
     def __init__(self, meaning: str, hint: str) -> None:
-        """Keep the two sentences of the README's table."""
+        """Keep the two sentences of REFERENCE.md."""
         self.meaning, self.hint = meaning, hint
 
     @property
@@ -889,7 +889,7 @@ TYPE_WORDS = {
 
 
 def describe_values(knob: Record) -> str:
-    """Say which values a knob takes, for problems and for the README."""
+    """Say which values a knob takes, for problems and for REFERENCE.md."""
     if "enum" in knob:
         return "one of " + ", ".join(json.dumps(value) for value in knob["enum"])
     if isinstance(knob["type"], list):
@@ -947,11 +947,18 @@ def translate(error: ValidationError) -> Iterator[Problem]:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """Guess which key was meant."""
-    if key in config_schema()["required"]:
+    """Guess which key was meant, also by what other trainers call it."""
+    schema, word = config_schema(), key.lower().replace("-", "_")
+    if key in schema["required"]:
         return "It belongs at the top level."
-    likely = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
-    return f"Did you mean {likely[0]}?" if likely else "The README lists the known keys."
+    for name, knob in {**schema["properties"], **knobs()}.items():
+        if word in knob.get("x-also", ()):
+            return f"It is called {name} here."
+    for reason, words in schema["x-without"].items():
+        if word in words:
+            return str(reason)
+    likely = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"Did you mean {likely[0]}?" if likely else "REFERENCE.md lists the known keys."
 
 
 def resolve(document: Record) -> tuple[Record, list[WarningEvent]]:

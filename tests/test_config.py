@@ -200,6 +200,21 @@ def test_the_contract_and_the_schema_name_the_same_knobs() -> None:
     assert [name for name, *_ in TABLE] == list(NESTED)[: len(TABLE)]
 
 
+def test_every_knob_belongs_to_a_group() -> None:
+    """A form can be laid out by the schema alone; no group is empty."""
+    groups = [KNOBS[name]["x-group"] for name in KNOBS]
+    assert set(groups) == set(SCHEMA["x-groups"])
+    assert {name for name in KNOBS if KNOBS[name]["x-group"] == "Required"} == set(TOP)
+
+
+def test_a_word_of_another_trainer_means_one_thing() -> None:
+    """No word stands for two knobs, for a knob and for none, or for a knob of another name."""
+    words = [word for knob in KNOBS.values() for word in knob.get("x-also", ())]
+    words += [word for reason in SCHEMA["x-without"].values() for word in reason]
+    assert [word for word in words if words.count(word) > 1 or word in KNOBS] == []
+    assert [word for word in words if word != word.lower() or "-" in word] == []
+
+
 # --- The class ----------------------------------------------------------------
 
 
@@ -580,7 +595,7 @@ SIZE = "expected a whole number 256 … 2048, a multiple of 8, got 513."
         ({"training_params": {"lora_rank": 0}}, f"training_params.lora_rank: {RANK}"),
         ({"resolution": 513}, f"resolution: {SIZE} {NESTED['resolution']['hint']}"),
         ({"resume": "no"}, f'resume: {ONE_OF}, got "no". {NESTED["resume"]["hint"]}'),
-        ({"xyz": 8}, f"xyz: {KNOWN}, got an unknown one. The README lists the known keys."),
+        ({"xyz": 8}, f"xyz: {KNOWN}, got an unknown one. REFERENCE.md lists the known keys."),
         (
             {"base_model": None},
             f"base_model: expected a path, got nothing. {TOP['base_model']['hint']}",
@@ -603,6 +618,9 @@ def test_a_long_value_is_quoted_in_part() -> None:
     assert len(refusal_with(seed="x" * 100_000).problems[0].found) <= 60
 
 
+CAPTIONS = "Captions stand in image.txt or metadata.jsonl, and are read as they are."
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     ("key", "hint"),
@@ -610,8 +628,18 @@ def test_a_long_value_is_quoted_in_part() -> None:
         ("lora_rnk", "Did you mean lora_rank?"),
         ("learningRate", "Did you mean learning_rate?"),
         ("Batch_Size", "Did you mean batch_size?"),
-        ("rank", "Did you mean lora_rank?"),
-        ("xyzzy", "The README lists the known keys."),
+        ("max_train_steps", "It is called steps here."),
+        ("Network-Dim", "It is called lora_rank here."),
+        ("network_alpha", "It is called lora_alpha here."),
+        ("unet_lr", "It is called learning_rate here."),
+        ("train_batch_size", "It is called batch_size here."),
+        ("train_data_dir", "It is called dataset_path here."),
+        ("pretrained_model_name_or_path", "It is called base_model here."),
+        ("instance_prompt", "It is called trigger_words here."),
+        ("noise_offset", "The loss is the plain one; there is no knob for this."),
+        ("keep_tokens", CAPTIONS),
+        ("caption_extension", CAPTIONS),
+        ("xyzzy", "REFERENCE.md lists the known keys."),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key: str, hint: str, nested: bool) -> None:

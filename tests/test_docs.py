@@ -17,7 +17,7 @@ PAGES = sorted(path for path in ROOT.glob("*.md") if path.is_file())
 
 
 def test_generated_files_are_up_to_date() -> None:
-    """event_schema.json and the README's tables come from the code."""
+    """event_schema.json and REFERENCE.md come from the code."""
     names = [path.name for path in docs.stale()]
 
     assert names == [], f"{', '.join(names)} is stale; run: make docs"

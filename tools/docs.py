@@ -1,4 +1,4 @@
-"""Rewrite event_schema.json and the README's tables from the code and the config schema.
+"""Rewrite event_schema.json and REFERENCE.md from the code and the config schema.
 
 python -m tools.docs            write them
 python -m tools.docs --check    only tell whether they are up to date
@@ -6,7 +6,6 @@ python -m tools.docs --check    only tell whether they are up to date
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
@@ -27,20 +26,40 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     )
 
 
-def config_table() -> str:
-    """List every knob with its default, its values and its meaning."""
+def every_knob() -> dict[str, Any]:
+    """List all knobs with what the schema says of them, the required ones first."""
     schema = train_lora.config_schema()
-    required = {name: schema["properties"][name] for name in schema["required"]}
-    rows = [
-        [
-            f"`{name}`",
-            f"`{json.dumps(knob['default'])}`" if "default" in knob else "required",
-            train_lora.describe_values(knob),
-            f"{knob['description']} {knob['hint']}",
+    return {name: schema["properties"][name] for name in schema["required"]} | train_lora.knobs()
+
+
+def knob_tables() -> str:
+    """List the knobs by groups, each with its default, its values and its meaning."""
+    sections = []
+    for group in train_lora.config_schema()["x-groups"]:
+        rows = [
+            [
+                f"`{name}`",
+                f"`{json.dumps(knob['default'])}`" if "default" in knob else "required",
+                train_lora.describe_values(knob),
+                f"{knob['description']} {knob['hint']}",
+            ]
+            for name, knob in every_knob().items()
+            if knob["x-group"] == group
         ]
-        for name, knob in (required | train_lora.knobs()).items()
+        sections.append(f"### {group}\n\n{table(['knob', 'default', 'values', 'meaning'], rows)}")
+    return "\n\n".join(sections)
+
+
+def synonym_tables() -> str:
+    """List what other trainers call the knobs, and what has no knob and why."""
+    called = [
+        [f"`{name}`", ", ".join(f"`{word}`" for word in knob["x-also"])]
+        for name, knob in every_knob().items()
+        if "x-also" in knob
     ]
-    return table(["knob", "default", "values", "meaning"], rows)
+    without = train_lora.config_schema()["x-without"]
+    none = [[why, ", ".join(f"`{w}`" for w in words)] for why, words in without.items()]
+    return f"{table(['here', 'elsewhere'], called)}\n\n{table(['no knob, as', 'elsewhere'], none)}"
 
 
 def by_number(path: Path) -> list[str | int]:
@@ -96,12 +115,9 @@ def topic_table() -> str:
 
 
 def code_table(codes: type[train_lora.Code]) -> str:
-    """List every code with its meaning, three in a row; what to do stands in the event itself."""
-    cells = [[f"`{code.word}`", code.meaning] for code in codes]
-    third = -(-len(cells) // 3)
-    columns = [cells[first : first + third] for first in range(0, len(cells), third)]
-    rows = itertools.zip_longest(*columns, fillvalue=["", ""])
-    return table(["code", "meaning"] * 3, (itertools.chain(*row) for row in rows))
+    """List every code with its meaning and what to do."""
+    rows = [[f"`{code.word}`", code.meaning, code.hint] for code in codes]
+    return table(["code", "meaning", "what to do"], rows)
 
 
 def exit_table() -> str:
@@ -121,31 +137,76 @@ def exit_table() -> str:
     return table(["exit code", "meaning"], rows)
 
 
-def blocks() -> dict[str, str]:
-    """Make every generated block of the README."""
-    return {
-        "examples": examples_table(),
-        "config": config_table(),
-        "events": event_table(),
-        "topics": topic_table(),
-        "errors": code_table(train_lora.ErrorCode),
-        "warnings": code_table(train_lora.WarningCode),
-        "exits": exit_table(),
-    }
+REFERENCE = """\
+# Reference
+
+Everything that the program takes and tells, written by `make docs` from `config_schema.json`, from
+the events and codes in `train_lora.py`, and from `examples/configs`. [README.md](README.md) says
+how to use it.
+
+## Knobs
+
+They stand at the top level of the config, or inside an object `training_params`, which wins where
+both give a value.
+
+{knobs}
+
+## Coming from another trainer
+
+What kohya's scripts, diffusers' examples, OneTrainer and ai-toolkit call things. The program gives
+these hints too when it meets such a key.
+
+{synonyms}
+
+## Ready-made configs
+
+Each is complete but for your images and trigger words, which stand in `sample_prompts` as well.
+
+{examples}
+
+## Events
+
+One JSON object per line, described by [event_schema.json](event_schema.json). Every line has
+`type`, `seq`, `timestamp` and `message`, and then:
+
+{events}
+
+An `info` line's `topic` fixes the fields of its `data`:
+
+{topics}
+
+## Exit codes
+
+{exits}
+
+## Errors
+
+{errors}
+
+## Warnings
+
+{warnings}
+"""
+
+
+def reference() -> str:
+    """Write REFERENCE.md."""
+    return REFERENCE.format(
+        knobs=knob_tables(),
+        synonyms=synonym_tables(),
+        examples=examples_table(),
+        events=event_table(),
+        topics=topic_table(),
+        exits=exit_table(),
+        errors=code_table(train_lora.ErrorCode),
+        warnings=code_table(train_lora.WarningCode),
+    )
 
 
 def generated() -> dict[Path, str]:
-    """Make the new text of every generated file."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, text in blocks().items():
-        begin, end = f"<!-- {name}: generated -->", f"<!-- /{name} -->"
-        before, _, rest = readme.partition(begin)
-        _, mark, after = rest.partition(end)
-        if not mark:
-            raise SystemExit(f"README.md lacks the block {begin} … {end}")
-        readme = f"{before}{begin}\n{text}\n{end}{after}"
+    """Make the text of every generated file."""
     schema = as_json(train_lora.event_schema())
-    return {ROOT / "README.md": readme, ROOT / "event_schema.json": schema}
+    return {ROOT / "REFERENCE.md": reference(), ROOT / "event_schema.json": schema}
 
 
 def as_json(document: Any) -> str:
