@@ -204,7 +204,7 @@ def test_an_invalid_config_is_refused_with_its_problems(host: Host, endless: Pla
     wrong = ("--set", "lora_rank=0", "--set", "stepps=1")
     done = host.run("config.json", *wrong, cwd=endless.folder)
     assert done.returncode == 1
-    assert done.stdout.startswith("Error config_invalid: ")
+    assert done.stdout.startswith("Error config_invalid\n")
     problems = done.stdout.splitlines()[1:]
     assert sorted(line.split(":")[0].strip() for line in problems) == ["lora_rank", "stepps"]
 
@@ -247,6 +247,18 @@ def test_a_stopped_host_saves_the_run_and_others_see_it(name: str, endless: Plac
     assert Path(last["path"], "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_host_that_dies_leaves_no_run_behind(
+    number: signal.Signals, host: Host, endless: Place
+) -> None:
+    """Whoever else holds the pipe, the trainer notices, saves and ends."""
+    with host.started("config.json", cwd=endless.folder) as child:
+        wait_for_file(endless)
+        os.kill(child.process.pid, number)
+        wait_until(lambda: endless.events()[-1]["type"] in ("interrupted", "complete"))
+    assert endless.events()[-1]["reason"] == "host_gone"
+
+
 def wait_for_file(place: Place) -> Path:
     """Wait until a run has begun to tell; return its folder."""
     wait_until((place.output / "events.jsonl").is_file)
@@ -285,6 +297,7 @@ def test_a_killed_trainer_is_reported(host: Host, endless: Place) -> None:
     """A stream without a last line says so, and so does the file afterwards."""
     with host.started("config.json", cwd=endless.folder) as child:
         pid = int(read_until("Start: ", child).split()[-1])
+        wait_for_file(endless)
         os.kill(pid, signal.SIGKILL)
         code, shown = end(child)
     later = host.run("--attach", "out", cwd=endless.folder)

@@ -43,13 +43,14 @@ const DESCRIBE = {
   checkpoint: (e) => `Checkpoint: ${e.path}`,
   complete: (e) => `Complete: ${e.final_path}`,
   interrupted: (e) => `Interrupted by ${e.reason} at step ${e.step}, saved: ${word(e.path)}`,
-  error: (e) =>
-    `Error ${e.code}: ${e.message}\n` +
-    (e.problems?.map(describeProblem).join("\n") || `  ${e.hint}`),
+  error: describeError,
 };
 
-function describeProblem(p) {
-  return `  ${p.path}: expected ${p.expected}, got ${p.found}. ${p.hint}`;
+function describeError(e) {
+  const all = e.problems?.map((p) => `${p.path}: expected ${p.expected}, got ${p.found}. ${p.hint}`);
+  // Of a wrong config, the message repeats the first problem.
+  const said = all?.length && e.message?.endsWith(all[0]) ? "" : `: ${e.message}`;
+  return [`Error ${e.code}${said}`, ...(all?.length ? all : [e.hint])].join("\n  ");
 }
 
 // What a person sees of a run, and how its latest start ended.

@@ -52,9 +52,8 @@ TEMPLATES = {
     "checkpoint": "Checkpoint: {path}",
     "complete": "Complete: {final_path}",
     "interrupted": "Interrupted by {reason} at step {step}, saved: {path}",
-    "error": "Error {code}: {message}",
 }
-PROBLEM = "  {path}: expected {expected}, got {found}. {hint}"
+PROBLEM = "{path}: expected {expected}, got {found}. {hint}"
 stop_wanted = threading.Event()
 
 
@@ -78,10 +77,18 @@ class View:
                 show(f"Protocol {event.get('protocol')} is unknown; this host speaks 1.x")
         if kind in ("complete", "interrupted", "error") or (kind == "info" and valid):
             self.last = event
-        show(fill(TEMPLATES.get(str(kind), "{message}"), event), passing=kind == "progress")
         if kind == "error":
-            problems = [fill(PROBLEM, problem) for problem in event.get("problems") or ()]
-            show("\n".join(problems) or f"  {event.get('hint')}")
+            show(describe_error(event))
+        else:
+            show(fill(TEMPLATES.get(str(kind), "{message}"), event), passing=kind == "progress")
+
+
+def describe_error(event: dict[str, Any]) -> str:
+    """List what is wrong. Of a wrong config, the message repeats the first problem."""
+    problems = [fill(PROBLEM, problem) for problem in event.get("problems") or ()]
+    repeated = problems and str(event.get("message")).endswith(problems[0])
+    head = fill("Error {code}" if repeated else "Error {code}: {message}", event)
+    return "\n  ".join([head, *(problems or [str(event.get("hint"))])])
 
 
 def fill(template: str, event: dict[str, Any]) -> str:

@@ -20,7 +20,12 @@ killed=137
 # how that ended. An unknown protocol ends the view: a closed pipe stops the trainer.
 view='
 def word: if type == "number" then . * 1000 | round / 1000 else . // "?" end;
-def problem: "  \(.path): expected \(.expected), got \(.found). \(.hint)";
+def problem: "\(.path): expected \(.expected), got \(.found). \(.hint)";
+def complaint: # of a wrong config, the message repeats the first problem
+  [.problems[]? | problem] as $all | (.message // "" | tostring) as $said |
+  if $all == [] then "Error \(.code): \($said)", "  \(.hint)"
+  elif $said | endswith($all[0]) then "Error \(.code)" else "Error \(.code): \($said)" end,
+  ($all[] | "  \(.)");
 def describe:
   if   .type == "start"       then "Start: \(.message), process \(.pid)"
   elif .type == "progress"    then "\(.percent) %  step \(.step)/\(.total_steps)" +
@@ -31,8 +36,7 @@ def describe:
   elif .type == "complete"    then "Complete: \(.final_path)"
   elif .type == "interrupted" then "Interrupted by \(.reason) at step \(.step)" +
                                    ", saved: \(.path | word)"
-  elif .type == "error"       then "Error \(.code): \(.message)",
-                                   ((.problems[]? | problem) // "  \(.hint)")
+  elif .type == "error"       then complaint
   else .message // "" end;
 def is_last: IN(.type; "complete", "interrupted", "error")
              or (.type == "info" and .topic == "valid");
@@ -86,7 +90,8 @@ run() {
   mkfifo "$folder/events"
   show_events <"$folder/events" &
   viewer=$!
-  "$python" "$trainer" --config "$config" "$@" \
+  # jq holds the pipe when this shell is killed, so the trainer has to look after its parent.
+  "$python" "$trainer" --config "$config" --set stop_with_parent=true "$@" \
     </dev/null >"$folder/events" 2>"$folder/stderr" & # a file takes all; a pipe would fill up
   child=$!
   trap 'stop_once terminate' INT TERM
