@@ -42,5 +42,8 @@ STOPSIGNAL SIGTERM
 # no more, and costs a process each time.
 HEALTHCHECK NONE
 
-ENTRYPOINT ["/usr/bin/tini", "--", "python", "/app/train_lora.py"]
+# Options are the trainer's; anything else is a command of its own, as some hosts write
+# `python train_lora.py --config …`. exec leaves no shell between the program and its signals.
+ENTRYPOINT ["/usr/bin/tini", "--", "sh", "-c", \
+            "case $1 in -*) exec python /app/train_lora.py \"$@\";; *) exec \"$@\";; esac", "run"]
 CMD ["--help"]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 # The reference expression of PEP 723.
@@ -73,11 +78,32 @@ def test_the_image_takes_files_from_nowhere_else() -> None:
 
 
 def test_the_program_runs_under_an_init_process_that_passes_signals_on() -> None:
-    """Without a shell between, docker stop reaches the program."""
+    """No shell stays in between, so docker stop reaches the program."""
     (entrypoint,) = arguments("ENTRYPOINT")
+    init, dashes, shell, option, script, _ = json.loads(entrypoint)
 
-    assert json.loads(entrypoint) == ["/usr/bin/tini", "--", "python", "/app/train_lora.py"]
+    assert [init, dashes, shell, option] == ["/usr/bin/tini", "--", "sh", "-c"]
+    assert script.count("exec") == script.count(";;") == 2
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the image is a Linux one")
+@pytest.mark.parametrize("command", [[], ["python", "train_lora.py"]], ids=["bare", "in full"])
+def test_the_image_takes_options_alone_and_a_whole_command(command: list[str]) -> None:
+    """A host may start it either way."""
+    (entrypoint,) = arguments("ENTRYPOINT")
+    start = [part.replace("/app", str(ROOT)) for part in json.loads(entrypoint)[2:]]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [*start, *command, "--version"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.startswith("train_lora ")
 
 
 def test_the_program_does_not_run_as_root() -> None:
