@@ -1,0 +1,348 @@
+"""tools/lora.py: any LoRA file is read at its true strength, and written so for any reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Recorder
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+import models
+import train_lora
+from tools import lora
+from tools.lora_file import (
+    Layer,
+    LoRA,
+    Module,
+    difference,
+    diffusers_name,
+    dotted,
+    merge,
+    named,
+    read_lora,
+    reduce_rank,
+    shorten,
+    write_lora,
+)
+from train_lora import Emitter, Phase, StopRequest, TrainError
+
+NETWORKS = {"sd1": ("unet", "text_encoder"), "sdxl": ("unet", "text_encoder", "text_encoder_2")}
+TEXT = [f"encoder.layers.{n}.self_attn.{side}_proj" for n in (0, 1) for side in ("q", "out")]
+
+
+@pytest.fixture(scope="module")
+def pipes(built: Path) -> dict[str, Any]:
+    """Provide a pipeline of diffusers for each family; whoever loads a LoRA unloads it."""
+    options = {"use_safetensors": True, "local_files_only": True}
+    kinds = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+    return {name: kind.from_pretrained(built / name, **options) for name, kind in kinds.items()}
+
+
+def modules_of(pipe: Any, network: str) -> dict[str, Any]:
+    """List the layers of a network that a LoRA may change, by their names inside it."""
+    found: Any = getattr(pipe, network).named_modules()
+    layers = {n.removeprefix("text_model."): m for n, m in found if hasattr(m, "weight")}
+    if network == "unet":
+        kinds = (torch.nn.Linear, torch.nn.Conv2d)
+        return {n: m for n, m in layers.items() if isinstance(m, kinds)}
+    return {n: m for n, m in layers.items() if n in TEXT}
+
+
+def make_lora(pipe: Any, family: str, *, alphas: str = "equal", only: str = "") -> LoRA:
+    """Make one with numbers in every layer of its networks."""
+    chance, layers = torch.Generator().manual_seed(1), {}
+    for network in NETWORKS[family]:
+        for number, (name, module) in enumerate(modules_of(pipe, network).items()):
+            if only in name:
+                weight = module.weight
+                rank = 2 + 2 * (number % 2) if alphas == "mixed" else 4
+                down = torch.randn((rank, *weight.shape[1:]), generator=chance) / 10
+                up = torch.randn((len(weight), rank, *[1] * (weight.ndim - 2)), generator=chance)
+                scale = 0.5 if alphas == "equal" or number % 3 else 2.0
+                layers[Module(network, name)] = Layer(down, up, scale)
+    return LoRA(dict(sorted(layers.items())), {"ss_output_name": "x", "sshs_model_hash": "0"})
+
+
+def effect_in_diffusers(pipe: Any, path: Path, networks: tuple[str, ...]) -> dict[Module, Any]:
+    """Tell by how much each weight moves when diffusers fuses a file."""
+    before = {
+        Module(network, name): module.weight.detach().clone()
+        for network in networks
+        for name, module in modules_of(pipe, network).items()
+    }
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    pipe.fuse_lora(components=list(networks))
+    pipe.unload_lora_weights()
+    after = {
+        Module(network, name): module.weight.detach().clone()
+        for network in networks
+        for name, module in modules_of(pipe, network).items()
+    }
+    for place, value in before.items():
+        modules_of(pipe, place.network)[place.name].weight.data = value
+    return {place: after[place] - value for place, value in before.items()}
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("size", ["sd15", "sdxl"])
+def test_every_module_of_a_denoiser_is_found_again_under_kohyas_name(size: str) -> None:
+    """At real size: the dots that underscores have swallowed, and SDXL's block numbers."""
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(**models.DENOISERS[size])
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [name for name, module in unet.named_modules() if isinstance(module, kinds)]
+    for name in names:
+        original = train_lora.original_name(name) if size == "sdxl" else name
+        assert diffusers_name(dotted(original.replace(".", "_"))) == name
+    assert len(names) > 250
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize("family", NETWORKS)
+def test_what_is_written_is_read_as_it_was(
+    family: str, naming: str, pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    """All layers, at their strength, under either naming."""
+    wanted = make_lora(pipes[family], family)
+    assert write_lora(tmp_path / "x.safetensors", wanted, naming) < 1e-6
+    found = read_lora(tmp_path / "x.safetensors")
+    assert found.naming == naming
+    assert difference(wanted, found) < 1e-6
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_there_and_back_gives_the_same_tensors(
+    family: str, pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    """From kohya's names to diffusers' and back, bit for bit where the strength is 1."""
+    files = [tmp_path / f"{n}.safetensors" for n in range(3)]
+    wanted = make_lora(pipes[family], family)
+    plain = LoRA({m: Layer(la.down, la.up) for m, la in wanted.layers.items()}, {})
+    write_lora(files[0], plain, "kohya")
+    write_lora(files[1], read_lora(files[0]), "diffusers")
+    write_lora(files[2], read_lora(files[1]), "kohya")
+    first, last = load_file(files[0]), load_file(files[2])
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[key], last[key]) for key in first)
+
+
+# --- strength ---
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize("alphas", ["equal", "unequal", "mixed"])
+@pytest.mark.parametrize("family", NETWORKS)
+def test_diffusers_applies_what_was_written_at_its_true_strength(
+    family: str, alphas: str, naming: str, pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Unequal alphas and ranks too, which it applies wrongly when they stand in the file."""
+    wanted = make_lora(pipes[family], family, alphas=alphas)
+    if (family, naming) == ("sdxl", "kohya"):  # diffusers finds nothing outside of blocks there
+        kept = {
+            m: la for m, la in wanted.layers.items() if m.network != "unet" or "_block" in m.name
+        }
+        wanted = LoRA(kept, {})
+    write_lora(tmp_path / "x.safetensors", wanted, naming)
+    moved = effect_in_diffusers(pipes[family], tmp_path / "x.safetensors", NETWORKS[family])
+    for place, change in moved.items():
+        layer = wanted.layers.get(place)
+        expected = layer.delta().float() if layer else torch.zeros(1)
+        assert torch.allclose(change, expected, atol=2e-5), place
+
+
+def test_the_alphas_of_each_layer_are_read(pipes: dict[str, Any], tmp_path: Path) -> None:
+    """A file as other programs write it, with an alpha of its own for some layers only."""
+    wanted = make_lora(pipes["sd1"], "sd1", alphas="unequal")
+    tensors = named(
+        LoRA({m: Layer(la.down, la.up) for m, la in wanted.layers.items()}, {}), "kohya"
+    )
+    modules = [key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")]
+    for module, layer in zip(modules, wanted.layers.values(), strict=True):
+        tensors[f"{module}.alpha"] = torch.tensor(layer.scale * layer.rank)
+    del tensors[f"{modules[0]}.alpha"]  # then it acts as it is
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = read_lora(tmp_path / "x.safetensors")
+    scales = [layer.scale for layer in found.layers.values()]
+    assert scales == [1.0, *(layer.scale for layer in list(wanted.layers.values())[1:])]
+
+
+def test_a_folder_of_pefts_is_read_with_its_alpha(pipes: dict[str, Any], tmp_path: Path) -> None:
+    """The strength stands in a file beside the tensors."""
+    from peft import LoraConfig, get_peft_model
+
+    network = UNet2DConditionModel.from_config(pipes["sd1"].unet.config)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False)
+    get_peft_model(network, config).save_pretrained(str(tmp_path))
+    found = read_lora(tmp_path)
+    assert found.networks == ["unet"]
+    assert {(layer.rank, layer.scale) for layer in found.layers.values()} == {(4, 2.0)}
+    assert all(module.name.endswith("to_q") for module in found.layers)
+
+
+def test_a_header_with_pefts_settings_is_heeded(pipes: dict[str, Any], tmp_path: Path) -> None:
+    """As pipelines of diffusers write it."""
+    wanted = make_lora(pipes["sd1"], "sd1", only="to_q")
+    plain = LoRA({m: Layer(la.down, la.up) for m, la in wanted.layers.items()}, {})
+    told = json.dumps({"unet.lora_alpha": 8, "unet.r": 4})
+    save_file(named(plain, "diffusers"), tmp_path / "x", {"lora_adapter_metadata": told})
+    assert {layer.scale for layer in read_lora(tmp_path / "x").layers.values()} == {2.0}
+
+
+# --- sums and ranks ---
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_a_merged_lora_acts_as_both_together(
+    family: str, pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    """At 0.7 and -0.4, with layers that only one of them has."""
+    one = make_lora(pipes[family], family, alphas="unequal", only="to_")
+    other = make_lora(pipes[family], family, only="attn1")
+    write_lora(tmp_path / "x.safetensors", merge([(one, 0.7), (other, -0.4)]), "kohya")
+    moved = effect_in_diffusers(pipes[family], tmp_path / "x.safetensors", NETWORKS[family])
+    for place, change in moved.items():
+        expected = torch.zeros_like(change, dtype=torch.float64)
+        for lora_, strength in ((one, 0.7), (other, -0.4)):
+            if place in lora_.layers:
+                expected += strength * lora_.layers[place].delta()
+        assert torch.allclose(change, expected.float(), atol=1e-5), place
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (12, 8, 3, 3)])
+def test_a_smaller_rank_is_the_nearest_there_is(shape: tuple[int, ...]) -> None:
+    """Held against a decomposition of the whole matrix (Eckart and Young)."""
+    chance = torch.Generator().manual_seed(0)
+    down = torch.randn((6, *shape[1:]), generator=chance)
+    layer = Layer(down, torch.randn((12, 6, *[1] * (len(shape) - 2)), generator=chance), 0.3)
+    sizes = torch.linalg.svdvals(layer.delta().flatten(1))
+    for rank in (1, 3, 5, 6):
+        reduced = shorten(layer, rank, None)
+        assert reduced
+        assert (reduced.rank, reduced.down.shape[1:]) == (rank, down.shape[1:])
+        missing = (reduced.delta() - layer.delta()).norm()
+        assert float(missing) == pytest.approx(float(sizes[rank:].norm()), abs=1e-5)
+
+
+def test_energy_keeps_as_few_directions_as_hold_the_share() -> None:
+    """On the border exactly, and none for a layer that adds nothing."""
+    sizes = torch.tensor([3.0, 2.0, 1.0, 0.0])  # squares: 9, 4, 1 of 14
+    layer = Layer(torch.eye(4), torch.diag(sizes))
+    ranks = {}
+    for share in (0.1, 9 / 14, 0.65, 13 / 14, 1.0):
+        reduced = shorten(layer, None, share)
+        ranks[share] = reduced.rank if reduced else 0
+    assert list(ranks.values()) == [1, 1, 2, 2, 3]
+    assert shorten(Layer(torch.eye(4), torch.zeros(4, 4)), None, 0.9) is None
+
+
+def test_a_rank_that_is_large_enough_changes_nothing(pipes: dict[str, Any]) -> None:
+    """Nor is anything computed."""
+    wanted = make_lora(pipes["sd1"], "sd1")
+    phase = Phase("reducing ranks", 1, Emitter(), StopRequest())
+    assert reduce_rank(wanted, 4, None, phase).layers == wanted.layers
+
+
+# --- refusals ---
+
+
+def pair(name: str = "lora_unet_mid_block_attentions_0_proj_in") -> dict[str, torch.Tensor]:
+    """Make one small layer as in a file."""
+    return {
+        f"{name}.lora_down.weight": torch.ones(2, 3),
+        f"{name}.lora_up.weight": torch.ones(4, 2),
+    }
+
+
+WRONG = {
+    "half of one": {"lora_unet_conv_in.lora_up.weight": torch.ones(4, 2)},
+    "LoHa": {"lora_unet_conv_in.hada_w1_a": torch.ones(4, 2)},
+    "LoKr": {"lora_unet_conv_in.lokr_w1": torch.ones(4, 2)},
+    "full weights": {"lora_unet_conv_in.diff": torch.ones(4, 2)},
+    "DoRA": pair("lora_unet_conv_in") | {"lora_unet_conv_in.dora_scale": torch.ones(4)},
+    "matrices that fit": {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(4, 3),
+    },
+    "finite": {k: v * float("nan") for k, v in pair().items()},
+    "under two names": pair("lora_unet_conv_in") | pair("lora_unet_input_blocks_0_0"),
+    "belongs to no LoRA": {"model.weight": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_is_no_plain_lora_is_refused_by_name(words: str, tmp_path: Path) -> None:
+    """Nothing is half understood."""
+    save_file(WRONG[words], tmp_path / "x.safetensors")
+    with pytest.raises(TrainError, match=words):
+        read_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.ckpt", "gone.safetensors", "cut.safetensors"])
+def test_what_cannot_be_read_safely_is_refused(name: str, tmp_path: Path) -> None:
+    """A pickle runs code; a damaged file is told apart from one that is no LoRA."""
+    save_file(pair(), tmp_path / "whole.safetensors")
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    if not name.startswith("gone"):
+        (tmp_path / name).write_bytes(content[:-3])
+    with pytest.raises(TrainError) as caught:
+        read_lora(tmp_path / name)
+    assert caught.value.problems[0].path == str(tmp_path / name)
+
+
+def test_loras_of_two_families_are_not_merged(pipes: dict[str, Any]) -> None:
+    """They have no module in common."""
+    loras = [(make_lora(pipes[family], family), 1.0) for family in NETWORKS]
+    with pytest.raises(TrainError, match="one family"):
+        merge(loras)
+
+
+# --- the program ---
+
+
+def test_a_person_sees_a_table_and_a_host_sees_events(
+    pipes: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last line names the file, and a name that is taken is refused."""
+    source, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_lora(source, make_lora(pipes["sd1"], "sd1"), "kohya")
+    assert lora.main(["info", str(source)]) == 0
+    shown = capfd.readouterr().out
+    assert "unet" in shown
+    assert lora.main(["convert", str(source), str(out), "--to", "diffusers", "--events"]) == 0
+    last = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (last["type"], last["files"]) == ("complete", [str(out)])
+    assert lora.main(["convert", str(source), str(out)]) == 1
+    assert "--overwrite" in capfd.readouterr().err
+
+
+def test_the_header_goes_along_without_what_is_no_longer_true(
+    pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Five times the same bytes; no hash of other tensors, no folder that names a person."""
+    wanted = make_lora(pipes["sd1"], "sd1", alphas="mixed")
+    told = {"ss_dataset_dirs": '{"/home/me": 1}', "ss_base_model_version": "sd_v1"}
+    contents = set()
+    for _ in range(5):
+        write_lora(tmp_path / "x", LoRA(wanted.layers, wanted.header | told), "kohya")
+        contents.add((tmp_path / "x").read_bytes())
+    header = read_lora(tmp_path / "x").header
+    assert len(contents) == 1
+    assert "/home/me" not in str(header)
+    assert header["sshs_model_hash"] != "0"
+    assert (header["ss_base_model_version"], header["ss_network_dim"]) == ("sd_v1", "Dynamic")
+
+
+def test_the_ranks_of_a_large_file_are_told_and_can_be_stopped(pipes: dict[str, Any]) -> None:
+    """Between two modules, a stop is heard."""
+    stop, recorder = StopRequest(), Recorder()
+    stop.request("SIGTERM")
+    phase = Phase("reducing ranks", 1, Emitter(recorder), stop)
+    with pytest.raises(train_lora.TrainingInterrupted):
+        reduce_rank(make_lora(pipes["sd1"], "sd1"), 2, None, phase)

@@ -1,0 +1,148 @@
+"""Look into LoRA files, and make others of them: exact where sums and ranks are concerned.
+
+python tools/lora.py info FILE…                          what is in them
+python tools/lora.py convert FILE OUT --to diffusers     the same LoRA for another kind of reader
+python tools/lora.py merge OUT FILE=0.7 FILE=-0.4        one LoRA that acts as all of them together
+python tools/lora.py resize FILE OUT --rank 8            the nearest one of fewer directions
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.program import refuse, run, table, take_events
+from train_lora import Emitter, Phase, StopRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from tools.lora_file import LoRA
+
+# Written numbers are rounded to their precision; more than that would be a mistake of the writer.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def parse_term(text: str) -> tuple[Path, float]:
+    """Read FILE=STRENGTH."""
+    name, equals, strength = text.rpartition("=")
+    try:
+        return (Path(name), float(strength)) if equals else (Path(text), 1.0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH, got {text!r}") from error
+
+
+def parse_energy(text: str) -> float:
+    """Read a share above 0 and up to 1."""
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0, at most 1, got {text}")
+    return share
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    whole = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="say what is in LoRA files")
+    info.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    convert = commands.add_parser("convert", help="name it for another kind of reader")
+    merge = commands.add_parser("merge", help="add LoRAs up, each with its strength")
+    resize = commands.add_parser("resize", help="reduce the rank")
+    merge.add_argument("out", type=Path)
+    merge.add_argument("terms", nargs="+", type=parse_term, metavar="FILE=STRENGTH")
+    for command in (convert, resize):
+        command.add_argument("file", type=Path, metavar="FILE")
+        command.add_argument("out", type=Path)
+    for command in (merge, resize):
+        amount = command.add_mutually_exclusive_group(required=command is not merge)
+        amount.add_argument("--rank", type=int, help="directions kept in each module")
+        amount.add_argument("--energy", type=parse_energy, help="share of the square kept in each")
+    for command in (convert, merge, resize):
+        command.add_argument("--to", choices=("kohya", "diffusers"), default="kohya")
+        command.add_argument("--dtype", choices=list(PRECISIONS), help="of the numbers")
+        command.add_argument("--overwrite", action="store_true", help="replace OUT")
+    for command in (info, convert, merge, resize):
+        take_events(command)
+    return whole
+
+
+def work(
+    arguments: argparse.Namespace, events: Emitter, stop: StopRequest
+) -> tuple[str, list[str]]:
+    """Do one of the commands; return what was done and the files."""
+    from tools.lora_file import merge, read_lora, reduce_rank
+
+    if arguments.command == "info":
+        for file in arguments.files:
+            stop.check()
+            describe(read_lora(file), arguments)
+        return f"{len(arguments.files)} LoRAs read", []
+    if arguments.out.exists() and not arguments.overwrite:
+        raise refuse(arguments.out, "a new name", "something that is there", "Or use --overwrite.")
+    terms = getattr(arguments, "terms", None) or [(arguments.file, 1.0)]
+    loras = [(read_lora(file), strength) for file, strength in terms]
+    lora = merge(loras) if arguments.command == "merge" else loras[0][0]
+    if arguments.command != "convert" and (arguments.rank or arguments.energy):
+        phase = Phase("reducing ranks", len(lora.layers), events, stop)
+        lora = reduce_rank(lora, arguments.rank, arguments.energy, phase)
+    return write(lora, loras[0][0].dtype, arguments)
+
+
+def write(lora: LoRA, dtype: torch.dtype, arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """Write the result, hold it against what was to be written, and say so."""
+    import torch
+
+    from tools.lora_file import write_lora
+
+    dtype = getattr(torch, PRECISIONS[arguments.dtype]) if arguments.dtype else dtype
+    off = write_lora(arguments.out, lora, arguments.to, dtype)
+    if not off <= TOLERANCE[str(dtype).removeprefix("torch.")]:
+        arguments.out.unlink()
+        raise refuse(arguments.out, "numbers that the precision holds", f"{off:.1%} off")
+    ranks = sorted({layer.rank for layer in lora.layers.values()})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    done = f"{arguments.out.name}: {len(lora.layers)} modules, {rank}, {off:.1e} off"
+    return done, [str(arguments.out)]
+
+
+def describe(lora: LoRA, arguments: argparse.Namespace) -> None:
+    """Print what a person wants to know of a file."""
+    if arguments.events:
+        return
+    sys.stdout.write(f"\n{lora.source}: {lora.naming} names, {str(lora.dtype)[6:]}\n")
+    rows: list[Sequence[object]] = [("network", "modules", "rank", "strength", "adds")]
+    for network in lora.networks:
+        layers = [layer for module, layer in lora.layers.items() if module.network == network]
+        length = sum(layer.norm() ** 2 for layer in layers) ** 0.5
+        ranks, scales = span(la.rank for la in layers), span(la.scale for la in layers)
+        rows.append((network, len(layers), ranks, scales, f"{length:.3g}"))
+    table(rows)
+    for key in ("ss_output_name", "modelspec.title", "ss_base_model_version", "ss_steps"):
+        if key in lora.header:
+            sys.stdout.write(f"{key}: {lora.header[key][:200]}\n")
+    if len({layer.scale * layer.rank for layer in lora.layers.values()}) > 1:
+        sys.stdout.write("Its alphas differ: diffusers applies it wrongly; convert it.\n")
+
+
+def span(values: Iterable[float]) -> str:
+    """Say one value, or from which to which."""
+    found = sorted(set(values))
+    return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} … {found[-1]:g}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program."""
+    return run(parser(), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

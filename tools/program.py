@@ -1,0 +1,101 @@
+"""What all programs in this folder do alike: speak, stop, and end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, cast
+
+from train_lora import (
+    Code,
+    Emitter,
+    ErrorCode,
+    Event,
+    LineWriter,
+    Record,
+    StopRequest,
+    TrainError,
+    TrainingInterrupted,
+    claim_stdout,
+    deadline_in,
+    exit_code,
+    reporting,
+    stop_for,
+)
+
+PATIENCE_SECONDS = 5.0  # for a reader of the last line
+
+
+class ToolCode(Code):
+    """Why a program failed."""
+
+    INPUT_UNUSABLE = "What was given cannot be used.", "Mend it, or give another."
+
+
+class Done(Event, type="complete", says="{summary}", ends_run=True):
+    """Last line of a program that did what was asked."""
+
+    summary: Annotated[str, "what was done, in one sentence"]
+    files: Annotated[list[str], "what was written"]
+    total_time: Annotated[float, "seconds since the program started"]
+
+
+Work = Callable[[argparse.Namespace, Emitter, StopRequest], tuple[str, list[str]]]
+
+
+def refuse(path: object, expected: str, found: str, hint: str = "") -> TrainError:
+    """Say what is wrong with an input."""
+    code = cast("ErrorCode", ToolCode.INPUT_UNUSABLE)  # an event takes any word
+    return TrainError.at(code, path, expected, found, hint)
+
+
+def table(rows: Iterable[Sequence[object]]) -> None:
+    """Print columns for a person. Where events go to stdout, this reaches stderr."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def tell(record: Record) -> None:
+    """Tell a person what an event says; a table says more than the last line of a success."""
+    problems = record.get("problems") or []
+    lines = [record["message"]] if len(problems) < 2 else [f"{len(problems)} problems:"]
+    lines += [
+        f"  {p['path']}: expected {p['expected']}, got {p['found']}. {p['hint']}"
+        for p in problems[len(problems) == 1 :]
+    ]
+    stream = sys.stdout if record["type"] == "complete" else sys.stderr
+    stream.write("\n".join(lines) + "\n")
+
+
+def take_events(parser: argparse.ArgumentParser) -> None:
+    """Add the option that every command has."""
+    parser.add_argument(
+        "--events", action="store_true", help="JSON lines on stdout, as the trainer"
+    )
+
+
+def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None = None) -> int:
+    """Do the work and tell how it ended; return the exit code."""
+    parser.add_argument(
+        "--events", action="store_true", help="JSON lines on stdout, as the trainer"
+    )
+    stop = StopRequest()
+    with stop.on_signals(), contextlib.ExitStack() as audience:
+        arguments = parser.parse_args(argv)
+        events = Emitter()
+        if arguments.events:
+            writer = LineWriter(claim_stdout() or 2, functools.partial(stop_for, stop))
+            audience.enter_context(events.heard_by(writer))
+            audience.callback(lambda: writer.close(deadline_in(PATIENCE_SECONDS)))
+        else:
+            audience.enter_context(events.heard_by(tell))
+        with contextlib.suppress(TrainError, TrainingInterrupted), reporting(events):
+            summary, files = work(arguments, events, stop)
+            events.emit(Done(summary=summary, files=files, total_time=events.elapsed_seconds()))
+        return exit_code(events)
