@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, cast
 
 from train_lora import (
@@ -73,6 +73,18 @@ def tell(record: Record) -> None:
     stream.write("\n".join(lines) + "\n")
 
 
+@contextlib.contextmanager
+def naming_the_disk() -> Iterator[None]:
+    """Tell a disk that fails from a program that does."""
+    try:
+        yield
+    except OSError as error:
+        path, reason = error.filename or "the result", error.strerror or str(error)
+        raise TrainError.at(
+            ErrorCode.SAVE_FAILED, path, "a file that can be used", reason
+        ) from error
+
+
 def take_events(parser: argparse.ArgumentParser) -> None:
     """Add the option that every command has."""
     parser.add_argument(
@@ -82,9 +94,6 @@ def take_events(parser: argparse.ArgumentParser) -> None:
 
 def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None = None) -> int:
     """Do the work and tell how it ended; return the exit code."""
-    parser.add_argument(
-        "--events", action="store_true", help="JSON lines on stdout, as the trainer"
-    )
     stop = StopRequest()
     with stop.on_signals(), contextlib.ExitStack() as audience:
         arguments = parser.parse_args(argv)
@@ -96,6 +105,7 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
         else:
             audience.enter_context(events.heard_by(tell))
         with contextlib.suppress(TrainError, TrainingInterrupted), reporting(events):
-            summary, files = work(arguments, events, stop)
+            with naming_the_disk():
+                summary, files = work(arguments, events, stop)
             events.emit(Done(summary=summary, files=files, total_time=events.elapsed_seconds()))
         return exit_code(events)
