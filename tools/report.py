@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -72,6 +72,14 @@ class Story:
         """Recall what the latest start was asked to do."""
         said = self.starts[-1].get("config") if self.starts else None
         return said if isinstance(said, dict) else {}
+
+    def at_home(self, text: str) -> str:
+        """Leave out of a text where somebody's folders lie: a page is made to be passed on."""
+        for place in sorted(map(str, self.config.values()), key=len, reverse=True):
+            path = PureWindowsPath(place)  # knows both kinds of slashes, and drives
+            if path.root and path.name:
+                text = text.replace(place, path.name)
+        return text
 
 
 def read_story(folder: Path, stop: StopRequest) -> Story:
@@ -143,7 +151,8 @@ def verdict(story: Story) -> str:
         return f"Complete: {last.get('step')} steps in {span(number(last.get('total_time')))}"
     if last["type"] == "interrupted":
         return f"Stopped by {last.get('reason')} at step {last.get('step')}; it can go on"
-    return f"Failed with {last.get('code')}: {last.get('message')} {last.get('hint')}"
+    said = f"Failed with {last.get('code')}: {last.get('message')} {last.get('hint')}"
+    return story.at_home(said)
 
 
 def facts_of(story: Story) -> Iterator[tuple[str, str]]:
@@ -151,7 +160,8 @@ def facts_of(story: Story) -> Iterator[tuple[str, str]]:
     newest = story.progress[max(story.progress)] if story.progress else {}
     last, dataset = story.last or {}, story.facts.get("dataset", {})
     model, device = story.facts.get("model", {}), story.facts.get("device", {})
-    yield "Base model", f"{story.config.get('base_model', '?')} ({model.get('family', '?')})"
+    base = story.at_home(str(story.config.get("base_model", "?")))
+    yield "Base model", f"{base} ({model.get('family', '?')})"
     yield "Device", f"{device.get('name', '?')} ({device.get('kind', '?')})"
     yield "Images", f"{dataset.get('images', '?')}, {dataset.get('captions_found', '?')} captions"
     yield "Steps", f"{newest.get('step', 0)} of {newest.get('total_steps', '?')}"
@@ -172,15 +182,16 @@ def rows(pairs: Iterable[tuple[object, ...]]) -> str:
     return "".join(f"<tr>{row}</tr>" for row in cells)
 
 
-def settings(config: Record) -> str:
+def settings(story: Story) -> str:
     """List the config: first what differs from the defaults."""
-    defaults = {name: knob["default"] for name, knob in train_lora.knobs().items()}
+    config = {name: story.at_home(say(value)) for name, value in story.config.items()}
+    defaults = {name: say(knob["default"]) for name, knob in train_lora.knobs().items()}
     differ = {k: v for k, v in config.items() if k not in defaults or v != defaults[k]}
     same = {k: v for k, v in config.items() if k not in differ}
     return (
-        f"<table>{rows((k, say(v)) for k, v in differ.items())}</table>"
+        f"<table>{rows(differ.items())}</table>"
         f"<details><summary>{len(same)} knobs at their defaults</summary>"
-        f"<table>{rows((k, say(v)) for k, v in same.items())}</table></details>"
+        f"<table>{rows(same.items())}</table></details>"
     )
 
 
@@ -334,7 +345,8 @@ def page(folder: Path, story: Story, arguments: argparse.Namespace, phase: Phase
     """Write the page."""
     name = str(story.config.get("lora_name") or folder.resolve().name)
     grid_of_previews, left_out = pictures(folder, story, int(arguments.max_mb * 2**20), phase)
-    warned = [(code, n, story.examples[code]) for code, n in story.warnings.most_common()]
+    warnings = story.warnings.most_common()
+    warned = [(code, n, story.at_home(story.examples[code])) for code, n in warnings]
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     program = story.starts[-1].get("version", "?") if story.starts else "?"
     parts = [
@@ -342,7 +354,7 @@ def page(folder: Path, story: Story, arguments: argparse.Namespace, phase: Phase
         f"<table>{rows(facts_of(story))}</table>",
         f"<h2>Loss</h2>{curves(read_losses(folder, story), story)}",
         f"<h2>Previews</h2>{grid_of_previews}<p>{esc(left_out)}</p>",
-        f"<h2>Config</h2>{settings(story.config)}",
+        f"<h2>Config</h2>{settings(story)}",
         f"<h2>Warnings</h2><table>{rows(warned)}</table>" if warned else "",
         f"<p>train_lora {esc(program)}{'' if arguments.deterministic else ', told ' + now}</p>",
     ]

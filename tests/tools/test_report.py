@@ -144,6 +144,18 @@ def test_a_picture_is_taken_from_the_run_alone(folder: Path, tmp_path: Path) -> 
     assert "<img" not in make(folder)
 
 
+def test_the_page_says_nothing_of_where_things_lie(folder: Path) -> None:
+    """It is made to be passed on; a path names people."""
+    places = {"output_path": "/home/me/out/zkb", "dataset_path": "C:\\Users\\me\\images"}
+    error = {"type": "error", "message": "No room in /home/me/out/zkb/state", "hint": "Mend it."}
+    write_events(folder, {**START, "config": places}, error)
+    text = Page(make(folder)).text
+    assert "/home" not in text
+    assert "Users" not in text
+    assert "No room in zkb/state" in text
+    assert "images" in text
+
+
 def test_of_an_update_made_again_the_last_word_counts(folder: Path) -> None:
     """A seam shows where the run went on."""
     again = {**START, "resumed_step": 2}
