@@ -1061,7 +1061,13 @@ class TrainingConfig:
         cls, path: str | Path, overrides: Mapping[str, Any] | None = None
     ) -> TrainingConfig:
         """Load a config and check all that can be known without looking at other files."""
-        document = parse_config(read_config(path))
+        return cls.from_record(parse_config(read_config(path)), overrides)
+
+    @classmethod
+    def from_record(
+        cls, document: Record, overrides: Mapping[str, Any] | None = None
+    ) -> TrainingConfig:
+        """Check a config that is at hand as an object."""
         if overrides:
             override(document, overrides)
         check_schema(document)

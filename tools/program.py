@@ -7,7 +7,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from train_lora import (
     Code,
@@ -19,6 +19,7 @@ from train_lora import (
     StopRequest,
     TrainError,
     TrainingInterrupted,
+    WarningCode,
     claim_stdout,
     deadline_in,
     exit_code,
@@ -33,6 +34,12 @@ class ToolCode(Code):
     """Why a program failed."""
 
     INPUT_UNUSABLE = "What was given cannot be used.", "Mend it, or give another."
+
+
+class ToolWarning(Code):
+    """What is worth knowing although the program goes on."""
+
+    WORTH_A_LOOK = "Something about the input is doubtful.", "See the message."
 
 
 class Done(Event, type="complete", says="{summary}", ends_run=True):
@@ -50,6 +57,12 @@ def refuse(path: object, expected: str, found: str, hint: str = "") -> TrainErro
     """Say what is wrong with an input."""
     code = cast("ErrorCode", ToolCode.INPUT_UNUSABLE)  # an event takes any word
     return TrainError.at(code, path, expected, found, hint)
+
+
+def remark(events: Emitter, message: str, **data: Any) -> None:
+    """Tell of something doubtful."""
+    code = cast("WarningCode", ToolWarning.WORTH_A_LOOK)  # an event takes any word
+    events.warn(code, message, **data)
 
 
 def table(rows: Iterable[Sequence[object]]) -> None:
