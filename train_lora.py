@@ -70,9 +70,8 @@ import traceback
 import types
 import typing
 import uuid
-import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -1529,6 +1528,7 @@ class Picture:
     width: int  # pixels, as a viewer shows it
     height: int
     caption: str
+    packed_bytes: int = 0  # of a PNG, whose pixels a first look does not unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1538,11 +1538,6 @@ class Dataset:
     pictures: tuple[Picture, ...]  # those of regularization_path last
     facts: DatasetFacts
 
-    @property
-    def regularization_images(self) -> int:
-        """Count the pictures which keep the base model as it is."""
-        return self.facts.regularization_images
-
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort image10 after image9, whatever the case."""
@@ -1550,45 +1545,20 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts] + [(2, name)]
 
 
-def find_files(
-    root: Path, apart: Iterable[Path], events: Emitter, label: str = ""
-) -> dict[str, Path]:
-    """List a folder's files by label and path inside it, leaving out the folders set apart."""
-    found: dict[str, Path] = {}
-    waiting, set_apart = [root], {place_of(str(folder)) for folder in apart}
-
-    def name_of(path: Path) -> str:
-        return PurePosixPath(label, path.relative_to(root).as_posix()).as_posix()
-
-    def skip(folder: Path, reason: str) -> None:
-        name = name_of(folder)
-        message = f"Skipped folder {name}: {reason}"
-        events.warn(WarningCode.FOLDER_SKIPPED, message, file=name, reason=reason)
-
-    while waiting:  # os.walk would call itself, and a thousand folders deep end in an error
-        folder = waiting.pop()
-        try:
-            inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            skip(folder, f"it cannot be read ({error.strerror})")
-            continue
-        for entry in inside:
-            path, linked = folder / entry.name, entry.is_symlink()
-            is_folder = os.path.isdir(path) if linked else entry.is_dir()  # noqa: PTH112, never raises
-            if is_hidden(entry.name) or (is_folder and place_of(str(path)) in set_apart):
-                continue
-            if not is_folder:
-                found[name_of(path)] = path
-            elif linked or entry.name.lower().endswith(IMAGE_SUFFIXES):
-                skip(path, "it is a link" if linked else "named like an image")
-            else:
-                waiting.append(path)
-    return found
+def entries_of(folder: Path, root: Path) -> list[os.DirEntry[str]]:
+    """List what lies in one folder, without what archives and file managers leave behind."""
+    if folder.is_symlink():
+        raise Unusable("it is a link")
+    if folder != root and folder.name.lower().endswith(IMAGE_SUFFIXES):
+        raise Unusable("named like an image")
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
 
 
-def is_hidden(name: str) -> bool:
-    """Recognise what archives and file managers leave behind."""
-    return name.startswith(".") or name == "__MACOSX"
+def leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    """Recognise a folder, and a link to one."""
+    linked = entry.is_symlink()
+    return os.path.isdir(entry) if linked else entry.is_dir()  # noqa: PTH112, never raises
 
 
 def check_plain_file(path: Path, root: Path) -> None:
@@ -1603,186 +1573,6 @@ def check_plain_file(path: Path, root: Path) -> None:
         raise Unusable("not a regular file")
     if status.st_size == 0:
         raise Unusable("an empty file")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """What is known of an image after a first look."""
-
-    width: int  # pixels, as a viewer shows it
-    height: int
-    packed_bytes: int = 0  # of a PNG, whose pixels have not been unpacked
-
-
-class Inspector:
-    """Looks at images in parallel, and never at more pixels at once than memory holds."""
-
-    def __init__(self, events: Emitter, stop: StopRequest, *, thorough: bool) -> None:
-        """Begin with nothing in hand; `thorough` leaves no pixel of any image undecoded."""
-        self.events, self.stop = events, stop
-        self._quick_pixels = math.inf if thorough else QUICK_PIXELS
-        self._free = PIXELS_AT_ONCE
-        self._changed = threading.Condition()
-
-    def inspect(self, files: Mapping[str, Path], root: Path) -> dict[str, tuple[int, int]]:
-        """Return the sizes of the usable images, in order; name the others."""
-        looks = self._each("checking", files, lambda name: self._look(files[name], root))
-        doubtful = list(self._choose_doubtful(looks))
-        sound = self._each("unpacking", doubtful, lambda n: self._unpack(files[n], looks[n]))
-        broken = set(doubtful) - sound.keys()
-        return {n: (look.width, look.height) for n, look in looks.items() if n not in broken}
-
-    def _each(self, verb: str, names: Collection[str], work: Callable[[str], R]) -> dict[str, R]:
-        """Do the same to many images; leave out and name those that turn out unusable."""
-        results: dict[str, R] = {}
-        phase = Phase(f"{verb} images", len(names), self.events, self.stop)
-        phase.at(0)
-
-        def attempt(name: str) -> R | Unusable:
-            try:
-                return work(name)
-            except Unusable as reason:
-                return reason
-
-        looked = ahead(attempt, names, 4 + (os.cpu_count() or 1))
-        for done, (name, found) in enumerate(looked, start=1):
-            if done < len(names):
-                phase.at(done)
-            if isinstance(found, Unusable):
-                message, reason = f"Skipped {name}: {found}", str(found)
-                self.events.warn(WarningCode.IMAGE_SKIPPED, message, file=name, reason=reason)
-            else:
-                results[name] = found
-        return results
-
-    def _look(self, path: Path, root: Path) -> Look:
-        """Decode an image as far as is cheap."""
-        from PIL import Image
-
-        check_plain_file(path, root)
-        with naming_damage(), Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > (most := Image.MAX_IMAGE_PIXELS or math.inf):
-                raise Unusable(f"more than {most} pixels")
-            # Phones write JPEGs with further pictures behind the first; only that one counts.
-            # Single pictures of some formats do not have the attribute at all.
-            if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
-                raise Unusable("an animation")
-            # A PNG's orientation may stand behind the pixels; looking there would decode them.
-            packed = image.format == "PNG"
-            early = not packed or "exif" in image.info
-            if early and image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
-                width, height = height, width
-            with self._room(width * height):
-                if packed:
-                    image.verify()  # the checksums of all chunks, without unpacking them
-                else:
-                    image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
-                    image.load()
-            packed_bytes = path.stat().st_size if packed else 0
-        return Look(width=width, height=height, packed_bytes=packed_bytes)
-
-    def _choose_doubtful(self, looks: Mapping[str, Look]) -> Iterator[str]:
-        """Choose what to unpack after all: first the files that are small for their pixels."""
-        packed = {n: look.width * look.height for n, look in looks.items() if look.packed_bytes}
-        for name in sorted(packed, key=lambda name: looks[name].packed_bytes / packed[name]):
-            if packed[name] <= self._quick_pixels:
-                self._quick_pixels -= packed[name]
-                yield name
-
-    def _unpack(self, path: Path, look: Look) -> None:
-        """Do to an image what training does first."""
-        with self._room(look.width * look.height), naming_damage():
-            load_picture(path)
-
-    @contextlib.contextmanager
-    def _room(self, pixels: int) -> Iterator[None]:
-        """Wait until so many pixels fit into memory; an image larger than all goes alone."""
-        pixels = min(pixels, PIXELS_AT_ONCE)
-        with self._changed:
-            while pixels > self._free:
-                self.stop.check()
-                self._changed.wait(0.1)
-            self._free -= pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
-
-
-@contextlib.contextmanager
-def naming_damage() -> Iterator[None]:
-    """Say in a few words why a decoder failed."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        yield
-    except Unusable:
-        raise
-    except UnidentifiedImageError as error:
-        raise Unusable("not a png, jpeg, webp or bmp image") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-    except Exception as error:  # hostile bytes make decoders raise anything
-        raise Unusable(f"damaged ({error})") from error
-
-
-def read_inside(path: Path, root: Path, limit_bytes: int) -> bytes:
-    """Read a file of the dataset, never more than the limit and never from outside."""
-    check_plain_file(path, root)
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise Unusable(f"it cannot be read ({error.strerror})") from error
-    if len(content) > limit_bytes:
-        raise Unusable(f"larger than {limit_bytes // 1024} KiB")
-    return content
-
-
-def decode_caption(content: bytes) -> str:
-    """Turn bytes into one line of text."""
-    if len(content) > CAPTION_BYTES:
-        raise Unusable(f"larger than {CAPTION_BYTES // 1024} KiB")
-    try:
-        text = " ".join(content.decode("utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise Unusable("not UTF-8") from error
-    if not text:
-        raise Unusable("an empty caption")
-    return text
-
-
-def read_metadata(
-    files: Mapping[str, Path], root: Path, events: Emitter, stop: StopRequest
-) -> dict[str, str]:
-    """Read the captions of every metadata.jsonl, keyed by the image's path inside the dataset."""
-    captions: dict[str, str] = {}
-    for name in (n for n in files if PurePosixPath(n).name == "metadata.jsonl"):
-        try:
-            lines = io.BytesIO(read_inside(files[name], root, METADATA_BYTES))
-        except Unusable as reason:
-            warn_caption(name, reason, events)
-            continue
-        refused, first = 0, []
-        for number, line in enumerate(lines, start=1):
-            stop.check()
-            try:
-                if line.strip():
-                    image, caption = parse_metadata(line, PurePosixPath(name).parent, files)
-                    captions[image] = caption
-            except Unusable as reason:
-                refused += 1
-                if refused <= REFUSED_LINES:
-                    first.append({"line": number, "reason": str(reason)})
-        if refused:
-            message = f"Cannot use {refused} lines of {name}, such as {first[0]['line']}: "
-            message += str(first[0]["reason"])
-            data = {"file": name, "lines": refused, "first": first}
-            events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
-    return captions
 
 
 def parse_metadata(
@@ -1805,29 +1595,43 @@ def parse_metadata(
     return image, decode_caption(text.encode())
 
 
-def warn_caption(name: str, reason: Unusable, events: Emitter) -> None:
-    """Tell that a caption file is of no use."""
-    message = f"Cannot use {name}: {reason}"
-    events.warn(WarningCode.CAPTION_UNUSABLE, message, file=name, reason=str(reason))
+def decode_caption(content: bytes) -> str:
+    """Turn bytes into one line of text."""
+    if len(content) > CAPTION_BYTES:
+        raise Unusable(f"larger than {CAPTION_BYTES // 1024} KiB")
+    try:
+        text = " ".join(content.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise Unusable("not UTF-8") from error
+    if not text:
+        raise Unusable("an empty caption")
+    return text
 
 
-def read_sidecars(
-    files: Mapping[str, Path], root: Path, events: Emitter, stop: StopRequest
-) -> dict[str, str]:
-    """Read image.txt beside every image that has one, keyed by the image's path."""
-    texts = {name[:-4]: name for name in files if name.lower().endswith(".txt")}
-    captions: dict[str, str] = {}
-    for image in files:
-        stem, _, suffix = image.rpartition(".")
-        name = texts.get(stem)
-        if name is None or f".{suffix.lower()}" not in IMAGE_SUFFIXES:
-            continue
-        stop.check()
-        try:
-            captions[image] = decode_caption(read_inside(files[name], root, CAPTION_BYTES))
-        except Unusable as reason:
-            warn_caption(name, reason, events)
-    return captions
+def choose_doubtful(pictures: Iterable[Picture], most_pixels: float) -> Iterator[str]:
+    """Choose what to unpack after all: first the files that are small for their pixels."""
+    packed = {p.name: (p.width * p.height, p.packed_bytes) for p in pictures if p.packed_bytes}
+    for name, (pixels, _) in sorted(packed.items(), key=lambda item: item[1][1] / item[1][0]):
+        if pixels <= most_pixels:
+            most_pixels -= pixels
+            yield name
+
+
+@contextlib.contextmanager
+def naming_damage() -> Iterator[None]:
+    """Say in a few words why a decoder failed."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        yield
+    except Unusable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Unusable("not a png, jpeg, webp or bmp image") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except Exception as error:  # hostile bytes make decoders raise anything
+        raise Unusable(f"damaged ({error})") from error
 
 
 def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
@@ -1847,88 +1651,225 @@ def stands_in(word: str, texts: Iterable[str]) -> bool:
     return any(map(alone.search, texts))
 
 
+class ImageFolder:
+    """A folder of images and their captions; a warning names whatever of it is not used."""
+
+    def __init__(
+        self, folder: Path, trigger_words: Sequence[str], events: Emitter, stop: StopRequest
+    ) -> None:
+        """Begin with nothing found."""
+        self.folder, self.root, self.trigger_words = folder, folder.resolve(), trigger_words
+        self.events, self.stop = events, stop
+        self.label = ""  # in front of all names
+        self.files: dict[str, Path] = {}  # by label and path inside
+        self.images: list[str] = []
+        self.captions: dict[str, str] = {}
+        self.pictures: list[Picture] = []  # of the images that can be used
+        self._free_pixels = PIXELS_AT_ONCE
+        self._changed = threading.Condition()
+
+    def scan(self, apart: Iterable[Path], quick_pixels: float) -> None:
+        """Find the usable images and their captions, but for those in folders set apart."""
+        self.find_files({place_of(str(folder)) for folder in apart})
+        images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
+        self.images = sorted(images, key=natural_key)
+        self.captions = self.read_metadata() | self.read_sidecars()
+        looked = self.inspect("checking", self.images, self.look)
+        doubtful = list(choose_doubtful(looked.values(), quick_pixels))
+        sound = self.inspect("unpacking", doubtful, lambda name: self.unpack(looked[name]))
+        broken = set(doubtful) - sound.keys()
+        self.pictures = [picture for name, picture in looked.items() if name not in broken]
+
+    def find_files(self, apart: Collection[object]) -> None:
+        """List the files of all folders but those in places set apart."""
+        waiting = [self.root]
+        while waiting:  # os.walk would call itself, and a thousand folders deep end in an error
+            folder = waiting.pop()
+            name = self.name_of(folder)
+            with self.leaving_out(WarningCode.FOLDER_SKIPPED, name, "Skipped folder"):
+                for entry in entries_of(folder, self.root):
+                    if not leads_to_folder(entry):
+                        self.files[self.name_of(folder / entry.name)] = folder / entry.name
+                    elif place_of(entry.path) not in apart:
+                        waiting.append(folder / entry.name)
+
+    def name_of(self, path: Path) -> str:
+        """Name a file or folder as people are told, with forward slashes."""
+        return PurePosixPath(self.label, path.relative_to(self.root).as_posix()).as_posix()
+
+    @contextlib.contextmanager
+    def leaving_out(self, code: WarningCode, name: str, verb: str) -> Iterator[None]:
+        """Go on without what cannot be used, and tell why."""
+        try:
+            yield
+        except (Unusable, OSError) as error:
+            unread = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else ""
+            reason = unread or str(error)
+            self.events.warn(code, f"{verb} {name}: {reason}", file=name, reason=reason)
+
+    def read_metadata(self) -> dict[str, str]:
+        """Read the captions of every metadata.jsonl, by image."""
+        captions: dict[str, str] = {}
+        for name in self.files:
+            if PurePosixPath(name).name == "metadata.jsonl":
+                with self.leaving_out(WarningCode.CAPTION_UNUSABLE, name, "Cannot use"):
+                    captions |= self.read_lines(name)
+        return captions
+
+    def read_lines(self, name: str) -> dict[str, str]:
+        """Read the captions of one metadata.jsonl; tell of bad lines together."""
+        captions: dict[str, str] = {}
+        refused, first = 0, []
+        lines = io.BytesIO(self.read(name, METADATA_BYTES))
+        for number, line in enumerate(lines, start=1):
+            self.stop.check()
+            try:
+                if line.strip():
+                    image, caption = parse_metadata(line, PurePosixPath(name).parent, self.files)
+                    captions[image] = caption
+            except Unusable as reason:
+                refused += 1
+                if refused <= REFUSED_LINES:
+                    first.append({"line": number, "reason": str(reason)})
+        if refused:
+            message = f"Cannot use {refused} lines of {name}, such as {first[0]['line']}: "
+            message += str(first[0]["reason"])
+            data = {"file": name, "lines": refused, "first": first}
+            self.events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
+        return captions
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        """Read a file, never more than the limit and never from outside."""
+        check_plain_file(self.files[name], self.root)
+        with self.files[name].open("rb") as file:
+            content = file.read(limit_bytes + 1)
+        if len(content) > limit_bytes:
+            raise Unusable(f"larger than {limit_bytes // 1024} KiB")
+        return content
+
+    def read_sidecars(self) -> dict[str, str]:
+        """Read image.txt beside every image that has one, by image."""
+        texts = {name[:-4]: name for name in self.files if name.lower().endswith(".txt")}
+        captions: dict[str, str] = {}
+        for image in self.images:
+            if text := texts.get(image.rpartition(".")[0]):
+                self.stop.check()
+                with self.leaving_out(WarningCode.CAPTION_UNUSABLE, text, "Cannot use"):
+                    captions[image] = decode_caption(self.read(text, CAPTION_BYTES))
+        return captions
+
+    def inspect(
+        self, verb: str, names: Collection[str], work: Callable[[str], Picture]
+    ) -> dict[str, Picture]:
+        """Look at images in parallel, and leave out those that turn out unusable."""
+        pictures: dict[str, Picture] = {}
+        phase = Phase(f"{verb} images", len(names), self.events, self.stop)
+        phase.at(0)
+        looked = ahead(work, names, 4 + (os.cpu_count() or 1))
+        for done, (name, picture) in enumerate(looked, start=1):
+            if done < len(names):
+                phase.at(done)
+            with self.leaving_out(WarningCode.IMAGE_SKIPPED, name, "Skipped"):
+                pictures[name] = picture.result()
+        return pictures
+
+    def look(self, name: str) -> Picture:
+        """Decode an image as far as is cheap."""
+        from PIL import Image
+
+        path = self.files[name]
+        check_plain_file(path, self.root)
+        with naming_damage(), Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            # Phones write JPEGs with further pictures behind the first; only that one counts.
+            # Single pictures of some formats do not have the attribute at all.
+            if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+                raise Unusable("an animation")
+            # A PNG's orientation may stand behind the pixels; looking there would decode them.
+            packed = image.format == "PNG"
+            early = not packed or "exif" in image.info
+            if early and image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
+                width, height = height, width
+            with self.room_for(width * height):
+                if packed:
+                    image.verify()  # the checksums of all chunks, without unpacking them
+                else:
+                    image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
+                    image.load()
+        return Picture(
+            name=name,
+            path=path,
+            width=width,
+            height=height,
+            caption=compose_caption(self.captions.get(name, ""), self.trigger_words),
+            packed_bytes=path.stat().st_size if packed else 0,
+        )
+
+    def unpack(self, picture: Picture) -> Picture:
+        """Do to an image what training does first."""
+        with self.room_for(picture.width * picture.height), naming_damage():
+            load_picture(picture.path)
+        return picture
+
+    @contextlib.contextmanager
+    def room_for(self, pixels: int) -> Iterator[None]:
+        """Wait until so many pixels fit into memory; an image larger than all goes alone."""
+        pixels = min(pixels, PIXELS_AT_ONCE)
+        with self._changed:
+            while not self._changed.wait_for(lambda: pixels <= self._free_pixels, timeout=0.1):
+                self.stop.check()
+            self._free_pixels -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free_pixels += pixels
+                self._changed.notify_all()
+
+    def check(self, resolution: int) -> None:
+        """Refuse a folder that cannot be trained on; warn of one that is poor."""
+        if not self.pictures:
+            raise TrainError(ErrorCode.DATASET_EMPTY, f"No usable image in {self.folder}")
+        remedy = "" if self.label else ", or give trigger_words"
+        hint = f"Write a caption beside it{remedy}."
+        bare = [Problem(p.name, "a caption", "none", hint) for p in self.pictures if not p.caption]
+        if bare:
+            raise TrainError.listing(ErrorCode.CAPTIONS_MISSING, bare)
+        small = [p.name for p in self.pictures if min(p.width, p.height) < resolution]
+        if small:
+            count = len(small)
+            message = f"{count} images are smaller than {resolution} pixels, such as {small[0]}"
+            self.events.warn(WarningCode.IMAGES_SMALL, message, images=count, file=small[0])
+
+
 def scan_dataset(
     config: TrainingConfig, events: Emitter, stop: StopRequest, *, thorough: bool = False
 ) -> Dataset:
-    """Find the usable images and their captions; name whatever is left out."""
-    places = (config.dataset_path, config.regularization_path, config.output_path)
-    roots = [place.resolve() for place in places if place]
-    inspector = Inspector(events, stop, thorough=thorough)
-    own, others = scan_folder(roots[0], config.trigger_words, roots[1:], inspector), Scan()
-    check_pictures(own, config.dataset_path, config, events)
+    """Find the usable images and their captions; `thorough` leaves no pixel undecoded."""
+    own = ImageFolder(config.dataset_path, config.trigger_words, events, stop)
+    folders = [own]
     if config.regularization_path:
-        others = scan_folder(roots[1], (), roots, inspector, label=roots[1].name)
-        check_pictures(others, config.regularization_path, config, events)
+        folders.append(ImageFolder(config.regularization_path, (), events, stop))
+        folders[-1].label = folders[-1].root.name
+    places = {config.output_path.resolve(), *(folder.root for folder in folders)}
+    for folder in folders:
+        folder.scan(places - {folder.root}, math.inf if thorough else QUICK_PIXELS)
+        folder.check(config.resolution)
+    captions = sum(picture.name in own.captions for picture in own.pictures)
     counts = Counter(f"{picture.width}x{picture.height}" for picture in own.pictures)
     facts = DatasetFacts(
         images=len(own.pictures),
-        skipped=own.skipped + others.skipped,
-        captions_found=own.captions,
-        captions_missing=len(own.pictures) - own.captions,
+        skipped=sum(len(folder.images) - len(folder.pictures) for folder in folders),
+        captions_found=captions,
+        captions_missing=len(own.pictures) - captions,
         resolutions=dict(counts.most_common(10)),
-        regularization_images=len(others.pictures),
+        regularization_images=sum(len(folder.pictures) for folder in folders[1:]),
     )
     events.info(facts)
-    return Dataset(pictures=(*own.pictures, *others.pictures), facts=facts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scan:
-    """What was found in one folder."""
-
-    pictures: tuple[Picture, ...] = ()
-    captions: int = 0  # pictures which have one of their own
-    skipped: int = 0
-
-
-def scan_folder(
-    root: Path,
-    trigger_words: Iterable[str],
-    apart: Iterable[Path],
-    inspector: Inspector,
-    label: str = "",
-) -> Scan:
-    """Find the usable images of one folder and their captions."""
-    events, stop = inspector.events, inspector.stop
-    files = find_files(root, apart, events, label)
-    candidates = sorted((n for n in files if n.lower().endswith(IMAGE_SUFFIXES)), key=natural_key)
-    sizes = inspector.inspect({name: files[name] for name in candidates}, root)
-    captions = read_metadata(files, root, events, stop) | read_sidecars(files, root, events, stop)
-    pictures = tuple(
-        Picture(
-            name=name,
-            path=files[name],
-            width=width,
-            height=height,
-            caption=compose_caption(captions.get(name, ""), trigger_words),
-        )
-        for name, (width, height) in sizes.items()
-    )
-    return Scan(
-        pictures=pictures,
-        captions=sum(name in captions for name in sizes),
-        skipped=len(candidates) - len(pictures),
-    )
-
-
-def check_pictures(scan: Scan, folder: Path, config: TrainingConfig, events: Emitter) -> None:
-    """Refuse a folder that cannot be trained on; warn of one that is poor."""
-    if not scan.pictures:
-        raise TrainError(ErrorCode.DATASET_EMPTY, f"No usable image in {folder}")
-    bare = [picture.name for picture in scan.pictures if not picture.caption]
-    if bare:
-        remedy = ", or give trigger_words" if folder == config.dataset_path else ""
-        hint = f"Write a caption beside it{remedy}."
-        raise TrainError.listing(
-            ErrorCode.CAPTIONS_MISSING,
-            [Problem(path=name, expected="a caption", found="none", hint=hint) for name in bare],
-        )
-    small = [p.name for p in scan.pictures if min(p.width, p.height) < config.resolution]
-    if small:
-        message = (
-            f"{len(small)} images are smaller than {config.resolution} pixels, such as {small[0]}"
-        )
-        events.warn(WarningCode.IMAGES_SMALL, message, images=len(small), file=small[0])
+    pictures = itertools.chain.from_iterable(folder.pictures for folder in folders)
+    return Dataset(pictures=tuple(pictures), facts=facts)
 
 
 # === Model families ==========================================================
@@ -3221,10 +3162,8 @@ class Cache:
         return models.read_text(tokens)
 
 
-Kept = Tensors
-
 # Part of every key; a change in what is computed needs another.
-SHELF_VERSION = 3
+SHELF_VERSION = 4
 PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
 
 
@@ -3232,16 +3171,14 @@ PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
 class Shelf:
     """A folder where later runs find what encoders computed, each thing under all it depends on.
 
-    Things lie in packs. A pack is written once, whole or not at all, under a name that nobody else
-    takes, so that any number of runs share a folder. What comes from there is mapped into memory,
-    and takes none before it is read.
+    Things lie in packs. A pack is written once, whole or not at all, and bears the checksum of its
+    bytes as its name: any number of runs share a folder, and damage shows. What comes from there
+    is mapped into memory, and takes none before it is read.
     """
 
     folder: Path | None  # None keeps nothing
     device: torch.device
     events: Emitter
-    loose: dict[str, Kept] = field(default_factory=dict)  # in no pack
-    packs: dict[str, Path] = field(default_factory=dict)  # where the others are
 
     def origin(self, base: BaseModel, parts: Iterable[Part]) -> list[object]:
         """Tell what everything that some networks compute depends on."""
@@ -3255,86 +3192,76 @@ class Shelf:
     def fill(
         self,
         origin: list[object],
-        keys: Sequence[str],
-        make: Callable[[list[int]], Iterator[Kept]],
+        wanted: Mapping[str, T],
+        make: Callable[[Iterable[T]], Iterator[Tensors]],
         phase: Phase,
-    ) -> list[Kept]:
-        """Make what is missing, and return everything in order.
+    ) -> dict[str, Tensors]:
+        """Return everything by its key; what is missing is made from what is given beside it.
 
-        Nothing is mapped before the last thing is made: a map that lasts keeps an encoder's freed
+        Nothing stays mapped while things are made: a map that lasts keeps an encoder's freed
         memory from being used again. Measured: 10,000 images took 4.5 GiB so.
         """
         section = self.folder and self.folder / key_of(origin)[:16]
-        if section:
-            self.find(section, set(keys), phase)
-        missing = {key: n for n, key in enumerate(keys) if key not in self.packs}
-        made = make(list(missing.values()))
+        found = self.find(section, wanted.keys(), phase)
+        missing = {key: source for key, source in wanted.items() if key not in found}
+        if not missing:
+            return found
+        found.clear()
+        loose: dict[str, Tensors] = {}
+        made = make(missing.values())
         try:
-            for done, key in enumerate(missing, start=len(keys) - len(missing)):
+            for done, key in enumerate(missing, start=len(wanted) - len(missing)):
                 phase.at(done)
-                self.loose[key] = next(made)
-                self.pack(section, PACK_BYTES)
+                loose[key] = next(made)
+                self.pack(section, loose, PACK_BYTES)
         finally:
-            self.pack(section)
-        return self.fetch(keys)
+            self.pack(section, loose)
+        things = loose | self.find(section, wanted.keys() - loose.keys(), phase, len(wanted))
+        if wanted.keys() != things.keys():
+            raise TrainError(ErrorCode.SAVE_FAILED, "cache_dir lost what it was filled with")
+        return things
 
-    def find(self, section: Path, wanted: set[str], phase: Phase) -> None:
-        """Look for things in all packs, and tell of those that are not what they say."""
+    def find(
+        self, section: Path | None, wanted: Set[str], phase: Phase, done: int = 0
+    ) -> dict[str, Tensors]:
+        """Look for things in all packs; remove damaged ones, and tell of them."""
         from safetensors import SafetensorError
 
-        bad: set[str] = set()
-        for pack in sorted(section.glob("*.safetensors")):
-            phase.at(len(wanted & self.packs.keys()))
+        found: dict[str, Tensors] = {}
+        damaged = 0
+        for pack in sorted(section.glob("*.safetensors")) if section else ():
+            phase.at(done or len(found))
             try:
-                for key, kept, checksum in read_pack(pack, wanted - self.packs.keys()):
-                    if checksum == checksum_of(key, kept):
-                        self.packs[key] = pack
-                    else:
-                        bad.add(key)
+                found |= read_pack(pack, wanted - found.keys())
             except (OSError, SafetensorError, ValueError):
-                bad.add(pack.name)
-        bad -= self.packs.keys()
-        if bad:
-            message = f"{len(bad)} things in {section} are damaged, and are made again"
-            self.events.warn(
-                WarningCode.CACHE_DAMAGED, message, folder=str(section), things=len(bad)
-            )
+                damaged += 1
+                with contextlib.suppress(OSError):  # Windows keeps what another run has mapped
+                    pack.unlink()
+        if damaged:
+            message = f"{damaged} packs in {section} are damaged; what they held is made again"
+            data = {"folder": str(section), "things": damaged}
+            self.events.warn(WarningCode.CACHE_DAMAGED, message, **data)
+        return found
 
-    def pack(self, section: Path | None, least_bytes: int = 1) -> None:
+    def pack(self, section: Path | None, loose: dict[str, Tensors], least_bytes: int = 1) -> None:
         """Put what is loose into a pack. Where that fails, nothing more is kept."""
         from safetensors.torch import save
 
         if section is None or self.folder is None:
             return
-        tensors = {f"{key}/{n}": t for key, kept in self.loose.items() for n, t in kept.items()}
+        tensors = {f"{key}/{n}": t for key, kept in loose.items() for n, t in kept.items()}
         if sum(tensor.nbytes for tensor in tensors.values()) < least_bytes:
             return
-        checksums = {key: checksum_of(key, kept) for key, kept in self.loose.items()}
-        place = section / f"{uuid.uuid4().hex}.safetensors"
+        place = section / uuid.uuid4().hex  # processes of two containers may have the same number
         try:
-            write_whole(place, save(tensors, checksums))
+            written = write_whole(place, save(tensors))
+            place.replace(section / f"{written['sha256']}.safetensors")
         except OSError as error:
             self.folder, reason = None, error.strerror or str(error)
             message = f"Nothing more is kept in cache_dir: {reason}"
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
             return
-        self.packs |= dict.fromkeys(self.loose, place)
-        self.loose.clear()
-
-    def fetch(self, keys: Sequence[str]) -> list[Kept]:
-        """Take things that were there a moment ago."""
-        from safetensors import SafetensorError
-
-        things, wanted = dict(self.loose), defaultdict(set)
-        for key in set(keys) & self.packs.keys():
-            wanted[self.packs[key]].add(key)  # another pack may hold a damaged one
-        try:
-            for pack, inside in wanted.items():
-                things |= {key: kept for key, kept, _ in read_pack(pack, inside)}
-            return [things[key] for key in keys]
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            message = f"cache_dir lost what it was filled with ({error})"
-            raise TrainError(ErrorCode.SAVE_FAILED, message) from error
+        loose.clear()
 
 
 def key_of(*what: object) -> str:
@@ -3342,31 +3269,19 @@ def key_of(*what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def checksum_of(key: str, kept: Kept) -> str:
-    """Sum up what a thing is, and all its bytes."""
-    import torch
-
-    parts = sorted(kept.items())
-    checksum = zlib.crc32(repr([(key, n, t.dtype, t.shape) for n, t in parts]).encode())
-    for _, tensor in parts:
-        checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, checksum)
-    return f"{checksum:08x}"
-
-
-def read_pack(path: Path, wanted: set[str]) -> Iterator[tuple[str, Kept, str]]:
-    """Map some of the things in a pack, each with the checksum it should have."""
+def read_pack(path: Path, wanted: Set[str]) -> dict[str, Tensors]:
+    """Map what is wanted of a pack; only then it has to be what its name says."""
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as pack:
-        parts: dict[str, list[str]] = {}
-        for name in pack.keys():  # noqa: SIM118, this is no dictionary
+    things: dict[str, Tensors] = defaultdict(dict)
+    with safe_open(path, "pt") as pack, path.open("rb") as file:
+        names = [n for n in pack.keys() if n.partition("/")[0] in wanted]  # noqa: SIM118, no dictionary
+        if names and hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
+            raise ValueError("not the bytes that were put there")
+        for name in names:
             key, _, part = name.partition("/")
-            parts.setdefault(key, []).append(part)
-        checksums = pack.metadata() or {}
-        if checksums.keys() != parts.keys():
-            raise ValueError("a pack whose list is wrong")
-        for key in wanted & parts.keys():
-            yield key, {n: pack.get_tensor(f"{key}/{n}") for n in parts[key]}, checksums[key]
+            things[key][part] = pack.get_tensor(name)
+    return things
 
 
 def load_picture(path: Path) -> Image.Image:
@@ -3438,22 +3353,18 @@ def read_texts(
     """Let the text encoders read what is new to the shelf; they are loaded for the first of it."""
     import torch
 
-    origin = shelf.origin(models.base, models.base.family.text_encoders)
-
-    def read(numbers: list[int]) -> Iterator[Kept]:
-        if numbers and not models.text_encoders:
-            # Read once, text can have the better precision.
-            models.load_text_encoders(torch.float32)
-        for number in numbers:
+    def read(rows: Iterable[list[torch.Tensor]]) -> Iterator[Tensors]:
+        models.load_text_encoders(torch.float32)  # read once, text can have the better precision
+        for row in rows:
             # One by one, because the last bits depend on the size of a batch.
             with torch.no_grad():
-                made = models.read_text(rows[number]).to(torch.device("cpu"))
+                made = models.read_text(row).to(torch.device("cpu"))
             yield {name: tensor.contiguous() for name, tensor in made.items()}
 
-    rows = list(tokens.values())
-    keys = [key_of(origin, [ids.tolist() for ids in row]) for row in rows]
-    filled = zip(tokens, shelf.fill(origin, keys, read, phase), strict=True)
-    return {text: Conditioning(kept) for text, kept in filled}
+    origin = shelf.origin(models.base, models.base.family.text_encoders)
+    keys = {text: key_of(origin, [ids.tolist() for ids in row]) for text, row in tokens.items()}
+    kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
+    return {text: Conditioning(kept[key]) for text, key in keys.items()}
 
 
 def encode_images(
@@ -3474,38 +3385,39 @@ def encode_images(
     def load(picture: Picture) -> tuple[Image.Image, list[int]]:
         return fit_picture(load_checked(picture), config.resolution)
 
-    def encode(numbers: list[int]) -> Iterator[Kept]:
-        vae = models.load_vae().to(models.device) if numbers else None
-        for picture, fitted in ahead(load, [pictures[number] for number in numbers]):
-            made = encode_image(family, vae, *fitted, flip=config.flip)
+    def encode(missing: Iterable[Picture]) -> Iterator[Tensors]:
+        vae = models.load_vae().to(models.device)
+        for picture, fitted in ahead(load, missing):
+            made = encode_image(family, vae, *fitted.result(), flip=config.flip)
             if not made["latent_dist"].isfinite().all():
                 code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
                 raise TrainError.at(code, picture.name, "finite latents", bad)
             yield made
 
-    keys = [key for _, key in ahead(name, pictures)]
+    keys = [key.result() for _, key in ahead(name, pictures)]
+    kept = shelf.fill(origin, dict(zip(keys, pictures, strict=True)), encode, phase)
     return tuple(
-        CachedImage(picture.name, picture.caption, kept["latent_dist"], kept["time_ids"])
-        for picture, kept in zip(pictures, shelf.fill(origin, keys, encode, phase), strict=True)
+        CachedImage(picture.name, picture.caption, **kept[key])
+        for key, picture in zip(keys, pictures, strict=True)
     )
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T], threads: int = 2) -> Iterator[tuple[T, R]]:
+def ahead(
+    work: Callable[[T], R], items: Iterable[T], threads: int = 2
+) -> Iterator[tuple[T, Future[R]]]:
     """Work on the next few items in other threads while the caller is busy with one."""
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[tuple[T, Future[R]]] = deque()
         for item in items:
             pending.append((item, pool.submit(work, item)))
             if len(pending) > 2 * threads:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
+                yield pending.popleft()
+        yield from pending
 
 
 def encode_image(
     family: Family, vae: Any, picture: Image.Image, time_ids: list[int], *, flip: bool
-) -> Kept:
+) -> Tensors:
     """Let the VAE see one picture. Alone, because the last bits depend on the size of a batch."""
     import torch
 
@@ -4278,7 +4190,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     pictures = plan.dataset.pictures
     weights = short_digest([sampled_digest(path) for path in weight_files(base)])
     images = short_digest([sampled_digest(picture.path) for picture in pictures])
-    others = plan.dataset.regularization_images
+    others = plan.dataset.facts.regularization_images
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
@@ -5228,7 +5140,7 @@ class Preflight:
         report_model(config, facts, events)
         # Who goes on has decoded every image before, and none may have changed.
         dataset = scan_dataset(config, events, stop, thorough=done == 0)
-        images, regularization = len(dataset.pictures), dataset.regularization_images
+        images, regularization = len(dataset.pictures), dataset.facts.regularization_images
         total_steps = config.total_steps(images, regularization)
         needed = disk_needed(config, structure, total_steps - (done or 0)) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
@@ -5278,7 +5190,7 @@ class Preflight:
             **vars(self.dataset.facts),
             effective_batch=config.effective_batch,
             steps_per_epoch=config.steps_per_epoch(
-                len(self.dataset.pictures), self.dataset.regularization_images
+                len(self.dataset.pictures), self.dataset.facts.regularization_images
             ),
             total_steps=self.total_steps,
             family=self.model.family,
@@ -5827,7 +5739,9 @@ class LoRATrainer:
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
             models = self._load(base)
-            cache = self._encode(models, plan.dataset.pictures, plan.dataset.regularization_images)
+            cache = self._encode(
+                models, plan.dataset.pictures, plan.dataset.facts.regularization_images
+            )
 
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
