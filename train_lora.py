@@ -1130,32 +1130,6 @@ class TrainingConfig:
         """Count the images behind one update."""
         return self.batch_size * self.gradient_accumulation_steps
 
-    @property
-    def exact_share(self) -> Fraction:
-        """Give the share of images that keep the base model as it is, as it was written."""
-        return Fraction(str(self.regularization_share))
-
-    def regularization_before(self, positions: int, regularization: int) -> int:
-        """Count those from regularization_path among the first images that are trained on."""
-        return math.floor(positions * self.exact_share) if regularization else 0
-
-    def drawn(self, images: int, regularization: int, epochs: int) -> int:
-        """Count the images trained on while each of dataset_path is seen so many times.
-
-        `regularization` of the images come from regularization_path, and take their turns.
-        """
-        own = epochs * (images - regularization)
-        return math.floor((own - 1) / (1 - self.exact_share)) + 1 if regularization else own
-
-    def steps_per_epoch(self, images: int, regularization: int = 0) -> int:
-        """Count the updates in which every image of dataset_path is seen at least once."""
-        return math.ceil(self.drawn(images, regularization, 1) / self.effective_batch)
-
-    def total_steps(self, images: int, regularization: int = 0) -> int:
-        """Count the updates; epochs run on across their borders, only the last may be short."""
-        drawn = self.drawn(images, regularization, self.epochs)
-        return self.steps or math.ceil(drawn / self.effective_batch)
-
     def value(self, knob: str) -> Any:
         """Look a knob up by its name."""
         return getattr(self, knob)
@@ -3148,9 +3122,9 @@ class Cache:
     texts: dict[str, Conditioning]  # empty while text encoders learn
     regularization: int = 0  # images of regularization_path
 
-    def window(self, config: TrainingConfig, step: int) -> list[int]:
-        """Name the images of an update by their numbers."""
-        return update_window(config, len(self.images), step, self.regularization)
+    def order(self, config: TrainingConfig) -> ImageOrder:
+        """Put the images in a row."""
+        return ImageOrder(config, len(self.images) - self.regularization, self.regularization)
 
     def read(self, models: Models, captions: Sequence[str]) -> Conditioning:
         """Look captions up, or let the text encoders read them as they are at this step."""
@@ -3460,29 +3434,56 @@ def shuffled(seed: int, epoch: int, count: int, word: str = "epoch") -> list[int
     return order
 
 
-def image_at(config: TrainingConfig, position: int, images: int, regularization: int) -> int:
-    """Choose the image for a position in the row of all that is trained on.
+@dataclass(frozen=True)
+class ImageOrder:
+    """The row of all images that are trained on, by their numbers; updates take it in turn.
 
-    The last `regularization` ones, those of regularization_path, come evenly in between.
+    Those of regularization_path have the last numbers, and come evenly in between.
     """
-    before = config.regularization_before(position, regularization)
-    own = images - regularization
-    if config.regularization_before(position + 1, regularization) > before:
-        epoch, place = divmod(before, regularization)
-        return own + shuffled(config.seed, epoch, regularization, "regular epoch")[place]
-    epoch, place = divmod(position - before, own)
-    return shuffled(config.seed, epoch, own)[place]
 
+    config: TrainingConfig
+    own: int  # images of dataset_path
+    others: int = 0  # images of regularization_path
 
-def update_window(
-    config: TrainingConfig, images: int, step: int, regularization: int = 0
-) -> list[int]:
-    """Name the images of one update. Updates run on across the borders of epochs."""
-    begin = (step - 1) * config.effective_batch
-    end = begin + config.effective_batch
-    if config.steps is None:
-        end = min(end, config.drawn(images, regularization, config.epochs))
-    return [image_at(config, position, images, regularization) for position in range(begin, end)]
+    @property
+    def share(self) -> Fraction:
+        """Give the part of the row that belongs to the others, exactly as it was written."""
+        return Fraction(str(self.config.regularization_share if self.others else 0))
+
+    def length(self, epochs: int) -> int:
+        """Count the places until each image of dataset_path was seen so many times."""
+        return math.floor((epochs * self.own - 1) / (1 - self.share)) + 1
+
+    def steps(self, epochs: int) -> int:
+        """Count the updates in which each image of dataset_path is seen so many times."""
+        return math.ceil(self.length(epochs) / self.config.effective_batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Count the updates; epochs run on across their borders, only the last may be short."""
+        return self.config.steps or self.steps(self.config.epochs)
+
+    def epoch(self, step: int) -> int:
+        """Count how often every image of dataset_path was seen after an update."""
+        places = step * self.config.effective_batch
+        return (places - math.floor(places * self.share)) // self.own
+
+    def window(self, step: int) -> list[int]:
+        """List the images of an update."""
+        end = step * self.config.effective_batch
+        begin = end - self.config.effective_batch
+        if self.config.steps is None:
+            end = min(end, self.length(self.config.epochs))
+        return [self.image_at(place) for place in range(begin, end)]
+
+    def image_at(self, place: int) -> int:
+        """Choose the image for a place in the row."""
+        before, seed = math.floor(place * self.share), self.config.seed
+        if math.floor((place + 1) * self.share) > before:
+            epoch, turn = divmod(before, self.others)
+            return self.own + shuffled(seed, epoch, self.others, "regular epoch")[turn]
+        epoch, turn = divmod(place - before, self.own)
+        return shuffled(seed, epoch, self.own)[turn]
 
 
 def draw_batch(
@@ -5118,7 +5119,7 @@ class Preflight:
 
     dataset: Dataset
     model: ModelFacts
-    total_steps: int
+    order: ImageOrder
     disk_needed_bytes: int | None
     disk_free_bytes: int
     structure: Structure | None
@@ -5140,14 +5141,14 @@ class Preflight:
         report_model(config, facts, events)
         # Who goes on has decoded every image before, and none may have changed.
         dataset = scan_dataset(config, events, stop, thorough=done == 0)
-        images, regularization = len(dataset.pictures), dataset.facts.regularization_images
-        total_steps = config.total_steps(images, regularization)
-        needed = disk_needed(config, structure, total_steps - (done or 0)) if structure else None
+        order = ImageOrder(config, dataset.facts.images, dataset.facts.regularization_images)
+        left = order.total_steps - (done or 0)
+        needed = disk_needed(config, structure, left) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
         return cls(
             dataset=dataset,
             model=facts,
-            total_steps=total_steps,
+            order=order,
             disk_needed_bytes=needed,
             disk_free_bytes=free,
             structure=structure,
@@ -5189,10 +5190,8 @@ class Preflight:
         return ValidFacts(
             **vars(self.dataset.facts),
             effective_batch=config.effective_batch,
-            steps_per_epoch=config.steps_per_epoch(
-                len(self.dataset.pictures), self.dataset.facts.regularization_images
-            ),
-            total_steps=self.total_steps,
+            steps_per_epoch=self.order.steps(epochs=1),
+            total_steps=self.order.total_steps,
             family=self.model.family,
             device=device.kind,
             disk_needed_bytes=self.disk_needed_bytes,
@@ -5399,7 +5398,7 @@ class Run:
         import torch
 
         config, losses = self.config, []
-        slots = list(enumerate(self.cache.window(config, step)))
+        slots = list(enumerate(self.cache.order(config).window(step)))
         for begin in range(0, len(slots), config.batch_size):
             self.stop.check()
             part = slots[begin : begin + config.batch_size]
@@ -5409,15 +5408,6 @@ class Run:
             self.learner.collect()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
-
-    def epoch(self) -> int:
-        """Count how often every image of dataset_path was seen."""
-        drawn, regularization = (
-            self.state.step * self.config.effective_batch,
-            self.cache.regularization,
-        )
-        own = drawn - self.config.regularization_before(drawn, regularization)
-        return own // (len(self.cache.images) - regularization)
 
     def report(self) -> None:
         """Read what the updates computed and tell it, seldom: reading waits for the device."""
@@ -5441,7 +5431,7 @@ class Run:
                 step=state.step,
                 total_steps=self.total_steps,
                 percent=min(99, 100 * state.step // self.total_steps),
-                epoch=self.epoch(),
+                epoch=self.cache.order(self.config).epoch(state.step),
                 loss=state.loss,
                 learning_rate=state.history[-1].learning_rate,
                 grad_norm=state.history[-1].grad_norm,
@@ -5511,7 +5501,8 @@ class Run:
 
     def warn_skipped(self, step: int) -> None:
         """Name the images of an update that was not made."""
-        names = [self.cache.images[index].name for index in self.cache.window(self.config, step)]
+        window = self.cache.order(self.config).window(step)
+        names = [self.cache.images[index].name for index in window]
         message = f"Skipped update {step}: the loss is not finite"
         self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
@@ -5569,7 +5560,7 @@ class Run:
     def write_lora(self, path: Path) -> Record:
         """Write the adapter as it is; return the file's size and checksum."""
         step, base = self.state.step, self.models.base
-        images = len(self.cache.images) - self.cache.regularization
+        images = self.cache.order(self.config).own
         tensors = lora_tensors(self.learner.matrices, self.config, base.family)
         said = save_lora(path, tensors, lora_header(self.config, base, step, images))
         self.written = step
@@ -5729,7 +5720,7 @@ class LoRATrainer:
             base = locate_model(config, plan.model)
             identity = identify(config, plan, base)
             earlier.check(identity)
-            if done := earlier.completion(plan.total_steps):
+            if done := earlier.completion(plan.order.total_steps):
                 events.emit(done)
                 return done
             if earlier.complete and not earlier.state:  # there is nothing to extend it from
@@ -5746,12 +5737,12 @@ class LoRATrainer:
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
             state = self._restore(learner)
-            stance = self._compile(models, cache, learner, plan.total_steps - state.step)
+            stance = self._compile(models, cache, learner, plan.order.total_steps - state.step)
 
             # Step until done or asked to stop.
             self.phase = "training"
             self.run = Run(
-                *(config, events, self.stop, models, cache, learner, state, plan.total_steps),
+                *(config, events, self.stop, models, cache, learner, state, plan.order.total_steps),
                 origin={"run_id": self.run_id, "identity": identity},
                 saved=self.earlier.state.folder if self.earlier.state else None,
                 free_bytes=self.memory.free if self.memory else None,
@@ -6031,7 +6022,7 @@ def trial_gradients(
     """
     import torch
 
-    slots = list(enumerate(cache.window(config, 1)))[: config.batch_size]
+    slots = list(enumerate(cache.order(config).window(1)))[: config.batch_size]
     with torch.random.fork_rng():
         (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
     learner.collect()
