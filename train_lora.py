@@ -71,7 +71,7 @@ import types
 import typing
 import uuid
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -1502,7 +1502,12 @@ class Picture:
     width: int  # pixels, as a viewer shows it
     height: int
     caption: str
-    packed_bytes: int = 0  # of a PNG, whose pixels a first look does not unpack
+    packed_bytes: int = 0  # of a PNG whose pixels were not unpacked
+
+    @functools.cached_property
+    def digest(self) -> list[object]:
+        """Tell the file from others."""
+        return sampled_digest(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1529,12 +1534,6 @@ def entries_of(folder: Path, root: Path) -> list[os.DirEntry[str]]:
     return [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
 
 
-def leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    """Recognise a folder, and a link to one."""
-    linked = entry.is_symlink()
-    return os.path.isdir(entry) if linked else entry.is_dir()  # noqa: PTH112, never raises
-
-
 def check_plain_file(path: Path, root: Path) -> None:
     """Refuse what must not be opened: pipes, devices, links that lead out of the dataset."""
     try:
@@ -1547,26 +1546,6 @@ def check_plain_file(path: Path, root: Path) -> None:
         raise Unusable("not a regular file")
     if status.st_size == 0:
         raise Unusable("an empty file")
-
-
-def parse_metadata(
-    line: bytes, folder: PurePosixPath, files: Mapping[str, Path]
-) -> tuple[str, str]:
-    """Take image and caption from one line, if the image lies inside the dataset."""
-    try:
-        entry, problems = parse_json(line.decode("utf-8-sig"))
-    except NOT_JSON as error:
-        raise Unusable("not JSON in UTF-8") from error
-    name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (0, 0)
-    if problems or not isinstance(name, str) or not isinstance(text, str):
-        raise Unusable("not an object with file_name and text")
-    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
-    if path.anchor or ".." in path.parts or "\0" in name or "://" in name:
-        raise Unusable("file_name leads out of the dataset")
-    image = (folder / path.as_posix()).as_posix()
-    if image not in files:
-        raise Unusable("file_name names no file")
-    return image, decode_caption(text.encode())
 
 
 def decode_caption(content: bytes) -> str:
@@ -1582,30 +1561,28 @@ def decode_caption(content: bytes) -> str:
     return text
 
 
-def choose_doubtful(pictures: Iterable[Picture], most_pixels: float) -> Iterator[str]:
+def choose_doubtful(pictures: Iterable[Picture]) -> Iterator[str]:
     """Choose what to unpack after all: first the files that are small for their pixels."""
-    packed = {p.name: (p.width * p.height, p.packed_bytes) for p in pictures if p.packed_bytes}
-    for name, (pixels, _) in sorted(packed.items(), key=lambda item: item[1][1] / item[1][0]):
-        if pixels <= most_pixels:
-            most_pixels -= pixels
-            yield name
+    left, packed = QUICK_PIXELS, [picture for picture in pictures if picture.packed_bytes]
+    for picture in sorted(packed, key=lambda p: p.packed_bytes / (p.width * p.height)):
+        if picture.width * picture.height <= left:
+            left -= picture.width * picture.height
+            yield picture.name
 
 
-@contextlib.contextmanager
-def naming_damage() -> Iterator[None]:
-    """Say in a few words why a decoder failed."""
+def explain_unusable(error: Exception) -> str:
+    """Say in a few words why a file cannot be read or decoded."""
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        yield
-    except Unusable:
-        raise
-    except UnidentifiedImageError as error:
-        raise Unusable("not a png, jpeg, webp or bmp image") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-    except Exception as error:  # hostile bytes make decoders raise anything
-        raise Unusable(f"damaged ({error})") from error
+    if isinstance(error, Unusable):
+        return str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "not a png, jpeg, webp or bmp image"
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return f"it cannot be read ({error.strerror})"
+    return f"damaged ({error})"
 
 
 def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
@@ -1629,43 +1606,50 @@ class ImageFolder:
     """A folder of images and their captions; a warning names whatever of it is not used."""
 
     def __init__(
-        self, folder: Path, trigger_words: Sequence[str], events: Emitter, stop: StopRequest
+        self, folder: Path, config: TrainingConfig, events: Emitter, stop: StopRequest
     ) -> None:
-        """Begin with nothing found."""
-        self.folder, self.root, self.trigger_words = folder, folder.resolve(), trigger_words
-        self.events, self.stop = events, stop
-        self.label = ""  # in front of all names
+        """Begin with nothing found; images for regularization are named after their folder."""
+        self.folder, self.root = folder, folder.resolve()
+        self.config, self.events, self.stop = config, events, stop
+        own = folder == config.dataset_path
+        self.label, self.trigger_words = ("", config.trigger_words) if own else (self.root.name, ())
         self.files: dict[str, Path] = {}  # by label and path inside
-        self.images: list[str] = []
+        self.images: dict[str, Picture | None] = {}  # in natural order; None for unusable ones
         self.captions: dict[str, str] = {}
-        self.pictures: list[Picture] = []  # of the images that can be used
         self._free_pixels = PIXELS_AT_ONCE
         self._changed = threading.Condition()
 
-    def scan(self, apart: Iterable[Path], quick_pixels: float) -> None:
-        """Find the usable images and their captions, but for those in folders set apart."""
-        self.find_files({place_of(str(folder)) for folder in apart})
-        images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
-        self.images = sorted(images, key=natural_key)
-        self.captions = self.read_metadata() | self.read_sidecars()
-        looked = self.inspect("checking", self.images, self.look)
-        doubtful = list(choose_doubtful(looked.values(), quick_pixels))
-        sound = self.inspect("unpacking", doubtful, lambda name: self.unpack(looked[name]))
-        broken = set(doubtful) - sound.keys()
-        self.pictures = [picture for name, picture in looked.items() if name not in broken]
+    @property
+    def pictures(self) -> list[Picture]:
+        """List the usable images."""
+        return list(filter(None, self.images.values()))
 
-    def find_files(self, apart: Collection[object]) -> None:
-        """List the files of all folders but those in places set apart."""
-        waiting = [self.root]
+    def scan(self, *, thorough: bool) -> None:
+        """Find the images and their captions, and look which ones can be used."""
+        self.find_files()
+        images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
+        self.images = dict.fromkeys(sorted(images, key=natural_key))
+        self.read_captions()
+        self.inspect(list(self.images), unpack=thorough)
+        self.inspect(list(choose_doubtful(self.pictures)), unpack=True)
+
+    def find_files(self) -> None:
+        """List the files, but for those of the other folders of this run."""
+        config, waiting = self.config, [self.root]
+        places = (config.dataset_path, config.regularization_path, config.output_path)
+        apart = {place_of(os.path.realpath(place)) for place in places if place}
+        apart.discard(place_of(str(self.root)))
         while waiting:  # os.walk would call itself, and a thousand folders deep end in an error
             folder = waiting.pop()
             name = self.name_of(folder)
             with self.leaving_out(WarningCode.FOLDER_SKIPPED, name, "Skipped folder"):
                 for entry in entries_of(folder, self.root):
-                    if not leads_to_folder(entry):
-                        self.files[self.name_of(folder / entry.name)] = folder / entry.name
+                    path = folder / entry.name
+                    linked = os.path.isdir(path)  # noqa: PTH112, never raises
+                    if not (linked or entry.is_dir(follow_symlinks=False)):
+                        self.files[self.name_of(path)] = path
                     elif place_of(entry.path) not in apart:
-                        waiting.append(folder / entry.name)
+                        waiting.append(path)
 
     def name_of(self, path: Path) -> str:
         """Name a file or folder as people are told, with forward slashes."""
@@ -1676,31 +1660,32 @@ class ImageFolder:
         """Go on without what cannot be used, and tell why."""
         try:
             yield
-        except (Unusable, OSError) as error:
-            unread = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else ""
-            reason = unread or str(error)
+        except Exception as error:  # noqa: BLE001, hostile bytes make decoders raise anything
+            reason = explain_unusable(error)
             self.events.warn(code, f"{verb} {name}: {reason}", file=name, reason=reason)
 
-    def read_metadata(self) -> dict[str, str]:
-        """Read the captions of every metadata.jsonl, by image."""
-        captions: dict[str, str] = {}
+    def read_captions(self) -> None:
+        """Read every metadata.jsonl, and image.txt beside an image, which counts for more."""
         for name in self.files:
             if PurePosixPath(name).name == "metadata.jsonl":
                 with self.leaving_out(WarningCode.CAPTION_UNUSABLE, name, "Cannot use"):
-                    captions |= self.read_lines(name)
-        return captions
+                    self.read_lines(name)
+        texts = {name[:-4]: name for name in self.files if name.lower().endswith(".txt")}
+        for image in self.images:
+            if name := texts.get(image.rpartition(".")[0]):
+                self.stop.check()
+                with self.leaving_out(WarningCode.CAPTION_UNUSABLE, name, "Cannot use"):
+                    self.captions[image] = decode_caption(self.read(name, CAPTION_BYTES))
 
-    def read_lines(self, name: str) -> dict[str, str]:
+    def read_lines(self, name: str) -> None:
         """Read the captions of one metadata.jsonl; tell of bad lines together."""
-        captions: dict[str, str] = {}
         refused, first = 0, []
         lines = io.BytesIO(self.read(name, METADATA_BYTES))
         for number, line in enumerate(lines, start=1):
             self.stop.check()
             try:
                 if line.strip():
-                    image, caption = parse_metadata(line, PurePosixPath(name).parent, self.files)
-                    captions[image] = caption
+                    self.read_line(line, PurePosixPath(name).parent)
             except Unusable as reason:
                 refused += 1
                 if refused <= REFUSED_LINES:
@@ -1710,7 +1695,6 @@ class ImageFolder:
             message += str(first[0]["reason"])
             data = {"file": name, "lines": refused, "first": first}
             self.events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
-        return captions
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         """Read a file, never more than the limit and never from outside."""
@@ -1721,39 +1705,44 @@ class ImageFolder:
             raise Unusable(f"larger than {limit_bytes // 1024} KiB")
         return content
 
-    def read_sidecars(self) -> dict[str, str]:
-        """Read image.txt beside every image that has one, by image."""
-        texts = {name[:-4]: name for name in self.files if name.lower().endswith(".txt")}
-        captions: dict[str, str] = {}
-        for image in self.images:
-            if text := texts.get(image.rpartition(".")[0]):
-                self.stop.check()
-                with self.leaving_out(WarningCode.CAPTION_UNUSABLE, text, "Cannot use"):
-                    captions[image] = decode_caption(self.read(text, CAPTION_BYTES))
-        return captions
+    def read_line(self, line: bytes, folder: PurePosixPath) -> None:
+        """Take a caption from one line of metadata, if its image lies inside the dataset."""
+        try:
+            entry, problems = parse_json(line.decode("utf-8-sig"))
+        except NOT_JSON as error:
+            raise Unusable("not JSON in UTF-8") from error
+        said = entry if isinstance(entry, dict) and not problems else {}
+        name, text = said.get("file_name"), said.get("text")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise Unusable("not an object with file_name and text")
+        path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+        if path.anchor or ".." in path.parts or "\0" in name or "://" in name:
+            raise Unusable("file_name leads out of the dataset")
+        image = (folder / path.as_posix()).as_posix()
+        if image not in self.files:
+            raise Unusable("file_name names no file")
+        self.captions[image] = decode_caption(text.encode())
 
-    def inspect(
-        self, verb: str, names: Collection[str], work: Callable[[str], Picture]
-    ) -> dict[str, Picture]:
+    def inspect(self, names: Sequence[str], *, unpack: bool) -> None:
         """Look at images in parallel, and leave out those that turn out unusable."""
-        pictures: dict[str, Picture] = {}
-        phase = Phase(f"{verb} images", len(names), self.events, self.stop)
+        phase = Phase("checking images", len(names), self.events, self.stop)
         phase.at(0)
-        looked = ahead(work, names, 4 + (os.cpu_count() or 1))
+        look = functools.partial(self.look, unpack=unpack)
+        looked = ahead(look, names, 4 + (os.cpu_count() or 1))
         for done, (name, picture) in enumerate(looked, start=1):
             if done < len(names):
                 phase.at(done)
+            self.images[name] = None
             with self.leaving_out(WarningCode.IMAGE_SKIPPED, name, "Skipped"):
-                pictures[name] = picture.result()
-        return pictures
+                self.images[name] = picture.result()
 
-    def look(self, name: str) -> Picture:
-        """Decode an image as far as is cheap."""
+    def look(self, name: str, *, unpack: bool) -> Picture:
+        """Decode an image, a PNG only as far as is cheap unless all of it is to be unpacked."""
         from PIL import Image
 
         path = self.files[name]
         check_plain_file(path, self.root)
-        with naming_damage(), Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
@@ -1772,20 +1761,16 @@ class ImageFolder:
                 else:
                     image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
                     image.load()
+                if packed and unpack:
+                    load_picture(path)
         return Picture(
             name=name,
             path=path,
             width=width,
             height=height,
             caption=compose_caption(self.captions.get(name, ""), self.trigger_words),
-            packed_bytes=path.stat().st_size if packed else 0,
+            packed_bytes=path.stat().st_size if packed and not unpack else 0,
         )
-
-    def unpack(self, picture: Picture) -> Picture:
-        """Do to an image what training does first."""
-        with self.room_for(picture.width * picture.height), naming_damage():
-            load_picture(picture.path)
-        return picture
 
     @contextlib.contextmanager
     def room_for(self, pixels: int) -> Iterator[None]:
@@ -1802,16 +1787,17 @@ class ImageFolder:
                 self._free_pixels += pixels
                 self._changed.notify_all()
 
-    def check(self, resolution: int) -> None:
+    def check(self) -> None:
         """Refuse a folder that cannot be trained on; warn of one that is poor."""
-        if not self.pictures:
+        pictures, resolution = self.pictures, self.config.resolution
+        if not pictures:
             raise TrainError(ErrorCode.DATASET_EMPTY, f"No usable image in {self.folder}")
         remedy = "" if self.label else ", or give trigger_words"
         hint = f"Write a caption beside it{remedy}."
-        bare = [Problem(p.name, "a caption", "none", hint) for p in self.pictures if not p.caption]
+        bare = [Problem(p.name, "a caption", "none", hint) for p in pictures if not p.caption]
         if bare:
             raise TrainError.listing(ErrorCode.CAPTIONS_MISSING, bare)
-        small = [p.name for p in self.pictures if min(p.width, p.height) < resolution]
+        small = [p.name for p in pictures if min(p.width, p.height) < resolution]
         if small:
             count = len(small)
             message = f"{count} images are smaller than {resolution} pixels, such as {small[0]}"
@@ -1822,28 +1808,24 @@ def scan_dataset(
     config: TrainingConfig, events: Emitter, stop: StopRequest, *, thorough: bool = False
 ) -> Dataset:
     """Find the usable images and their captions; `thorough` leaves no pixel undecoded."""
-    own = ImageFolder(config.dataset_path, config.trigger_words, events, stop)
-    folders = [own]
-    if config.regularization_path:
-        folders.append(ImageFolder(config.regularization_path, (), events, stop))
-        folders[-1].label = folders[-1].root.name
-    places = {config.output_path.resolve(), *(folder.root for folder in folders)}
+    places = filter(None, (config.dataset_path, config.regularization_path))
+    folders = [ImageFolder(place, config, events, stop) for place in places]
     for folder in folders:
-        folder.scan(places - {folder.root}, math.inf if thorough else QUICK_PIXELS)
-        folder.check(config.resolution)
-    captions = sum(picture.name in own.captions for picture in own.pictures)
-    counts = Counter(f"{picture.width}x{picture.height}" for picture in own.pictures)
+        folder.scan(thorough=thorough)
+        folder.check()
+    own, *others = (folder.pictures for folder in folders)
+    captions = sum(picture.name in folders[0].captions for picture in own)
+    counts = Counter(f"{picture.width}x{picture.height}" for picture in own)
     facts = DatasetFacts(
-        images=len(own.pictures),
-        skipped=sum(len(folder.images) - len(folder.pictures) for folder in folders),
+        images=len(own),
+        skipped=sum(list(folder.images.values()).count(None) for folder in folders),
         captions_found=captions,
-        captions_missing=len(own.pictures) - captions,
+        captions_missing=len(own) - captions,
         resolutions=dict(counts.most_common(10)),
-        regularization_images=sum(len(folder.pictures) for folder in folders[1:]),
+        regularization_images=sum(map(len, others)),
     )
     events.info(facts)
-    pictures = itertools.chain.from_iterable(folder.pictures for folder in folders)
-    return Dataset(pictures=tuple(pictures), facts=facts)
+    return Dataset(pictures=tuple(itertools.chain(own, *others)), facts=facts)
 
 
 # === Model families ==========================================================
@@ -3348,14 +3330,6 @@ def encode_images(
     family = models.base.family
     origin = shelf.origin(models.base, [family.vae])
 
-    def name(picture: Picture) -> str:
-        content: object = picture.name
-        if shelf.folder:
-            phase.at(0)
-            with contextlib.suppress(OSError):  # is told of below
-                content = sampled_digest(picture.path)
-        return key_of(origin, content, config.resolution, config.flip)
-
     def load(picture: Picture) -> tuple[Image.Image, list[int]]:
         return fit_picture(load_checked(picture), config.resolution)
 
@@ -3368,7 +3342,7 @@ def encode_images(
                 raise TrainError.at(code, picture.name, "finite latents", bad)
             yield made
 
-    keys = [key.result() for _, key in ahead(name, pictures)]
+    keys = [key_of(origin, p.digest, config.resolution, config.flip) for p in pictures]
     kept = shelf.fill(origin, dict(zip(keys, pictures, strict=True)), encode, phase)
     return tuple(
         CachedImage(picture.name, picture.caption, **kept[key])
@@ -4190,7 +4164,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     """Sum up what makes a run this run and no other, in words that can be compared."""
     pictures = plan.dataset.pictures
     weights = short_digest([sampled_digest(path) for path in weight_files(base)])
-    images = short_digest([sampled_digest(picture.path) for picture in pictures])
+    images = short_digest([picture.digest for picture in pictures])
     others = plan.dataset.facts.regularization_images
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     return {
