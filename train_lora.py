@@ -1591,15 +1591,10 @@ def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
     front: list[str] = []
     # A word inside a longer one counts as present, so the longer ones are looked for first.
     for word in sorted(words, key=len, reverse=True):
-        if not stands_in(word, (caption, *front)):
+        alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+        if not any(map(alone.search, (caption, *front))):
             front.append(word)
     return ", ".join(filter(None, [*sorted(front, key=words.index), caption]))
-
-
-def stands_in(word: str, texts: Iterable[str]) -> bool:
-    """Tell whether a word stands in a text as a word of its own, whatever the case."""
-    alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-    return any(map(alone.search, texts))
 
 
 class ImageFolder:
@@ -1672,10 +1667,10 @@ class ImageFolder:
                     self.read_lines(name)
         texts = {name[:-4]: name for name in self.files if name.lower().endswith(".txt")}
         for image in self.images:
-            if name := texts.get(image.rpartition(".")[0]):
+            if text := texts.get(image.rpartition(".")[0]):
                 self.stop.check()
-                with self.leaving_out(WarningCode.CAPTION_UNUSABLE, name, "Cannot use"):
-                    self.captions[image] = decode_caption(self.read(name, CAPTION_BYTES))
+                with self.leaving_out(WarningCode.CAPTION_UNUSABLE, text, "Cannot use"):
+                    self.captions[image] = decode_caption(self.read(text, CAPTION_BYTES))
 
     def read_lines(self, name: str) -> None:
         """Read the captions of one metadata.jsonl; tell of bad lines together."""
@@ -3102,11 +3097,6 @@ class Cache:
     images: tuple[CachedImage, ...]  # those of regularization_path last
     tokens: dict[str, list[torch.Tensor]]  # [1, tokens] for every text encoder
     texts: dict[str, Conditioning]  # empty while text encoders learn
-    regularization: int = 0  # images of regularization_path
-
-    def order(self, config: TrainingConfig) -> ImageOrder:
-        """Put the images in a row."""
-        return ImageOrder(config, len(self.images) - self.regularization, self.regularization)
 
     def read(self, models: Models, captions: Sequence[str]) -> Conditioning:
         """Look captions up, or let the text encoders read them as they are at this step."""
@@ -3140,8 +3130,6 @@ class Shelf:
         """Tell what everything that some networks compute depends on."""
         import torch
 
-        if self.folder is None:
-            return []
         weights = [sampled_digest(file) for part in parts for file in base.files(part)]
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
@@ -3256,17 +3244,6 @@ def load_picture(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def load_checked(picture: Picture) -> Image.Image:
-    """Load a picture that was there and sound when the dataset was scanned."""
-    try:
-        return load_picture(picture.path)
-    except Exception as error:  # hostile bytes make decoders raise anything
-        if is_out_of_memory(error):
-            raise
-        expected, found = "a readable image", str(error)
-        raise TrainError.at(ErrorCode.IMAGE_UNREADABLE, picture.name, expected, found) from error
-
-
 def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]]:
     """Resize the shorter side and crop the centre; return the six numbers SDXL is told."""
     from PIL import Image
@@ -3280,6 +3257,17 @@ def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]
     box = (left * across, top * down, (left + side) * across, (top + side) * down)
     fitted = picture.resize((side, side), Image.Resampling.LANCZOS, box=box)
     return fitted, [height, width, top, left, side, side]
+
+
+def load_fitted(picture: Picture, side: int) -> tuple[Image.Image, list[int]]:
+    """Load a picture that was there and sound when the dataset was scanned."""
+    try:
+        return fit_picture(load_picture(picture.path), side)
+    except Exception as error:  # hostile bytes make decoders raise anything
+        if is_out_of_memory(error):
+            raise
+        expected, found = "a readable image", str(error)
+        raise TrainError.at(ErrorCode.IMAGE_UNREADABLE, picture.name, expected, found) from error
 
 
 def to_pixels(picture: Image.Image) -> torch.Tensor:
@@ -3330,8 +3318,7 @@ def encode_images(
     family = models.base.family
     origin = shelf.origin(models.base, [family.vae])
 
-    def load(picture: Picture) -> tuple[Image.Image, list[int]]:
-        return fit_picture(load_checked(picture), config.resolution)
+    load = functools.partial(load_fitted, side=config.resolution)
 
     def encode(missing: Iterable[Picture]) -> Iterator[Tensors]:
         vae = models.load_vae().to(models.device)
@@ -3379,11 +3366,14 @@ def encode_image(
 # === Objective ===============================================================
 
 
+DrawTime = Callable[["torch.Tensor", "torch.Generator"], "torch.Tensor"]  # for some latents
+Slots = Sequence[tuple[int, int]]  # places in an update, each with the number of its image
+
+
 @dataclass(frozen=True)
 class Batch:
     """The part of one update that goes through the denoiser at once."""
 
-    names: tuple[str, ...]
     captions: tuple[str, ...]
     latents: torch.Tensor  # [batch, channels, latent height, latent width]
     noise: torch.Tensor  # the same shape
@@ -3461,11 +3451,7 @@ class ImageOrder:
 
 
 def draw_batch(
-    cache: Cache,
-    config: TrainingConfig,
-    step: int,
-    slots: Sequence[tuple[int, int]],
-    draw_time: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
+    cache: Cache, config: TrainingConfig, step: int, slots: Slots, draw_time: DrawTime
 ) -> Batch:
     """Draw what is left to chance for some slots of an update: a pure function of its arguments."""
     import torch
@@ -3480,7 +3466,6 @@ def draw_batch(
         noise.append(torch.randn(mean.shape, generator=chance))
         timesteps.append(draw_time(latents[-1], chance))
     return Batch(
-        names=tuple(image.name for image in images),
         captions=tuple(image.caption for image in images),
         latents=torch.stack(latents),
         noise=torch.stack(noise),
@@ -3503,11 +3488,7 @@ def batch_losses(models: Models, batch: Batch, text: Conditioning) -> torch.Tens
 
 
 def losses_of(
-    models: Models,
-    cache: Cache,
-    config: TrainingConfig,
-    step: int,
-    slots: Sequence[tuple[int, int]],
+    models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
 ) -> torch.Tensor:
     """Draw some slots of an update, one after another, and let the denoiser answer; [slots]."""
     import torch
@@ -4165,7 +4146,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     pictures = plan.dataset.pictures
     weights = short_digest([sampled_digest(path) for path in weight_files(base)])
     images = short_digest([picture.digest for picture in pictures])
-    others = plan.dataset.facts.regularization_images
+    others = plan.order.others
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
@@ -5318,6 +5299,7 @@ class Run:
     state: TrainState
     total_steps: int
     origin: Record  # run id and identity, repeated in every state
+    order: ImageOrder
     saved: Path | None = None  # what a restart continues from
     written: int | None = None  # the step of the newest LoRA file
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
@@ -5372,7 +5354,7 @@ class Run:
         import torch
 
         config, losses = self.config, []
-        slots = list(enumerate(self.cache.order(config).window(step)))
+        slots = list(enumerate(self.order.window(step)))
         for begin in range(0, len(slots), config.batch_size):
             self.stop.check()
             part = slots[begin : begin + config.batch_size]
@@ -5405,7 +5387,7 @@ class Run:
                 step=state.step,
                 total_steps=self.total_steps,
                 percent=min(99, 100 * state.step // self.total_steps),
-                epoch=self.cache.order(self.config).epoch(state.step),
+                epoch=self.order.epoch(state.step),
                 loss=state.loss,
                 learning_rate=state.history[-1].learning_rate,
                 grad_norm=state.history[-1].grad_norm,
@@ -5475,8 +5457,7 @@ class Run:
 
     def warn_skipped(self, step: int) -> None:
         """Name the images of an update that was not made."""
-        window = self.cache.order(self.config).window(step)
-        names = [self.cache.images[index].name for index in window]
+        names = [self.cache.images[index].name for index in self.order.window(step)]
         message = f"Skipped update {step}: the loss is not finite"
         self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
@@ -5534,9 +5515,8 @@ class Run:
     def write_lora(self, path: Path) -> Record:
         """Write the adapter as it is; return the file's size and checksum."""
         step, base = self.state.step, self.models.base
-        images = self.cache.order(self.config).own
         tensors = lora_tensors(self.learner.matrices, self.config, base.family)
-        said = save_lora(path, tensors, lora_header(self.config, base, step, images))
+        said = save_lora(path, tensors, lora_header(self.config, base, step, self.order.own))
         self.written = step
         return said
 
@@ -5704,9 +5684,7 @@ class LoRATrainer:
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
             models = self._load(base)
-            cache = self._encode(
-                models, plan.dataset.pictures, plan.dataset.facts.regularization_images
-            )
+            cache = self._encode(models, plan.dataset.pictures)
 
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
@@ -5718,6 +5696,7 @@ class LoRATrainer:
             self.run = Run(
                 *(config, events, self.stop, models, cache, learner, state, plan.order.total_steps),
                 origin={"run_id": self.run_id, "identity": identity},
+                order=plan.order,
                 saved=self.earlier.state.folder if self.earlier.state else None,
                 free_bytes=self.memory.free if self.memory else None,
             )
@@ -5794,9 +5773,7 @@ class LoRATrainer:
             models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
         return models
 
-    def _encode(
-        self, models: Models, pictures: Sequence[Picture], regularization: int = 0
-    ) -> Cache:
+    def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config = self.config
         self.phase = "encoding"
@@ -5816,7 +5793,7 @@ class LoRATrainer:
         if models.vae:
             models.vae.to("cpu")
         self._tell_memory(models.device)
-        return Cache(images, tokens, texts, regularization)
+        return Cache(images, tokens, texts)
 
     def _tell_memory(self, device: torch.device) -> None:
         """Tell what the phase that ends here needed."""
@@ -5996,7 +5973,7 @@ def trial_gradients(
     """
     import torch
 
-    slots = list(enumerate(cache.order(config).window(1)))[: config.batch_size]
+    slots = [(slot, slot % len(cache.images)) for slot in range(config.batch_size)]
     with torch.random.fork_rng():
         (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
     learner.collect()

@@ -622,7 +622,7 @@ def test_adamw_is_torchs_own(ground: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def gradient_of(ready: Ready) -> Tensors:
     """Tell the gradient of the next update without making it."""
     config, step = ready.config, ready.state.step + 1
-    slots = list(enumerate(ready.cache.order(config).window(step)))
+    slots = list(enumerate(ready.order.window(step)))
     batch = train_lora.draw_batch(ready.cache, config, step, slots, one_of(1000))
     text = ready.cache.read(ready.models, batch.captions)
     torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())

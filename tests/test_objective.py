@@ -45,7 +45,7 @@ def synthetic_cache(images: int = 4, forms: int = 1, side: int = 16) -> Cache:
 def same_draws(one: Batch, other: Batch) -> bool:
     """Tell whether two batches are the same, bit for bit."""
     pairs = [(vars(one)[name], vars(other)[name]) for name in ("latents", "noise", "timesteps")]
-    return one.names == other.names and all(torch.equal(a, b) for a, b in pairs)
+    return one.captions == other.captions and all(torch.equal(a, b) for a, b in pairs)
 
 
 # --- the forward process ---
@@ -126,11 +126,10 @@ def test_noise_and_velocity_equal_those_of_diffusers(family: str, ground: Path) 
 
 def test_sdxl_is_told_the_sizes_of_the_images_drawn(ground: Path) -> None:
     """Original height and width, crop top and left, target; slot by slot, in full precision."""
-    batch, overheard, _ = exchange(prepare(tiny_config(ground, "sdxl")))
+    _, overheard, _ = exchange(prepare(tiny_config(ground, "sdxl")))
     told = overheard.named["added_cond_kwargs"]["time_ids"]
     widths = [256 + 40 * number for number in range(4)]
     expected = [[256.0, w, 0, (w - 256) // 2, 256, 256] for w in widths]
-    assert batch.names == ("0.png", "1.png", "2.png", "3.png")
     assert told.dtype == torch.float32
     assert told.tolist() == expected
 
@@ -164,7 +163,7 @@ def test_draws_do_not_depend_on_batches_or_order(
     together = train_lora.draw_batch(cache, config, 7, SLOTS, one_of(1000))
     for part in parts:
         batch = train_lora.draw_batch(cache, config, 7, [SLOTS[n] for n in part], one_of(1000))
-        assert batch.names == tuple(together.names[n] for n in part)
+        assert batch.captions == tuple(together.captions[n] for n in part)
         for name in ("latents", "noise", "timesteps"):
             assert torch.equal(vars(batch)[name], vars(together)[name][part])
 
