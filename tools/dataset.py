@@ -111,7 +111,8 @@ def find_pictures(source: Path, wishes: Wishes, events: Emitter, stop: StopReque
     """Look at all pictures as the trainer does; what it would skip is named, and excluded."""
     if not source.is_dir():
         raise refuse(source, "a folder with pictures", "no folder")
-    folder = train_lora.ImageFolder(source, wishes.config(source), events, stop)
+    config = wishes.config(source)
+    folder = train_lora.ImageFolder(config.dataset_path, config, events, stop)
     folder.scan(thorough=True)
     given = captions_of(wishes, folder.images, events) if wishes.captions_from else {}
     phase = Phase("measuring pictures", len(folder.images), events, stop)
@@ -379,7 +380,7 @@ def held_back(kept: Sequence[Found], wishes: Wishes) -> set[int]:
     """Choose clusters for validation, each by itself: a new picture moves no other."""
     if len(kept) < ENOUGH or not wishes.validation:
         return set()
-    first = {}
+    first: dict[int, bytes] = {}
     for each in kept:
         first.setdefault(each.cluster, f"{wishes.seed} {pixels_of(each)}".encode())
     ranks = {n: int(hashlib.sha256(key).hexdigest(), 16) / 2**256 for n, key in first.items()}
