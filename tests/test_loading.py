@@ -87,8 +87,9 @@ def here(
 def locate(base_model: object, **changes: Any) -> BaseModel:
     """Find the parts of a base model, as a run does."""
     config = load_config(base_model=str(base_model), **changes)
-    facts, _ = train_lora.inspect_model(config)
-    return train_lora.locate_model(config, facts)
+    _, base = train_lora.inspect_model(config)
+    assert base is not None
+    return base
 
 
 def load_everything(base: BaseModel) -> dict[str, Any]:

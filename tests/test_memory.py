@@ -17,13 +17,12 @@ from tiny_runs import Ready, prepare, tiny_config
 
 import models
 import train_lora
-from train_lora import DeviceFacts, MemoryPlan, Structure, TrainingConfig
+from train_lora import BaseModel, DeviceFacts, Located, MemoryPlan, TrainingConfig
 
 GIB = 2**30
 CARD = DeviceFacts(
     kind="cuda", name="A card", memory_total_bytes=8 * GIB, memory_free_bytes=8 * GIB
 )
-HALVING = {f"encoder.down_blocks.{n}.downsamplers.0.conv.weight": (1, 1, 3, 3) for n in range(3)}
 
 
 def on_meta(size: str) -> Any:
@@ -32,14 +31,20 @@ def on_meta(size: str) -> Any:
         return UNet2DConditionModel(**models.DENOISERS[size])
 
 
-def structure_of(unet: Any, **parts: train_lora.Shapes) -> Structure:
+def structure_of(unet: Any, **parts: train_lora.Shapes) -> BaseModel:
     """Describe a base model as its headers would."""
     shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
-    networks = {"unet": shapes, "vae": HALVING, "text_encoder": {}} | parts
+    networks = {"unet": shapes, "vae": {}, "text_encoder": {}} | parts
     large = unet.config.addition_embed_type == "text_time"
     family = train_lora.SDXL if large else train_lora.SD1
     networks |= {"text_encoder_2": {}} if large else {}
-    return Structure(family=family, parts=networks, **family.measure(networks))
+    return BaseModel(
+        family=family,
+        objective=family.objectives[0],
+        parts={name: Located(shapes=shapes) for name, shapes in networks.items()},
+        reference=None,
+        **family.measure(networks),
+    )
 
 
 def kept_by_torch(unet: Any, config: TrainingConfig, dtype: torch.dtype) -> int:
@@ -111,12 +116,15 @@ def test_activations_are_what_torch_keeps_with_a_margin(
     assert 1.0 < planned / kept_by_torch(unet, config, dtype) < 1.4
 
 
+@pytest.mark.usefixtures("in_workspace")
 def test_a_file_in_the_original_layout_needs_what_its_folder_needs(built: Path) -> None:
     """Names differ, the network does not."""
     for family in ("sd1", "sd2", "sdxl"):
-        record = train_lora.FAMILIES[family]
-        folder = Structure.of(train_lora.read_folder(built / family), record)
-        file = Structure.of(train_lora.read_file(built / f"{family}.safetensors"), record)
+        forms = (str(built / family), str(built / f"{family}.safetensors"))
+        found = [train_lora.inspect_model(load_config(base_model=form))[1] for form in forms]
+        folder, file = found
+        assert folder is not None
+        assert file is not None
         assert file.tokens == folder.tokens
         assert file.text_width == folder.text_width
         assert file.vae_width == folder.vae_width
@@ -124,7 +132,7 @@ def test_a_file_in_the_original_layout_needs_what_its_folder_needs(built: Path) 
         assert needs(file) == pytest.approx(needs(folder), rel=0.02)
 
 
-def needs(structure: Structure) -> float:
+def needs(structure: BaseModel) -> float:
     """Count activations at 512 pixels, with and without computing them twice."""
     names = ["resolution", "batch_size", "base_precision", "mixed_precision", "lora_dropout"]
     config: Any = dataclasses.make_dataclass("Asked", [*names, "train_text_encoder"])(
@@ -142,7 +150,7 @@ def plan(device: DeviceFacts = CARD, images: int = 20, **changes: Any) -> Memory
         "text_model.embeddings.position_embedding.weight": (77, 768),
         "w": (120, 10**6),
     }
-    vae = HALVING | {"decoder.conv_out.weight": (3, 128, 3, 3), "w": (84, 10**6)}
+    vae = {"decoder.conv_out.weight": (3, 128, 3, 3), "w": (84, 10**6)}
     structure = structure_of(on_meta("sdxl"), vae=vae, text_encoder=text)
     return MemoryPlan.make(load_config(**changes), structure, images, device)
 
@@ -250,7 +258,7 @@ def test_remedies_are_ranked_by_what_they_save(in_workspace: Path) -> None:
     assert not {"gradient_checkpointing", "resolution"} & set(left)
 
 
-def planned_for(structure: Structure, gib: float) -> Callable[[TrainingConfig], MemoryPlan]:
+def planned_for(structure: BaseModel, gib: float) -> Callable[[TrainingConfig], MemoryPlan]:
     """Plan ten images on a card with so much free memory, for any config."""
     return lambda config: MemoryPlan.make(config, structure, 10, with_free(gib))
 

@@ -178,8 +178,9 @@ def open_studio(folder: Path, **changes: Any) -> tuple[Studio, Learner]:
     settings = {**SMALL, "sample_prompts": [PROMPT], "sample_steps": 3, **changes}
     config = load_config(base_model=str(folder), **settings)
     trainer = LoRATrainer(config, Emitter(), StopRequest())
-    facts, _ = train_lora.inspect_model(config)
-    models = trainer._load(train_lora.locate_model(config, facts))
+    facts, base = train_lora.inspect_model(config)
+    assert base is not None
+    models = trainer._load(base)
     picture = train_lora.Picture(
         name="image.png", path=Path("data/image.png"), width=320, height=320, caption="zkb"
     )

@@ -72,8 +72,9 @@ def prepare(config: TrainingConfig) -> Ready:
     """Go through a run's preparations; then keep a corner of the latents, to save time."""
     recorder = Recorder()
     trainer = LoRATrainer(config, train_lora.Emitter(recorder))
-    facts, _ = train_lora.inspect_model(config)
-    models = trainer._load(train_lora.locate_model(config, facts))
+    facts, base = train_lora.inspect_model(config)
+    assert base is not None
+    models = trainer._load(base)
     dataset = train_lora.scan_dataset(config, trainer.events, trainer.stop)
     cache = trainer._encode(models, dataset.pictures)
     corners = (replace(i, latent_dist=i.latent_dist[..., :8, :8].clone()) for i in cache.images)
