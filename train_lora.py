@@ -79,7 +79,7 @@ from enum import Enum
 from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -1797,7 +1797,7 @@ class Conditioning(dict[str, "torch.Tensor"]):
         return cls({name: pad_sequence(each, batch_first=True) for name, each in rows.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # each is a key, as itself
 class Part:
     """One network or tokenizer of a base model."""
 
@@ -1870,19 +1870,17 @@ class Family:
     sampler: Part
     reference: str  # on the hub
     # What headers tell: whether it is of this family, what it is that cannot be trained, what it
-    # and the config of its sampler state of its objective, and the widths that BaseModel holds.
+    # and the config of its sampler state of its objective, and the sizes that BaseModel holds.
     recognises: Callable[[Headers], bool]
     refuses: Callable[[Headers, Family], str | None]
     states: Callable[[Headers, Record | None], tuple[str | None, bool | None]]
-    measure: Callable[[Mapping[str, Shapes]], dict[str, int]]
+    measure: Callable[[Mapping[Part, Located]], dict[str, int]]
     # Text.
-    text_length: Callable[[Sequence[Record]], int]  # tokens a caption has room for, both ends too
     tokenize: Callable[[Sequence[Any], str, int], list[torch.Tensor]]
     read_text: Callable[[Sequence[Any], Sequence[torch.Tensor]], Conditioning]
     empty_is_silence: bool = False  # whether an empty prompt stands for zeros
     # Latents: from pixels to mean and deviation, to what the denoiser sees, and back to pixels.
     latent_channels: int
-    vae_scale_factor: Callable[[Record], int]  # along a side, by the VAE's config
     encode: Callable[[Any, torch.Tensor], torch.Tensor]
     scale: Callable[[torch.Tensor, Record], torch.Tensor]
     decode: Callable[[Any, torch.Tensor, int | None], torch.Tensor]  # in tiles of so many pixels
@@ -1918,12 +1916,12 @@ def load_ddpm(objective: Objective, config: Record) -> Any:
     """Make the noise schedule of training, whichever sampler a folder names."""
     from diffusers import DDPMScheduler
 
-    own = {
-        "prediction_type": objective.prediction_type,
-        "rescale_betas_zero_snr": objective.zero_terminal_snr,
-        "clip_sample": False,
-    }
-    return DDPMScheduler.from_config(config, **own)
+    return DDPMScheduler.from_config(
+        config,
+        prediction_type=objective.prediction_type,
+        rescale_betas_zero_snr=objective.zero_terminal_snr,
+        clip_sample=False,
+    )
 
 
 def draw_step(schedule: Any, _: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
@@ -2006,9 +2004,7 @@ def sd_kind(headers: Headers) -> str | None:
 def refuse_variant(headers: Headers, family: Family) -> str | None:
     """Name a relative of Stable Diffusion that would train without complaint, to no use."""
     channels = (unet_config(headers) or {}).get("in_channels", 4)
-    if not isinstance(channels, int):
-        raise damaged_model(headers.path / "unet" / "config.json", f"in_channels {show(channels)}")
-    if channels != 4:
+    if isinstance(channels, int) and channels != 4:
         return SD_INPUTS.get(channels, "a model with other inputs")
     for mark, kind in SD_OTHER_NOISE.items():
         if mark in headers.weights:
@@ -2019,17 +2015,13 @@ def refuse_variant(headers: Headers, family: Family) -> str | None:
     return "an SDXL refiner" if headers.hold(REFINER_CLIP) else "a denoiser without text encoder"
 
 
-def refuse_sampler(config: Record) -> str | None:
-    """Name a noise that no objective of Stable Diffusion has."""
+def refuse_noise(config: Record) -> str | None:
+    """Name by the config of a sampler or VAE what no objective of Stable Diffusion can teach."""
     kind = str(config.get("_class_name"))
-    other = kind.startswith(("EDM", "FlowMatch")) or config.get("use_flow_sigmas")
-    return f"a model that predicts by the noise of {kind}" if other else None
-
-
-def refuse_vae(config: Record) -> str | None:
-    """Name latents that are not scaled by one number."""
+    if kind.startswith(("EDM", "FlowMatch")) or config.get("use_flow_sigmas"):
+        return f"a model that predicts by the noise of {kind}"
     if config.get("latents_mean") or config.get("latents_std"):
-        return "a model with latents normalised by channel, as Playground 2.5 has"
+        return "a model that predicts from latents normalised by channel, as Playground 2.5 does"
     return None
 
 
@@ -2050,21 +2042,19 @@ def sd_states(headers: Headers, sampler: Record | None) -> tuple[str | None, boo
     return "v_prediction" if "v_pred" in marks else prediction, "ztsnr" in marks or zero
 
 
-def measure_sd(parts: Mapping[str, Shapes]) -> dict[str, int]:
-    """Take the widths that a plan needs from names and shapes, in either layout."""
-    unet = parts["unet"]
-    widths = [s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight")]
+def measure_sd(parts: Mapping[Part, Located]) -> dict[str, int]:
+    """Take the sizes that are told of a model from configs, names and shapes, in either layout."""
+    unet, vae = parts[UNET].shapes, parts[KL]
     first = unet.get("conv_in.weight") or unet.get("input_blocks.0.0.weight", (320,))
+    widths = [s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight")]
+    texts = [parts[p].config for p in (CLIP, OPEN_CLIP, CLIP_L, CLIP_G) if p in parts]
     return {
         "width": first[0],
-        "vae_width": parts["vae"].get("decoder.conv_out.weight", (3, 128))[1],
+        "vae_scale_factor": sd_scale_factor(vae.config),
+        "vae_width": vae.shapes.get("decoder.conv_out.weight", (3, 128))[1],
+        "tokens": min(int(text.get("max_position_embeddings", 77)) for text in texts),
         "text_width": max(widths, default=768),
     }
-
-
-def clip_length(texts: Sequence[Record]) -> int:
-    """Tell how many tokens all text encoders have room for."""
-    return min(int(text.get("max_position_embeddings", 77)) for text in texts)
 
 
 def tokenize_padded(tokenizers: Sequence[Any], text: str, length: int) -> list[torch.Tensor]:
@@ -2189,19 +2179,20 @@ TOKENIZER = Part(
     class_name="CLIPTokenizer",
     needs=("vocab.json", "merges.txt"),
 )
+KL = Part(
+    folder="vae",
+    library="diffusers",
+    class_name="AutoencoderKL",
+    original="first_stage_model.",
+    limits={"latent_channels": (4, 4), "scaling_factor": (1e-3, 1e3), **BLOCKS},
+    refuses=refuse_noise,
+)
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
     native_resolution=512,
     denoiser=UNET,
-    vae=Part(
-        folder="vae",
-        library="diffusers",
-        class_name="AutoencoderKL",
-        original="first_stage_model.",
-        limits={"latent_channels": (4, 4), "scaling_factor": (1e-3, 1e3), **BLOCKS},
-        refuses=refuse_vae,
-    ),
+    vae=KL,
     text_encoders=(CLIP,),
     tokenizers=(TOKENIZER,),
     sampler=Part(
@@ -2210,18 +2201,16 @@ SD1 = Family(
         class_name="DDPMScheduler",
         needs=("scheduler_config.json",),
         limits={"num_train_timesteps": (1, 10_000)},
-        refuses=refuse_sampler,
+        refuses=refuse_noise,
     ),
     reference="stable-diffusion-v1-5/stable-diffusion-v1-5",
     recognises=lambda headers: sd_kind(headers) == "sd1",
     refuses=refuse_variant,
     states=sd_states,
     measure=measure_sd,
-    text_length=clip_length,
     tokenize=tokenize_padded,
     read_text=read_last_layer,
     latent_channels=4,
-    vae_scale_factor=sd_scale_factor,
     encode=encode_kl,
     scale=scale_latents,
     decode=decode_kl,
@@ -2328,13 +2317,11 @@ def find_vae(name: str) -> Path | None:
     if root is None:
         return None
     folder = root / "vae" if (root / "vae").is_dir() else root
-    part = next(iter(FAMILIES.values())).vae  # families keep them alike
-    if hub_id:
-        return None if lacking(folder, part) else folder
-    if not (folder / part.needs[0]).is_file():
+    lacks = lacking(folder, next(iter(FAMILIES.values())).vae)  # families keep them alike
+    if lacks and not hub_id:
         expected = "a folder in diffusers layout, with config.json and weights"
-        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, str(folder))
-    return folder
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, f"no {lacks[0]}")
+    return None if lacks else folder
 
 
 def lacking(folder: Path, part: Part, *, weights: bool = True) -> list[Path]:
@@ -2366,9 +2353,10 @@ def find_weights(folder: Path, part: Part) -> list[Path]:
 
 def read_json_file(path: Path) -> Record:
     """Read one of the base model's own JSON files."""
+    if not path.is_file():  # a pipe of that name would never answer
+        raise damaged_model(path, "no such file")
     try:
-        with open_regular(path) as file:
-            document, problems = parse_json(file.read().decode())
+        document, problems = parse_json(path.read_text("utf-8"))
     except (OSError, *NOT_JSON) as error:
         raise damaged_model(path, f"no readable JSON ({error})") from error
     # Some of diffusers' own schedulers are saved with an infinity.
@@ -2376,13 +2364,6 @@ def read_json_file(path: Path) -> Record:
     if serious or not isinstance(document, dict):
         raise damaged_model(path, "no JSON object")
     return document
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file of the base model; a pipe of that name would never answer."""
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    return path.open("rb")
 
 
 def denoisers_in(folder: Path) -> list[Path]:
@@ -2410,7 +2391,7 @@ def read_headers(path: Path) -> Headers:
 def read_header(path: Path) -> Shapes:
     """Read the names and shapes of a safetensors file; refuse one that is cut short."""
     try:
-        with open_regular(path) as file:
+        with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > HEADER_BYTES:
                 raise ValueError("its header is larger than any")
@@ -2467,7 +2448,7 @@ def missing_files(snapshot: Path | None) -> list[str] | None:
     kinds = read_json_file(index) if index.is_file() else {}
     parts = [part for part in family.configured if kinds.get(part.folder) != [None, None]]
     lacks = [path for part in parts for path in lacking(snapshot / part.folder, part)]
-    return [str(path.relative_to(snapshot)) for path in lacks]
+    return [path.relative_to(snapshot).as_posix() for path in lacks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2480,11 +2461,6 @@ class Located:
     original: bool = False  # whether they stand in a single file, under the original names
     shapes: Shapes = field(default_factory=dict)
 
-    @property
-    def place(self) -> Path:
-        """Tell what to name where something is wrong with it."""
-        return self.files[0] if self.original else self.folder
-
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
@@ -2492,10 +2468,12 @@ class BaseModel:
 
     family: Family
     objective: Objective
-    parts: dict[str, Located]  # by their folders
+    parts: dict[Part, Located]
     reference: str | None  # whose configs must be fetched, as a single file has none
     width: int  # channels of the denoiser where the picture is largest
-    vae_width: int  # those of the VAE there
+    vae_scale_factor: int  # how far the VAE reduces a side
+    vae_width: int  # its channels where the picture is largest
+    tokens: int  # that a caption has room for, both ends included
     text_width: int  # numbers that the denoiser is told per token
 
     @property
@@ -2504,35 +2482,19 @@ class BaseModel:
         return self.objective.prediction_type
 
     @property
-    def vae_config(self) -> Record:
-        """Tell how the VAE is built."""
-        return self.parts[self.family.vae.folder].config
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Tell how far the VAE reduces a side."""
-        return self.family.vae_scale_factor(self.vae_config)
-
-    @property
-    def tokens(self) -> int:
-        """Tell how many tokens a caption has room for, both ends included."""
-        texts = [self.parts[part.folder].config for part in self.family.text_encoders]
-        return self.family.text_length(texts)
-
-    @property
     def shapes(self) -> Shapes:
         """List the weights of the denoiser."""
-        return self.parts[self.family.denoiser.folder].shapes
+        return self.parts[self.family.denoiser].shapes
 
     @property
     def text_shapes(self) -> Shapes:
         """List the weights of all text encoders."""
-        texts = [part.folder for part in self.family.text_encoders]
-        return {f"{t}.{n}": shape for t in texts for n, shape in self.parts[t].shapes.items()}
+        texts = self.family.text_encoders
+        return {f"{p.folder}.{n}": s for p in texts for n, s in self.parts[p].shapes.items()}
 
     def numbers(self, *parts: Part) -> int:
         """Count the numbers in the weights of some networks."""
-        return sum(math.prod(s) for part in parts for s in self.parts[part.folder].shapes.values())
+        return sum(math.prod(s) for part in parts for s in self.parts[part].shapes.values())
 
 
 def choose_family(config: TrainingConfig, headers: Headers) -> Family:
@@ -2580,7 +2542,8 @@ def part_config(place: Path, part: Part) -> Record:
         rows = found if isinstance(found, list) else [found]
         numbers = [n for row in rows for n in (row if isinstance(row, list) else [row])]
         sound = all(type(n) in (int, type(low)) and low <= n <= high for n in numbers)
-        if not sound or not 0 < len(numbers) <= 64:
+        listed = rows is found and "block" not in name  # blocks alone differ from each other
+        if listed or not sound or not 0 < len(numbers) <= 64:
             raise damaged_model(place, f"{name} {show(found)}, which no model has")
     if part.refuses and (kind := part.refuses(config)):
         raise unsupported_model(kind)
@@ -2615,16 +2578,16 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
     family = choose_family(config, headers)
     folder = path if headers.configs else find_configs(config, family)
     single = headers if headers.weights else None
-    own = {p.folder: locate(p, folder and folder / p.folder, single) for p in family.configured}
+    own = {p: locate(p, folder and folder / p.folder, single) for p in family.configured}
     vae = find_vae(config.vae) if config.vae else None
-    parts = own | ({family.vae.folder: locate(family.vae, vae)} if vae else {})
-    sampler = own[family.sampler.folder].config if folder else None
+    parts = own | {family.vae: locate(family.vae, vae)} if vae else own
+    sampler = own[family.sampler].config if folder else None
     base = BaseModel(
         family=family,
         objective=choose_objective(config, family, family.states(headers, sampler)),
         parts=parts,
         reference=None if folder else family.reference,
-        **family.measure({name: located.shapes for name, located in parts.items()}),
+        **family.measure(parts),
     )
     prediction, zero_terminal_snr = family.states(headers, sampler if headers.configs else None)
     files = {file for located in own.values() for file in located.files}
@@ -2651,23 +2614,22 @@ VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 def download_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts, BaseModel]:
     """Fetch what a run needs from the hub, unless it is on this machine already."""
     if config.vae and not find_vae(config.vae):
-        fetch(config.vae, VAE_FILES, "vae")
+        fetch(str(hub_id_of(config.vae)), VAE_FILES, "vae")
         if not find_vae(config.vae):
             raise unfetched_model("vae", config.vae, f"no {' and '.join(VAE_FILES)}")
     facts, base = inspect_model(config)
     if base and not base.reference:
         return facts, base
+    hub_id = str(base.reference if base else facts.hub_id)
     if base:
-        wanted = str(base.reference)
-        fetch(wanted, CONFIG_FILES)
+        fetch(hub_id, CONFIG_FILES)
     else:
-        wanted = str(facts.hub_id)
         events.info(PhaseFacts(name="downloading base model", done=0, total=None))
-        fetch_parts(wanted)
+        fetch_parts(hub_id)
     facts, base = inspect_model(config)
     if not base or base.reference:
-        lacks = missing_files(cached_snapshot(wanted)) or ["model"]
-        raise unfetched_model("base_model", wanted, f"no {', '.join(lacks)}")
+        lacks = missing_files(cached_snapshot(hub_id)) or ["model"]
+        raise unfetched_model("base_model", hub_id, f"no {', '.join(lacks)}")
     return facts, base
 
 
@@ -2713,7 +2675,8 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     """Load one network by its explicit class, from safetensors alone, frozen."""
     import torch
 
-    located = base.parts[part.folder]
+    located = base.parts[part]
+    place = located.files[0] if located.original else located.folder
     near = str(device) if torch.device(device).type == "cuda" else "cpu"  # reads any precision
     try:
         if part.library == "transformers":
@@ -2725,9 +2688,9 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     except Exception as error:  # a config without sense makes the libraries raise anything
         if isinstance(error, TrainError) or is_out_of_memory(error):
             raise
-        raise damaged_model(located.place, f"what cannot be loaded ({error})") from error
+        raise damaged_model(place, f"what cannot be loaded ({error})") from error
     if missing:  # the libraries would go on with random numbers in their place
-        raise damaged_model(located.place, f"{len(missing)} weights missing")
+        raise damaged_model(place, f"{len(missing)} weights missing")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -2755,13 +2718,8 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
 
     cls, tensors = library_class(part), read_all(part, located, dtype, device)
     if located.original:  # the library knows the names
-        return cls.from_single_file(
-            tensors,
-            config=str(located.folder),
-            torch_dtype=dtype,
-            device=device,
-            local_files_only=True,
-        )
+        options = {"torch_dtype": dtype, "device": device, "local_files_only": True}
+        return cls.from_single_file(tensors, config=str(located.folder), **options)
     with init_empty_weights():
         model = cls.from_config(cls.load_config(located.folder, local_files_only=True))
     model._fix_state_dict_keys_on_load(tensors)  # noqa: SLF001, as old VAEs name attention
@@ -2793,17 +2751,14 @@ def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
     four = precision == "nf4"
     linears = [(n, m) for n, m in network.named_modules() if type(m) is torch.nn.Linear]
     for name, layer in linears:
-        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        sizes, numbers = (layer.in_features, layer.out_features), layer.weight.data
+        bias, frozen = layer.bias is not None, {"requires_grad": False}
         if four:
-            slim = packed.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
-            slim.weight = packed.Params4bit(
-                layer.weight.data, quant_type="nf4", requires_grad=False
-            )
+            slim = packed.Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4")
+            slim.weight = packed.Params4bit(numbers, quant_type="nf4", **frozen)
         else:
-            slim = packed.Linear8bitLt(*sizes, has_fp16_weights=False)
-            slim.weight = packed.Int8Params(
-                layer.weight.data, has_fp16_weights=False, requires_grad=False
-            )
+            slim = packed.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
+            slim.weight = packed.Int8Params(numbers, has_fp16_weights=False, **frozen)
         slim.bias = layer.bias
         network.set_submodule(name, slim.requires_grad_(False))
     # PEFT asks for these before it puts an adapter beside such a layer.
@@ -2812,7 +2767,7 @@ def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
 
 def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
     """Load the tokenizer of a text encoder, which must have room for all of its numbers."""
-    folder, text = base.parts[part.folder].folder, base.parts[encoder.folder].config
+    folder, text = base.parts[part].folder, base.parts[encoder].config
     try:
         tokenizer = library_class(part).from_pretrained(folder, local_files_only=True)
         highest = max(tokenizer.get_vocab().values())
@@ -2825,7 +2780,7 @@ def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
 
 def load_schedule(base: BaseModel) -> Any:
     """Load the noise schedule."""
-    sampler = base.parts[base.family.sampler.folder]
+    sampler = base.parts[base.family.sampler]
     try:
         return base.objective.load_schedule(base.objective, sampler.config)
     except Exception as error:  # a config without sense
@@ -2975,7 +2930,7 @@ class Shelf:
         """Tell what everything that some networks compute depends on."""
         import torch
 
-        weights = [sampled_digest(file) for p in parts for file in base.parts[p.folder].files]
+        weights = [sampled_digest(file) for part in parts for file in base.parts[part].files]
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
     def fill(
@@ -3321,10 +3276,10 @@ def draw_batch(
 
 def batch_losses(models: Models, batch: Batch, text: Conditioning) -> torch.Tensor:
     """Compare the denoiser's answer with what it should be; one loss per image, [batch]."""
-    objective, schedule = models.base.objective, models.schedule
+    base, objective, schedule = models.base, models.base.objective, models.schedule
     numbers = (batch.latents, batch.noise, batch.timesteps, batch.time_ids)
     latents, noise, timesteps, time_ids = (send(each, models.device) for each in numbers)
-    latents = models.base.family.scale(latents, models.base.vae_config)
+    latents = base.family.scale(latents, base.parts[base.family.vae].config)
     noisy = objective.mix(schedule, latents, noise, timesteps)
     answer = models.predict(noisy, timesteps, text, time_ids)
     wanted = objective.target(schedule, latents, noise, timesteps)

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -460,6 +461,22 @@ def test_the_sound_file_behind_the_damaged_ones_is_accepted(here: Path) -> None:
     assert inspect().family == "sd1"
 
 
+def test_a_header_beyond_16_megabytes_is_refused_unread(here: Path) -> None:
+    """No model has one; spaces at its end are allowed, and reading them would take memory."""
+    write_model(here / "model")
+    path = here / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    header = json.dumps({"w": entry(0, 8, 4)}).encode()
+    path.write_bytes(framed(header.ljust(train_lora.HEADER_BYTES), bytes(8)))
+    assert inspect().family == "sd1"
+    path.write_bytes(framed(header.ljust(train_lora.HEADER_BYTES + 1), bytes(8)))
+    tracemalloc.start()
+    code, found = refusal()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (code, "larger than any" in found) == (ErrorCode.MODEL_DAMAGED, True)
+    assert peak < train_lora.HEADER_BYTES / 4
+
+
 @pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json"])
 @pytest.mark.parametrize(
     "content",
@@ -705,7 +722,13 @@ def another_family() -> train_lora.Family:
         refuses=lambda *_: None,
         native_resolution=256,
         states=lambda *_: ("flow", False),
-        measure=lambda _: {"width": 8, "vae_width": 8, "text_width": 32},
+        measure=lambda _: {
+            "width": 8,
+            "vae_scale_factor": 8,
+            "vae_width": 8,
+            "tokens": 77,
+            "text_width": 32,
+        },
         read_text=read,
         predict=predict,
         objectives=(flow_matching(),),

@@ -307,6 +307,18 @@ def test_pickles_beside_sound_weights_do_not_hide_a_half_precision_variant(
         assert_same(model, built / "sd1", part)
 
 
+def test_a_vae_with_the_names_of_old_ones_is_read(here: Path, built: Path) -> None:
+    """Those of Stable Diffusion 1 were published before diffusers renamed its attention."""
+    path = build_tiny("sd1", here / "other") / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(path)
+    for name, other in old.items():
+        tensors = {key.replace(f".{name}.", f".{other}."): each for key, each in tensors.items()}
+    save_file(tensors, path)
+    assert any("proj_attn" in key for key in tensors)
+    assert_same(load_everything(locate(here / "other"))["vae"], built / "sd1", "vae")
+
+
 # --- models that must be fetched ---
 
 
@@ -846,6 +858,23 @@ def test_without_network_a_download_that_was_given_up_names_what_it_lacks(
     assert "hf download someone/something" in last["hint"]
 
 
+ENCODER_FILES = ("config.json", "model.safetensors")
+
+
+def test_preflight_lists_what_a_download_that_was_given_up_lacks(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """A host can tell how much training will fetch; what is there is not listed."""
+    write_snapshot("someone/something", built / "sdxl", only="[uv]*/*")
+    config = load_config(resolution=256, device="cpu", base_model="someone/something")
+    LoRATrainer(config, train_lora.Emitter(recorder)).validate()
+    (warned,) = (r for r in recorder.of_type("warning") if r["code"] == "model_not_cached")
+    encoders = [f"text_encoder{n}/{f}" for n in ("", "_2") for f in ENCODER_FILES]
+    tokenizers = [f"tokenizer{n}/{f}" for n in ("", "_2") for f in ("vocab.json", "merges.txt")]
+    wanted = [*encoders, *tokenizers, "scheduler/scheduler_config.json"]
+    assert sorted(warned["data"]["missing"]) == sorted(wanted)
+
+
 # --- what preflight sees ---
 
 
@@ -904,6 +933,20 @@ def test_another_vae_may_have_any_name(here: Path, built: Path) -> None:
     shutil.copytree(built / "sd1" / "vae", here / "text_vae")
     base = locate(built / "sd1", vae="text_vae")
     assert_same(load_everything(base)["vae"], built / "sd1", "vae")
+
+
+@pytest.mark.parametrize("field", ["latents_mean", "latents_std"])
+@pytest.mark.parametrize("source", ["sd1", "sd1.safetensors"])
+def test_another_vae_with_latents_normalised_by_channel_is_refused(
+    here: Path, built: Path, source: str, field: str
+) -> None:
+    """No denoiser of the families has seen such latents."""
+    path = build_tiny("sd1", here / "other") / "vae" / "config.json"
+    write_json(path, json.loads(path.read_text("utf-8")) | {field: [0.5] * 4})
+    configs = {"model_config_path": str(built / "sd1")}
+    error = preflight(base_model=str(built / source), vae="other", **configs)
+    assert error.code is ErrorCode.MODEL_UNSUPPORTED
+    assert "normalised by channel" in error.problems[0].found
 
 
 @pytest.mark.parametrize("source", ["sd1", "sd1.safetensors"])

@@ -38,12 +38,13 @@ def structure_of(unet: Any, **parts: train_lora.Shapes) -> BaseModel:
     large = unet.config.addition_embed_type == "text_time"
     family = train_lora.SDXL if large else train_lora.SD1
     networks |= {"text_encoder_2": {}} if large else {}
+    located = {part: Located(shapes=networks[part.folder]) for part in family.networks}
     return BaseModel(
         family=family,
         objective=family.objectives[0],
-        parts={name: Located(shapes=shapes) for name, shapes in networks.items()},
+        parts=located,
         reference=None,
-        **family.measure(networks),
+        **family.measure(located),
     )
 
 
