@@ -1762,7 +1762,6 @@ def scan_dataset(
 # === Model families ==========================================================
 
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
-SD1_LATENT_SCALE = 0.18215  # what the first configs take for granted
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, "torch.Tensor"]
 
@@ -1772,21 +1771,16 @@ class Conditioning(dict[str, "torch.Tensor"]):
 
     def to(self, device: torch.device) -> Conditioning:
         """Move to a device."""
-        return self.changed(lambda tensor: send(tensor, device))
+        return Conditioning({name: send(tensor, device) for name, tensor in self.items()})
 
     def cast(self, dtype: torch.dtype) -> Conditioning:
         """Change the precision of what is no count and no mask."""
-        return self.changed(
-            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        )
+        numbers = {name: tensor for name, tensor in self.items() if tensor.is_floating_point()}
+        return Conditioning(self | {name: tensor.to(dtype) for name, tensor in numbers.items()})
 
     def silenced(self) -> Conditioning:
         """Say nothing at all, in the same shape."""
-        return self.changed(lambda tensor: tensor.new_zeros(tensor.shape))
-
-    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:
-        """Do the same to all of it."""
-        return Conditioning({name: change(tensor) for name, tensor in self.items()})
+        return Conditioning({name: tensor.new_zeros(tensor.shape) for name, tensor in self.items()})
 
     @classmethod
     def stack(cls, texts: Sequence[Conditioning]) -> Conditioning:
@@ -1804,6 +1798,7 @@ class Part:
     folder: str  # in diffusers layout; also its name in states
     library: Literal["diffusers", "transformers"]
     class_name: str
+    stem: str = ""  # how its library calls a file of weights
     needs: tuple[str, ...] = ("config.json",)  # files beside the weights, its config first
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of its config
     refuses: Callable[[Record], str | None] | None = None  # names by its config what is no use
@@ -1812,12 +1807,6 @@ class Part:
     targets: str = ""  # the layers that get an adapter, named alike in both layouts
     unread_layers: int = 0  # at its end, which therefore learn nothing
     lora_prefix: str = ""  # in a LoRA file
-
-    @property
-    def stem(self) -> str:
-        """Tell how its library calls a file of weights."""
-        names = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-        return names[self.library] if "config.json" in self.needs else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1849,10 +1838,6 @@ class Headers:
         """List the weights of one network in a file, without what all their names begin with."""
         names = (name for name in self.weights if name.startswith(part.original))
         return {name.removeprefix(part.original): self.weights[name] for name in names}
-
-    def hold(self, part: Part) -> bool:
-        """Tell whether there is anything of a network."""
-        return (self.path / part.folder).is_dir() or bool(self.shapes(part))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1931,12 +1916,6 @@ def draw_step(schedule: Any, _: torch.Tensor, chance: torch.Generator) -> torch.
     return torch.randint(schedule.config.num_train_timesteps, (), generator=chance)
 
 
-TRAINED_SCHEDULE = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    *("prediction_type", "rescale_betas_zero_snr"),
-)
-
-
 def multistep_solver(schedule: Any, steps: int, latents: torch.Tensor) -> Any:
     """Make a solver that needs few steps for a clean picture.
 
@@ -1944,7 +1923,9 @@ def multistep_solver(schedule: Any, steps: int, latents: torch.Tensor) -> Any:
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    trained = {name: schedule.config[name] for name in TRAINED_SCHEDULE}
+    names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"]
+    names += ["prediction_type", "rescale_betas_zero_snr"]
+    trained = {name: schedule.config[name] for name in names}
     solver: Any = DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing")
     solver.set_timesteps(steps, device=latents.device)
     return solver
@@ -2009,10 +1990,11 @@ def refuse_variant(headers: Headers, family: Family) -> str | None:
     for mark, kind in SD_OTHER_NOISE.items():
         if mark in headers.weights:
             return kind
-    if headers.hold(family.text_encoders[0]):
+    texts = [family.text_encoders[0], REFINER_CLIP]  # the refiner has a second one alone
+    texts = [p for p in texts if (headers.path / p.folder).is_dir() or headers.shapes(p)]
+    if family.text_encoders[0] in texts:
         return None
-    # The refiner has the second text encoder alone.
-    return "an SDXL refiner" if headers.hold(REFINER_CLIP) else "a denoiser without text encoder"
+    return "an SDXL refiner" if texts else "a denoiser without text encoder"
 
 
 def refuse_noise(config: Record) -> str | None:
@@ -2103,7 +2085,7 @@ def encode_kl(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def scale_latents(latents: torch.Tensor, vae: Record) -> torch.Tensor:
     """Bring latents to the size of numbers that the denoiser knows."""
-    return latents * float(vae.get("scaling_factor", SD1_LATENT_SCALE))
+    return latents * float(vae.get("scaling_factor", 0.18215))  # which the first configs leave out
 
 
 def decode_kl(vae: Any, latents: torch.Tensor, tile: int | None) -> torch.Tensor:
@@ -2120,17 +2102,17 @@ def ask_unet(
     denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, told: Conditioning
 ) -> torch.Tensor:
     """Ask the denoiser; SDXL's is also told how the picture was resized and cropped."""
-    more, pooled = None, told.get("pooled_prompt_embeds")
-    if pooled is not None:
-        more = {"text_embeds": pooled, "time_ids": told["time_ids"]}
-    text = told["prompt_embeds"]
+    text, pooled = told["prompt_embeds"], told.get("pooled_prompt_embeds")
+    more = None if pooled is None else {"text_embeds": pooled, "time_ids": told["time_ids"]}
     answer: torch.Tensor = denoiser(noisy, times, text, added_cond_kwargs=more).sample
     return answer
 
 
-def called(
-    architecture: str, version: str, code: str = "https://github.com/huggingface/diffusers"
-) -> dict[str, str]:
+DIFFUSERS = "https://github.com/huggingface/diffusers"
+SGM = "https://github.com/Stability-AI/generative-models"
+
+
+def called(architecture: str, version: str, code: str = DIFFUSERS) -> dict[str, str]:
     """Tell a model's kind in the words of LoRA files; A1111 knows SD 2 by its own mark."""
     return {
         "modelspec.architecture": f"{architecture}/lora",
@@ -2140,12 +2122,12 @@ def called(
     }
 
 
-SGM = "https://github.com/Stability-AI/generative-models"
 BLOCKS = {"layers_per_block": (1, 16), "block_out_channels": (1, 16_384)}
 UNET = Part(
     folder="unet",
     library="diffusers",
     class_name="UNet2DConditionModel",
+    stem="diffusion_pytorch_model",
     limits={"in_channels": (1, 64), "transformer_layers_per_block": (0, 64), **BLOCKS},
     original="model.diffusion_model.",
     targets=ATTENTION,
@@ -2155,6 +2137,7 @@ CLIP = Part(
     folder="text_encoder",
     library="transformers",
     class_name="CLIPTextModel",
+    stem="model",
     limits={"num_hidden_layers": (1, 128), "max_position_embeddings": (2, 8192)},
     original="cond_stage_model.transformer.",
     publish=publish_clip,
@@ -2183,6 +2166,7 @@ KL = Part(
     folder="vae",
     library="diffusers",
     class_name="AutoencoderKL",
+    stem="diffusion_pytorch_model",
     original="first_stage_model.",
     limits={"latent_channels": (4, 4), "scaling_factor": (1e-3, 1e3), **BLOCKS},
     refuses=refuse_noise,
@@ -2282,19 +2266,6 @@ def unsupported_model(kind: str) -> TrainError:
     return TrainError.at(ErrorCode.MODEL_UNSUPPORTED, "base_model", expected, kind)
 
 
-def hub_id_of(
-    name: str, knob: str = "base_model", kinds: str = "a folder, a .safetensors file"
-) -> str | None:
-    """Tell a Hugging Face id from a path on this machine; a model that moved has another."""
-    path = expand_home(name)
-    if os.path.isdir(path) or os.path.isfile(path):  # noqa: PTH112, PTH113, take long names
-        return None
-    if not HUB_ID.fullmatch(name) or name.endswith((".safetensors", *PICKLES)):
-        expected, found = f"{kinds} or a Hugging Face id", f"{name}, which is none"
-        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, knob, expected, found)
-    return MOVED.get(name, name)
-
-
 def cached_snapshot(hub_id: str) -> Path | None:
     """Find what was downloaded of a Hugging Face model, without asking the network."""
     # The same order of precedence as in huggingface_hub.
@@ -2310,10 +2281,23 @@ def cached_snapshot(hub_id: str) -> Path | None:
     return snapshot if snapshot.is_dir() else None
 
 
+def look_up(
+    name: str, knob: str = "base_model", kinds: str = "a folder, a .safetensors file"
+) -> tuple[str | None, Path | None]:
+    """Tell a model's Hugging Face id, unless it is a path, and where it lies on this machine."""
+    path = expand_home(name)
+    if os.path.isdir(path) or os.path.isfile(path):  # noqa: PTH112, PTH113, take long names
+        return None, path
+    if not HUB_ID.fullmatch(name) or name.endswith((".safetensors", *PICKLES)):
+        expected, found = f"{kinds} or a Hugging Face id", f"{name}, which is none"
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, knob, expected, found)
+    hub_id = MOVED.get(name, name)
+    return hub_id, cached_snapshot(hub_id)
+
+
 def find_vae(name: str) -> Path | None:
     """Find another VAE: the folder of one, or of a model that has one; None must be fetched."""
-    hub_id = hub_id_of(name, "vae", "a diffusers folder")
-    root = cached_snapshot(hub_id) if hub_id else expand_home(name)
+    hub_id, root = look_up(name, "vae", "a diffusers folder")
     if root is None:
         return None
     folder = root / "vae" if (root / "vae").is_dir() else root
@@ -2570,14 +2554,13 @@ def choose_objective(
 
 def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
     """Tell from headers alone what the base model is, and refuse what cannot be trained."""
-    hub_id = hub_id_of(config.base_model)
-    path = cached_snapshot(hub_id) if hub_id else expand_home(config.base_model)
+    hub_id, path = look_up(config.base_model)
     if path is None or (hub_id and missing_files(path) != []):
         return ModelFacts(source="hub", cached=False, hub_id=hub_id), None
     headers = read_headers(path)
     family = choose_family(config, headers)
     folder = path if headers.configs else find_configs(config, family)
-    single = headers if headers.weights else None
+    single = None if headers.configs else headers
     own = {p: locate(p, folder and folder / p.folder, single) for p in family.configured}
     vae = find_vae(config.vae) if config.vae else None
     parts = own | {family.vae: locate(family.vae, vae)} if vae else own
@@ -2614,30 +2597,26 @@ VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 def download_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts, BaseModel]:
     """Fetch what a run needs from the hub, unless it is on this machine already."""
     if config.vae and not find_vae(config.vae):
-        fetch(str(hub_id_of(config.vae)), VAE_FILES, "vae")
+        fetch(str(look_up(config.vae)[0]), VAE_FILES, "vae")
         if not find_vae(config.vae):
             raise unfetched_model("vae", config.vae, f"no {' and '.join(VAE_FILES)}")
     facts, base = inspect_model(config)
-    if base and not base.reference:
-        return facts, base
-    hub_id = str(base.reference if base else facts.hub_id)
-    if base:
-        fetch(hub_id, CONFIG_FILES)
-    else:
-        events.info(PhaseFacts(name="downloading base model", done=0, total=None))
-        fetch_parts(hub_id)
-    facts, base = inspect_model(config)
-    if not base or base.reference:
-        lacks = missing_files(cached_snapshot(hub_id)) or ["model"]
-        raise unfetched_model("base_model", hub_id, f"no {', '.join(lacks)}")
+    if lacks := base.reference if base else facts.hub_id:
+        if base is None:
+            events.info(PhaseFacts(name="downloading base model", done=0, total=None))
+        fetch_parts(lacks, weights=base is None)
+        facts, base = inspect_model(config)
+    if base is None or base.reference:
+        files = missing_files(cached_snapshot(str(lacks))) or ["model"]
+        raise unfetched_model("base_model", str(lacks), f"no {', '.join(files)}")
     return facts, base
 
 
-def fetch_parts(hub_id: str) -> None:
+def fetch_parts(hub_id: str, *, weights: bool) -> None:
     """Download a model: first its configs, which tell what it consists of."""
     folder = fetch(hub_id, CONFIG_FILES)
     family = recognise(read_headers(folder))
-    for kind in ("", ".fp16"):  # half precision where there is no other
+    for kind in ("", ".fp16") if weights else ():  # half precision where there is no other
         short = {name.partition("/")[0] for name in missing_files(folder) or ()}
         stems = [f"{p.folder}/{p.stem}{kind}" for p in family.networks if p.folder in short]
         ends = (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
