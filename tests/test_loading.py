@@ -296,6 +296,23 @@ def test_another_vae_replaces_the_models_own(
     assert_same(parts["unet"], built / "sdxl", "unet")
 
 
+def test_another_vae_in_the_hubs_cache_is_used_without_network(
+    here: Path, built: Path, attempts: list[object]
+) -> None:
+    """It was fetched for an earlier run; half of a download does not count."""
+    other = build_tiny("sd1", here / "other") / "vae"
+    weights = other / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    write_snapshot("someone/half", other, only="*.json")
+    assert_same(
+        load_everything(locate(built / "sd1", vae="someone/half"))["vae"], built / "sd1", "vae"
+    )
+    write_snapshot("someone/vae", other, only="*")
+    parts = load_everything(locate(built / "sd1", vae="someone/vae"))
+    assert_same(parts["vae"], here / "other", "vae")
+    assert attempts == []
+
+
 def test_pickles_beside_sound_weights_do_not_hide_a_half_precision_variant(
     here: Path, built: Path
 ) -> None:
@@ -408,7 +425,7 @@ def test_the_named_prediction_type_counts_more_than_the_schedules(
     configs = {"model_config_path": str(built / family)}
     base = locate(built / f"{family}{form}", prediction_type=asked, **configs)
     schedule = Models.prepare(base, CPU, torch.float32).schedule
-    assert (base.prediction_type, schedule.config.prediction_type) == (used, used)
+    assert (base.objective.prediction_type, schedule.config.prediction_type) == (used, used)
 
 
 def test_a_mark_in_a_single_file_counts_more_than_its_familys_configs(
@@ -418,7 +435,7 @@ def test_a_mark_in_a_single_file_counts_more_than_its_familys_configs(
     tensors = load_file(built / "sdxl.safetensors") | {"v_pred": torch.tensor([])}
     save_file(tensors, here / "velocity.safetensors")
     base = locate("velocity.safetensors", model_config_path=str(built / "sdxl"))
-    assert base.prediction_type == "v_prediction"
+    assert base.objective.prediction_type == "v_prediction"
 
 
 # --- damage ---
@@ -1028,7 +1045,7 @@ def test_a_mark_in_a_single_file_makes_the_last_time_pure_noise(
     file = mark(built / "sdxl.safetensors", here / "model.safetensors", *marks)
     configs = {"model_config_path": str(built / "sdxl"), "zero_terminal_snr": asked}
     models = Models.prepare(locate(file, **configs), CPU, torch.float32)
-    assert models.base.prediction_type == "v_prediction"
+    assert models.base.objective.prediction_type == "v_prediction"
     shares = models.schedule.alphas_cumprod.numpy()
     assert np.allclose(shares, published_shares(zero_snr=zero), rtol=1e-3, atol=1e-7)
     assert (shares[-1] == 0) == zero

@@ -340,13 +340,13 @@ def test_the_vae_is_read_once_for_all_previews(
 ) -> None:
     """From the disk, in a run: it waits in main memory after it encoded the images."""
     opened: list[str] = []
-    real = diffusers.AutoencoderKL.from_pretrained
+    real = diffusers.AutoencoderKL.load_config
 
     def counted(place: Any, **named: Any) -> Any:
         opened.append(str(place))
-        return real(place, **named)  # type: ignore[no-untyped-call]
+        return real(place, **named)
 
-    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", counted)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", counted)
     options: Record = {"steps": 3, "validation_steps": 1, "sample_prompts": ["a", "b"]}
     LoRATrainer(tiny_config(ground, output_path=str(tmp_path), **options)).train()
     assert len(opened) == 1
