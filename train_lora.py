@@ -1429,7 +1429,7 @@ class Unusable(Exception):
     """A file in the dataset cannot be used; the text is the reason."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Picture:
     """One training image with what is said about it."""
 
@@ -1694,14 +1694,9 @@ class ImageFolder:
                     image.load()
                 if packed and unpack:
                     load_picture(path)
-        return Picture(
-            name=name,
-            path=path,
-            width=width,
-            height=height,
-            caption=compose_caption(self.captions.get(name, ""), self.trigger_words),
-            packed_bytes=path.stat().st_size if packed and not unpack else 0,
-        )
+            packed_bytes = path.stat().st_size if packed and not unpack else 0
+        caption = compose_caption(self.captions.get(name, ""), self.trigger_words)
+        return Picture(name, path, width, height, caption, packed_bytes)
 
     @contextlib.contextmanager
     def room_for(self, pixels: int) -> Iterator[None]:
@@ -3108,19 +3103,18 @@ class Shelf:
         from safetensors import SafetensorError
 
         found: dict[str, Tensors] = {}
-        damaged = 0
+        lost = 0
         for pack in sorted(section.glob("*.safetensors")) if section else ():
             phase.at(done or len(found))
             try:
                 found |= read_pack(pack, wanted - found.keys())
             except (OSError, SafetensorError, ValueError):
-                damaged += 1
+                lost += 1
                 with contextlib.suppress(OSError):  # Windows keeps what another run has mapped
                     pack.unlink()
-        if damaged:
-            message = f"{damaged} packs in {section} are damaged; what they held is made again"
-            data = {"folder": str(section), "things": damaged}
-            self.events.warn(WarningCode.CACHE_DAMAGED, message, **data)
+        if lost:
+            message = f"{lost} packs in {section} are damaged; what they held is made again"
+            self.events.warn(WarningCode.CACHE_DAMAGED, message, folder=str(section), things=lost)
         return found
 
     def pack(self, section: Path | None, loose: dict[str, Tensors], least_bytes: int = 1) -> None:
@@ -3136,12 +3130,11 @@ class Shelf:
         try:
             written = write_whole(place, save(tensors))
             place.replace(section / f"{written['sha256']}.safetensors")
+            loose.clear()
         except OSError as error:
             self.folder, reason = None, error.strerror or str(error)
             message = f"Nothing more is kept in cache_dir: {reason}"
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
-            return
-        loose.clear()
 
 
 def key_of(*what: object) -> str:
@@ -3174,9 +3167,8 @@ def load_picture(path: Path) -> Image.Image:
             # Pillow clips 16-bit grey to white instead of scaling it.
             picture = picture.convert("I").point(lambda value: value / 257).convert("L")
         if picture.has_transparency_data:
-            rgba = picture.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            picture = Image.alpha_composite(white, rgba)
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return picture.convert("RGB")
 
 
@@ -3265,12 +3257,9 @@ def encode_images(
                 raise TrainError.at(code, picture.name, "finite latents", bad)
             yield made
 
-    keys = [key_of(origin, p.digest, config.resolution, config.flip) for p in pictures]
-    kept = shelf.fill(origin, dict(zip(keys, pictures, strict=True)), encode, phase)
-    return tuple(
-        CachedImage(picture.name, picture.caption, **kept[key])
-        for key, picture in zip(keys, pictures, strict=True)
-    )
+    keys = {p.path: key_of(origin, p.digest, config.resolution, config.flip) for p in pictures}
+    kept = shelf.fill(origin, {keys[p.path]: p for p in pictures}, encode, phase)
+    return tuple(CachedImage(p.name, p.caption, **kept[keys[p.path]]) for p in pictures)
 
 
 def ahead(
@@ -4365,19 +4354,18 @@ def sample_latents(
     import torch
 
     base, side, both = models.base, config.resolution // models.vae_scale_factor, 2 * len(seeds)
-    chances = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (1, base.family.latent_channels, side, side)
-    latents = torch.cat([torch.randn(shape, generator=chance) for chance in chances])
-    latents = latents.to(models.device)
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    latents = torch.cat(drawn).to(models.device)
     solver = base.objective.solver(models.schedule, config.sample_steps, latents)
-    time_ids = torch.tensor([[config.resolution] * 2 + [0, 0] + [config.resolution] * 2] * both)
-    time_ids = time_ids.to(models.device, torch.float32)
+    whole = [config.resolution] * 2
+    time_ids = torch.tensor([[*whole, 0, 0, *whole]] * both).to(models.device, torch.float32)
     for time_step in solver.timesteps:
         stop.check()
         noisy = torch.cat([latents, latents])
         answer = models.predict(noisy, time_step.expand(both), pairs, time_ids).float()
-        plain, drawn = answer.chunk(2)
-        answer = plain + config.sample_guidance * (drawn - plain)
+        away, towards = answer.chunk(2)
+        answer = away + config.sample_guidance * (towards - away)
         (latents,) = solver.step(answer, time_step, latents, return_dict=False)
     return latents
 
@@ -4644,9 +4632,8 @@ def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
     """Draw the loss over the steps: the single values pale, their running mean strong."""
     from PIL import Image, ImageDraw, ImageFont
 
-    points = [(p.step, p.loss) for p in history if p.loss is not None and math.isfinite(p.loss)]
-    steps = [step for step, _ in points] or [1]
-    losses = [loss for _, loss in points] or [1.0]
+    points = {p.step: p.loss for p in history if p.loss is not None and math.isfinite(p.loss)}
+    steps, losses = list(points) or [1], list(points.values()) or [1.0]
     image = Image.new("RGB", (2400, 1200), "white")  # reduced in the end: the lines get smooth
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=32)
     draw.text((180, 28), "Training loss over steps", "black", font)
