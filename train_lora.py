@@ -1611,8 +1611,7 @@ class ImageFolder:
     def read_lines(self, name: str) -> None:
         """Read the captions of one metadata.jsonl; tell of bad lines together."""
         refused, first = 0, []
-        lines = io.BytesIO(self.read(name, METADATA_BYTES))
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(io.BytesIO(self.read(name, METADATA_BYTES)), start=1):
             self.stop.check()
             try:
                 if line.strip():
@@ -1744,7 +1743,7 @@ def scan_dataset(
     counts = Counter(f"{picture.width}x{picture.height}" for picture in own)
     facts = DatasetFacts(
         images=len(own),
-        skipped=sum(list(folder.images.values()).count(None) for folder in folders),
+        skipped=sum(len(folder.images) - len(folder.pictures) for folder in folders),
         captions_found=captions,
         captions_missing=len(own) - captions,
         resolutions=dict(counts.most_common(10)),
