@@ -1438,7 +1438,7 @@ class Picture:
     width: int  # pixels, as a viewer shows it
     height: int
     caption: str
-    packed_bytes: int = 0  # of a PNG whose pixels were not unpacked
+    packed_bytes: int = 0  # of a PNG, whose pixels a first look does not unpack
 
     @functools.cached_property
     def digest(self) -> list[object]:
@@ -1497,9 +1497,9 @@ def decode_caption(content: bytes) -> str:
     return text
 
 
-def choose_doubtful(pictures: Iterable[Picture]) -> Iterator[str]:
+def choose_doubtful(pictures: Iterable[Picture], left: float) -> Iterator[str]:
     """Choose what to unpack after all: first the files that are small for their pixels."""
-    left, packed = QUICK_PIXELS, [picture for picture in pictures if picture.packed_bytes]
+    packed = [picture for picture in pictures if picture.packed_bytes]
     for picture in sorted(packed, key=lambda p: p.packed_bytes / (p.width * p.height)):
         if picture.width * picture.height <= left:
             left -= picture.width * picture.height
@@ -1561,8 +1561,9 @@ class ImageFolder:
         images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
         self.images = dict.fromkeys(sorted(images, key=natural_key))
         self.read_captions()
-        self.inspect(list(self.images), unpack=thorough)
-        self.inspect(list(choose_doubtful(self.pictures)), unpack=True)
+        self.inspect("checking", list(self.images))
+        most_pixels = math.inf if thorough else QUICK_PIXELS
+        self.inspect("unpacking", list(choose_doubtful(self.pictures, most_pixels)))
 
     def find_files(self) -> None:
         """List the files, but for those of the other folders of this run."""
@@ -1653,23 +1654,27 @@ class ImageFolder:
             raise Unusable("file_name names no file")
         self.captions[image] = decode_caption(text.encode())
 
-    def inspect(self, names: Sequence[str], *, unpack: bool) -> None:
+    def inspect(self, verb: str, names: Sequence[str]) -> None:
         """Look at images in parallel, and leave out those that turn out unusable."""
-        phase = Phase("checking images", len(names), self.events, self.stop)
+        phase = Phase(f"{verb} images", len(names), self.events, self.stop)
         phase.at(0)
-        look = functools.partial(self.look, unpack=unpack)
-        looked = ahead(look, names, 4 + (os.cpu_count() or 1))
+        looked = ahead(self.look, names, 4 + (os.cpu_count() or 1))
         for done, (name, picture) in enumerate(looked, start=1):
             if done < len(names):
                 phase.at(done)
-            self.images[name] = None
+            usable = None
             with self.leaving_out(WarningCode.IMAGE_SKIPPED, name, "Skipped"):
-                self.images[name] = picture.result()
+                usable = picture.result()
+            self.images[name] = usable
 
-    def look(self, name: str, *, unpack: bool) -> Picture:
-        """Decode an image, a PNG only as far as is cheap unless all of it is to be unpacked."""
+    def look(self, name: str) -> Picture:
+        """Decode an image as far as is cheap; at a second look, do what training does first."""
         from PIL import Image
 
+        if picture := self.images[name]:
+            with self.room_for(picture.width * picture.height):
+                load_picture(picture.path)
+            return picture
         path = self.files[name]
         check_plain_file(path, self.root)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -1691,9 +1696,7 @@ class ImageFolder:
                 else:
                     image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
                     image.load()
-                if packed and unpack:
-                    load_picture(path)
-            packed_bytes = path.stat().st_size if packed and not unpack else 0
+            packed_bytes = path.stat().st_size if packed else 0
         caption = compose_caption(self.captions.get(name, ""), self.trigger_words)
         return Picture(name, path, width, height, caption, packed_bytes)
 
