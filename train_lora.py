@@ -1429,7 +1429,7 @@ class Unusable(Exception):
     """A file in the dataset cannot be used; the text is the reason."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Picture:
     """One training image with what is said about it."""
 
@@ -1438,7 +1438,7 @@ class Picture:
     width: int  # pixels, as a viewer shows it
     height: int
     caption: str
-    packed_bytes: int = 0  # of a PNG whose pixels were not unpacked
+    packed_bytes: int = 0  # of a PNG, whose pixels a first look does not unpack
 
     @functools.cached_property
     def digest(self) -> list[object]:
@@ -1497,9 +1497,9 @@ def decode_caption(content: bytes) -> str:
     return text
 
 
-def choose_doubtful(pictures: Iterable[Picture]) -> Iterator[str]:
+def choose_doubtful(pictures: Iterable[Picture], left: float) -> Iterator[str]:
     """Choose what to unpack after all: first the files that are small for their pixels."""
-    left, packed = QUICK_PIXELS, [picture for picture in pictures if picture.packed_bytes]
+    packed = [picture for picture in pictures if picture.packed_bytes]
     for picture in sorted(packed, key=lambda p: p.packed_bytes / (p.width * p.height)):
         if picture.width * picture.height <= left:
             left -= picture.width * picture.height
@@ -1561,8 +1561,9 @@ class ImageFolder:
         images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
         self.images = dict.fromkeys(sorted(images, key=natural_key))
         self.read_captions()
-        self.inspect(list(self.images), unpack=thorough)
-        self.inspect(list(choose_doubtful(self.pictures)), unpack=True)
+        self.inspect("checking", list(self.images))
+        most_pixels = math.inf if thorough else QUICK_PIXELS
+        self.inspect("unpacking", list(choose_doubtful(self.pictures, most_pixels)))
 
     def find_files(self) -> None:
         """List the files, but for those of the other folders of this run."""
@@ -1611,8 +1612,7 @@ class ImageFolder:
     def read_lines(self, name: str) -> None:
         """Read the captions of one metadata.jsonl; tell of bad lines together."""
         refused, first = 0, []
-        lines = io.BytesIO(self.read(name, METADATA_BYTES))
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(io.BytesIO(self.read(name, METADATA_BYTES)), start=1):
             self.stop.check()
             try:
                 if line.strip():
@@ -1654,23 +1654,27 @@ class ImageFolder:
             raise Unusable("file_name names no file")
         self.captions[image] = decode_caption(text.encode())
 
-    def inspect(self, names: Sequence[str], *, unpack: bool) -> None:
+    def inspect(self, verb: str, names: Sequence[str]) -> None:
         """Look at images in parallel, and leave out those that turn out unusable."""
-        phase = Phase("checking images", len(names), self.events, self.stop)
+        phase = Phase(f"{verb} images", len(names), self.events, self.stop)
         phase.at(0)
-        look = functools.partial(self.look, unpack=unpack)
-        looked = ahead(look, names, 4 + (os.cpu_count() or 1))
+        looked = ahead(self.look, names, 4 + (os.cpu_count() or 1))
         for done, (name, picture) in enumerate(looked, start=1):
             if done < len(names):
                 phase.at(done)
-            self.images[name] = None
+            usable = None
             with self.leaving_out(WarningCode.IMAGE_SKIPPED, name, "Skipped"):
-                self.images[name] = picture.result()
+                usable = picture.result()
+            self.images[name] = usable
 
-    def look(self, name: str, *, unpack: bool) -> Picture:
-        """Decode an image, a PNG only as far as is cheap unless all of it is to be unpacked."""
+    def look(self, name: str) -> Picture:
+        """Decode an image as far as is cheap; at a second look, do what training does first."""
         from PIL import Image
 
+        if picture := self.images[name]:
+            with self.room_for(picture.width * picture.height):
+                load_picture(picture.path)
+            return picture
         path = self.files[name]
         check_plain_file(path, self.root)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -1692,16 +1696,9 @@ class ImageFolder:
                 else:
                     image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
                     image.load()
-                if packed and unpack:
-                    load_picture(path)
-        return Picture(
-            name=name,
-            path=path,
-            width=width,
-            height=height,
-            caption=compose_caption(self.captions.get(name, ""), self.trigger_words),
-            packed_bytes=path.stat().st_size if packed and not unpack else 0,
-        )
+            packed_bytes = path.stat().st_size if packed else 0
+        caption = compose_caption(self.captions.get(name, ""), self.trigger_words)
+        return Picture(name, path, width, height, caption, packed_bytes)
 
     @contextlib.contextmanager
     def room_for(self, pixels: int) -> Iterator[None]:
@@ -1749,7 +1746,7 @@ def scan_dataset(
     counts = Counter(f"{picture.width}x{picture.height}" for picture in own)
     facts = DatasetFacts(
         images=len(own),
-        skipped=sum(list(folder.images.values()).count(None) for folder in folders),
+        skipped=sum(len(folder.images) - len(folder.pictures) for folder in folders),
         captions_found=captions,
         captions_missing=len(own) - captions,
         resolutions=dict(counts.most_common(10)),
@@ -2924,19 +2921,18 @@ class Shelf:
         from safetensors import SafetensorError
 
         found: dict[str, Tensors] = {}
-        damaged = 0
+        lost = 0
         for pack in sorted(section.glob("*.safetensors")) if section else ():
             phase.at(done or len(found))
             try:
                 found |= read_pack(pack, wanted - found.keys())
             except (OSError, SafetensorError, ValueError):
-                damaged += 1
+                lost += 1
                 with contextlib.suppress(OSError):  # Windows keeps what another run has mapped
                     pack.unlink()
-        if damaged:
-            message = f"{damaged} packs in {section} are damaged; what they held is made again"
-            data = {"folder": str(section), "things": damaged}
-            self.events.warn(WarningCode.CACHE_DAMAGED, message, **data)
+        if lost:
+            message = f"{lost} packs in {section} are damaged; what they held is made again"
+            self.events.warn(WarningCode.CACHE_DAMAGED, message, folder=str(section), things=lost)
         return found
 
     def pack(self, section: Path | None, loose: dict[str, Tensors], least_bytes: int = 1) -> None:
@@ -2952,12 +2948,11 @@ class Shelf:
         try:
             written = write_whole(place, save(tensors))
             place.replace(section / f"{written['sha256']}.safetensors")
+            loose.clear()
         except OSError as error:
             self.folder, reason = None, error.strerror or str(error)
             message = f"Nothing more is kept in cache_dir: {reason}"
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
-            return
-        loose.clear()
 
 
 def key_of(*what: object) -> str:
@@ -2990,9 +2985,8 @@ def load_picture(path: Path) -> Image.Image:
             # Pillow clips 16-bit grey to white instead of scaling it.
             picture = picture.convert("I").point(lambda value: value / 257).convert("L")
         if picture.has_transparency_data:
-            rgba = picture.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            picture = Image.alpha_composite(white, rgba)
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return picture.convert("RGB")
 
 
@@ -3081,12 +3075,9 @@ def encode_images(
                 raise TrainError.at(code, picture.name, "finite latents", bad)
             yield made
 
-    keys = [key_of(origin, p.digest, config.resolution, config.flip) for p in pictures]
-    kept = shelf.fill(origin, dict(zip(keys, pictures, strict=True)), encode, phase)
-    return tuple(
-        CachedImage(picture.name, picture.caption, **kept[key])
-        for key, picture in zip(keys, pictures, strict=True)
-    )
+    keys = {p.path: key_of(origin, p.digest, config.resolution, config.flip) for p in pictures}
+    kept = shelf.fill(origin, {keys[p.path]: p for p in pictures}, encode, phase)
+    return tuple(CachedImage(p.name, p.caption, **kept[keys[p.path]]) for p in pictures)
 
 
 def ahead(
@@ -4180,24 +4171,20 @@ def sample_latents(
     """Remove noise step by step, drawn towards the prompts and away from their opposite."""
     import torch
 
-    base, side, both = (
-        models.base,
-        config.resolution // models.base.vae_scale_factor,
-        2 * len(seeds),
-    )
-    chances = [torch.Generator().manual_seed(seed) for seed in seeds]
+    base, both = models.base, 2 * len(seeds)
+    side = config.resolution // base.vae_scale_factor
     shape = (1, base.family.latent_channels, side, side)
-    latents = torch.cat([torch.randn(shape, generator=chance) for chance in chances])
-    latents = latents.to(models.device)
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    latents = torch.cat(drawn).to(models.device)
     solver = base.objective.solver(models.schedule, config.sample_steps, latents)
-    time_ids = torch.tensor([[config.resolution] * 2 + [0, 0] + [config.resolution] * 2] * both)
-    time_ids = time_ids.to(models.device, torch.float32)
+    whole = [config.resolution] * 2
+    time_ids = torch.tensor([[*whole, 0, 0, *whole]] * both).to(models.device, torch.float32)
     for time_step in solver.timesteps:
         stop.check()
         noisy = torch.cat([latents, latents])
         answer = models.predict(noisy, time_step.expand(both), pairs, time_ids).float()
-        plain, drawn = answer.chunk(2)
-        answer = plain + config.sample_guidance * (drawn - plain)
+        away, towards = answer.chunk(2)
+        answer = away + config.sample_guidance * (towards - away)
         (latents,) = solver.step(answer, time_step, latents, return_dict=False)
     return latents
 
@@ -4464,9 +4451,8 @@ def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
     """Draw the loss over the steps: the single values pale, their running mean strong."""
     from PIL import Image, ImageDraw, ImageFont
 
-    points = [(p.step, p.loss) for p in history if p.loss is not None and math.isfinite(p.loss)]
-    steps = [step for step, _ in points] or [1]
-    losses = [loss for _, loss in points] or [1.0]
+    points = {p.step: p.loss for p in history if p.loss is not None and math.isfinite(p.loss)}
+    steps, losses = list(points) or [1], list(points.values()) or [1.0]
     image = Image.new("RGB", (2400, 1200), "white")  # reduced in the end: the lines get smooth
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=32)
     draw.text((180, 28), "Training loss over steps", "black", font)

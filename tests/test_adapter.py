@@ -213,6 +213,7 @@ def test_a_short_window_follows_the_mean_of_its_own_images(ground: Path) -> None
     shape: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0}
     ready = prepare(tiny_config(ground, epochs=1, **shape))
     ready.cache = replace(ready.cache, images=ready.cache.images[:5])
+    ready.order = ImageOrder(ready.config, 5)
     wake(ready)
     ready.state.step = 1
     before = snapshot(ready)
