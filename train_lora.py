@@ -4838,97 +4838,78 @@ NUMBER_BYTES = {"nf4": 0.5625, "int8": 1.0, "fp16": 2.0, "bf16": 2.0, "fp32": 4.
 DROPOUT_KEEPS, INT8_KEEPS = 1.35, 1.2
 
 
-def run_bytes(config: TrainingConfig, device: DeviceFacts) -> float:
-    """Tell the size of a number in the precision of the run."""
-    return 4.0 if device.kind != "cuda" or config.mixed_precision == "no" else 2.0
-
-
-def activation_bytes(
-    config: TrainingConfig, structure: Structure, number_bytes: float, *, checkpointing: bool
-) -> int:
-    """Foresee what is kept of a batch between the way there and the way back."""
-    run = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
-    if config.base_precision not in ("auto", run, *QUANTISED):  # autocast widens what norms see
-        number_bytes = 4
-    family, side = structure.family, config.resolution // structure.vae_scale_factor
-    kept = family.kept_per_latent_checkpointed if checkpointing else family.kept_per_latent
-    kept *= DROPOUT_KEEPS if config.lora_dropout else 1
-    kept *= INT8_KEEPS if config.base_precision == "int8" else 1
-    numbers = kept * side**2 * structure.numbers(family.denoiser) / structure.width
-    if config.train_text_encoder:
-        linear = [s for n, s in structure.text_shapes.items() if len(s) == 2 and "embed" not in n]
-        numbers += structure.tokens * sum(map(sum, linear))
-    return math.ceil(config.batch_size * number_bytes * numbers)
-
-
-def denoiser_bytes(config: TrainingConfig, structure: Structure, device: DeviceFacts) -> int:
-    """Tell the size of the frozen denoiser."""
-    run, base = run_bytes(config, device), config.base_precision
-    if base == "auto" or device.kind != "cuda":
-        return round(run * structure.numbers(structure.family.denoiser))
-    if base not in QUANTISED:  # where it is not the run's, there is a copy in the run's as well
-        width = NUMBER_BYTES[base] + (0 if NUMBER_BYTES[base] == run else run)
-        return round(width * structure.numbers(structure.family.denoiser))
-    packed = sum(math.prod(shape) for shape in structure.shapes.values() if len(shape) == 2)
-    return round(
-        NUMBER_BYTES[base] * packed + run * (structure.numbers(structure.family.denoiser) - packed)
-    )
-
-
-def exceeds(needed: int, free: int | None, slack: float = 1.0) -> bool:
-    """Tell whether there is too little memory; what is not known is no obstacle."""
-    return free is not None and needed > slack * free
-
-
-def cached_bytes(config: TrainingConfig, structure: Structure) -> int:
-    """Tell what is kept of one image and its caption."""
-    channels = structure.family.latent_channels
-    latents = channels * (config.resolution // structure.vae_scale_factor) ** 2
-    return 4 * ((1 + config.flip) * 2 * latents + structure.tokens * structure.text_width)
-
-
-def widest_map(structure: Structure, side: int) -> int:
-    """Tell the size of the VAE's widest map of a picture, in full precision."""
-    return 4 * structure.vae_width * side**2
-
-
-def lasting_bytes(
-    config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
-) -> dict[str, int]:
-    """Add up what is there before the first update, and then stays."""
-    number_bytes, learns = run_bytes(config, device), config.train_text_encoder
-    text = sum(map(math.prod, structure.text_shapes.values()))
-    encoding = round(ENCODE_MAPS * widest_map(structure, config.resolution))
-    return {
-        "process": 0 if device.kind == "cuda" else LIBRARIES_BYTES,
-        "encoders": encoding if learns else max(4 * text, encoding),  # these go
-        "denoiser": denoiser_bytes(config, structure, device),
-        "learned_text": round(number_bytes * text) if learns else 0,
-        # With its gradients, the optimizer's moments, and a copy where the run is in half.
-        "adapter": (16 if number_bytes == 4 else 20) * adapter_numbers(config, structure),
-        "vae": 4
-        * structure.numbers(structure.family.vae),  # waits in main memory for the next picture
-        # What is read from a file can be read again.
-        "cache": 0 if config.cache_dir else images * cached_bytes(config, structure),
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MemoryPlan:
-    """What a run will hold, and what follows from it."""
+    """What a run holds if it is made in one of the possible ways."""
 
-    parts: dict[str, int]  # bytes by what they hold
-    on_card: bool  # elsewhere all is one memory, and what activations had stays with the process
-    free: int | None
-    main_free: int | None  # where images and captions lie
+    config: TrainingConfig
+    structure: Structure
+    images: int
+    device: DeviceFacts
     checkpointing: bool
     tiling: bool  # previews are decoded in pieces
-    previews_at_once: int
+
+    @classmethod
+    def make(
+        cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
+    ) -> MemoryPlan:
+        """Choose the fastest way that fits; where none does, the one that needs least."""
+        ways = [False] if config.gradient_checkpointing is not True else []
+        ways += [True] if config.may_checkpoint else []
+        plans = [
+            cls(config, structure, images, device, checkpointing, tiling)
+            for checkpointing, tiling in itertools.product(ways, (False, True))
+        ]
+        return next((plan for plan in plans if plan.fits), plans[-1])
 
     @property
-    def main(self) -> int:
-        """Tell what waits in main memory beside a card."""
-        return self.parts["vae"] + self.parts["cache"] if self.on_card else 0
+    def on_card(self) -> bool:
+        """Tell a card; elsewhere all is one memory, and the process keeps what activations had."""
+        return self.device.kind == "cuda"
+
+    @functools.cached_property
+    def parts(self) -> dict[str, int]:
+        """Add up bytes by what they hold."""
+        config, structure, family = self.config, self.structure, self.structure.family
+        asked = config.mixed_precision if self.on_card else "no"
+        run = {"no": "fp32", "auto": "bf16"}.get(asked, asked)
+        base = config.base_precision if self.on_card else "auto"
+        mixes = base not in ("auto", run, *QUANTISED)  # autocast widens what norms see
+        text = sum(map(math.prod, structure.text_shapes.values()))
+        learned_text = text if config.train_text_encoder else 0
+        widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
+        encode = ENCODE_MAPS * widest * config.resolution**2
+        drawn = min(TILE_PIXELS, config.resolution) if self.tiling else config.resolution
+        latents = family.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
+        cached = (1 + config.flip) * 2 * latents + structure.tokens * structure.text_width
+        sizes = {
+            "process": 0 if self.on_card else LIBRARIES_BYTES,
+            "encoders": max(4 * (text - learned_text), encode),  # these go
+            "denoiser": denoiser_bytes(structure, base, run),
+            "learned_text": NUMBER_BYTES[run] * learned_text,
+            # With its gradients, the optimizer's moments, and a copy where the run is in half.
+            "adapter": (16 if run == "fp32" else 20) * adapter_numbers(config, structure),
+            "vae": 4 * structure.numbers(family.vae),  # waits in main memory for the next picture
+            # What is read from a file can be read again.
+            "cache": 0 if config.cache_dir else 4 * self.images * cached,
+            "activations": (4 if mixes else NUMBER_BYTES[run]) * self._kept_numbers(),
+            "preview": DECODE_MAPS * widest * drawn**2,
+        }
+        return {name: math.ceil(size) for name, size in sizes.items()}
+
+    def _kept_numbers(self) -> float:
+        """Foresee what is kept of a batch between the way there and the way back."""
+        config, structure, family = self.config, self.structure, self.structure.family
+        kept = family.kept_per_latent_checkpointed if self.checkpointing else family.kept_per_latent
+        kept *= DROPOUT_KEEPS if config.lora_dropout else 1
+        kept *= INT8_KEEPS if config.base_precision == "int8" else 1
+        side = config.resolution // structure.vae_scale_factor
+        kept *= side**2 * structure.numbers(family.denoiser) / structure.width
+        if config.train_text_encoder:
+            texts = structure.text_shapes.items()
+            linear = [shape for name, shape in texts if len(shape) == 2 and "embed" not in name]
+            kept += structure.tokens * sum(map(sum, linear))
+        return config.batch_size * kept
 
     @property
     def phases(self) -> dict[str, int]:
@@ -4939,73 +4920,59 @@ class MemoryPlan:
         return {
             "encoding": waits + part["vae"] + part["encoders"],
             "loading": loaded,
-            "training": loaded + part["activations"],
             "previews": loaded + part["preview"] + part["vae" if card else "activations"],
+            "training": loaded + part["activations"],
         }
 
     def peak_until(self, phase: str) -> int:
         """Tell the most that is held up to the end of a phase; training includes previews."""
-        needs = list(self.phases.values())
-        return max(needs[: {"encoding": 1, "loading": 2}.get(phase, len(needs))])
+        names = list(self.phases)
+        return max(self.phases[name] for name in names[: names.index(phase) + 1])
+
+    @property
+    def main(self) -> int:
+        """Tell what waits in main memory beside a card."""
+        return self.parts["vae"] + self.parts["cache"] if self.on_card else 0
+
+    @property
+    def free(self) -> int | None:
+        """Tell what a run may take of the memory that training happens in."""
+        free = self.device.memory_free_bytes
+        return free - CONTEXT_BYTES if self.on_card and free is not None else free
 
     @property
     def fits(self) -> bool:
-        """Tell whether it can be hoped for."""
-        return not exceeds(self.peak_until("training"), self.free)
+        """Tell whether it can be hoped for; what is not known is no obstacle."""
+        return self.free is None or self.peak_until("training") <= self.free
 
     @property
     def shortage(self) -> str | None:
         """Say what is missing even if the plan is too large and no preview is drawn."""
         needed = max(self.phases["encoding"], self.phases["training"])
-        rooms = ("memory", needed, self.free), ("main memory", self.main, self.main_free)
+        rooms = ("memory", needed, self.free), ("main memory", self.main, free_memory())
         for kind, needs, free in rooms:
-            if exceeds(needs, free, SLACK):
+            if free is not None and needs > SLACK * free:
                 return f"The run needs {needs:,} bytes of {kind}; {free:,} are free"
         return None
 
-    @classmethod
-    def make(
-        cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
-    ) -> MemoryPlan:
-        """Choose the fastest way that fits; where none does, the one that needs least."""
-        parts, on_card = lasting_bytes(config, structure, images, device), device.kind == "cuda"
-        free, width = device.memory_free_bytes, run_bytes(config, device)
-        kept, least = (
-            activation_bytes(config, structure, width, checkpointing=on) for on in (False, True)
-        )
-        sides = config.resolution, min(TILE_PIXELS, config.resolution)
-        whole, pieces = (round(DECODE_MAPS * widest_map(structure, side)) for side in sides)
-        ways = [(False, kept)] if config.gradient_checkpointing is not True else []
-        ways += [(True, least)] if config.may_checkpoint else []
-        plans = [
-            cls(
-                parts=parts | {"activations": active, "preview": preview},
-                on_card=on_card,
-                free=free - CONTEXT_BYTES if on_card and free is not None else free,
-                main_free=free_memory(),
-                checkpointing=checkpointing,
-                tiling=tiling,
-                # With and without its prompt, one takes no more than two images of a batch.
-                previews_at_once=max(1, config.batch_size * active // (2 * least))
-                if on_card
-                else 1,
-            )
-            for checkpointing, active in ways
-            for tiling, preview in ((False, whole), (True, pieces))
-        ]
-        return next((plan for plan in plans if plan.fits), plans[-1])
+    @property
+    def previews_at_once(self) -> int:
+        """Count the prompts that a batch has room for; with its opposite, one is two images."""
+        least = dataclasses.replace(self, checkpointing=True).parts["activations"]
+        fitting = self.config.batch_size * self.parts["activations"] // (2 * least)
+        return max(1, fitting) if self.on_card else 1
 
     def facts(self) -> MemoryFacts:
         """Tell what was chosen, and why."""
-        room = "unknown" if self.free is None else f"{self.free:,} bytes are free"
-        planned = self.peak_until("training")
+        planned, free = self.peak_until("training"), self.free
+        room = "unknown" if free is None else f"{free:,} bytes are free"
         chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
         return MemoryFacts(
             phase="planning",
             in_use_bytes=None,
             peak_bytes=None,
             planned_bytes=planned,
-            free_bytes=self.free,
+            free_bytes=free,
             parts=self.parts,
             choices={
                 knob: f"{'on' if on else 'off'}: {planned:,} bytes planned, {room}"
@@ -5013,70 +4980,78 @@ class MemoryPlan:
             },
         )
 
+    def remedies(self, phase: str = "training") -> list[Problem]:
+        """Rank what would help where memory is short: what makes it fit, then what saves most."""
+        config, phase = self.config, phase if phase in self.phases else "training"
+        offers: Record = {
+            "gradient_checkpointing": True if config.base_precision != "int8" else "auto",
+            "batch_size": max(1, config.batch_size // 2),
+            "resolution": min(512, config.resolution),
+            "train_text_encoder": False,
+            "lora_rank": min(16, config.lora_rank),
+            "cache_dir": config.cache_dir or "a folder",
+            **({"base_precision": "nf4"} if self.on_card else {}),
+        }
+        found = []
+        for knob, better in offers.items():
+            changed = dataclasses.replace(config, **{knob: better})
+            other = self.make(changed, self.structure, self.images, self.device)
+            saved = self.phases[phase] + self.main - other.phases[phase] - other.main
+            if saved > 0:
+                hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
+                problem = Problem(knob, show(better), show(config.value(knob)), hint)
+                helps = other.fits and not other.shortage
+                found.append((not helps, -saved, knob, problem))
+        return [problem for *_, problem in sorted(found)]
 
-def remedies(
-    config: TrainingConfig, planned: Callable[[TrainingConfig], MemoryPlan], phase: str = "training"
-) -> list[Problem]:
-    """Rank what would help where memory is short: what makes it fit, then what saves most."""
-    plan, found = planned(config), []
-    offers: Record = {
-        "gradient_checkpointing": True if config.base_precision != "int8" else "auto",
-        "batch_size": max(1, config.batch_size // 2),
-        "resolution": min(512, config.resolution),
-        "train_text_encoder": False,
-        "lora_rank": min(16, config.lora_rank),
-        "cache_dir": config.cache_dir or "a folder",
-        **({"base_precision": "nf4"} if plan.on_card else {}),
-    }
-    for knob, better in offers.items():
-        other = planned(dataclasses.replace(config, **{knob: better}))
-        saved = plan.phases[phase] + plan.main - other.phases[phase] - other.main
-        if better != config.value(knob) and saved > 0:
-            hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
-            value = show(config.value(knob))
-            problem = Problem(path=knob, expected=show(better), found=value, hint=hint)
-            helps = other.fits and not other.shortage
-            found.append((not helps, -saved, knob, problem))
-    return [problem for *_, problem in sorted(found, key=lambda entry: entry[:3])]
+
+def denoiser_bytes(structure: Structure, base: str, run: str) -> float:
+    """Tell the size of the frozen denoiser, and of the copy that is made of another precision."""
+    numbers, width = structure.numbers(structure.family.denoiser), NUMBER_BYTES[run]
+    if base in ("auto", run):
+        return width * numbers
+    if base not in QUANTISED:
+        return (width + NUMBER_BYTES[base]) * numbers
+    packed = sum(math.prod(shape) for shape in structure.shapes.values() if len(shape) == 2)
+    return width * (numbers - packed) + NUMBER_BYTES[base] * packed
 
 
 # === Preflight ===============================================================
 
 
-@contextlib.contextmanager
-def collecting(errors: list[TrainError]) -> Iterator[None]:
-    """Note an error and go on, so that the next check is made too."""
-    try:
-        yield
-    except TrainError as error:
-        errors.append(error)
-
-
 def check_paths(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
-    """Look at the three places the config names and list all that is wrong with them at once."""
-    errors: list[TrainError] = []
-    for knob in ("dataset_path", "regularization_path"):
-        if folder := config.value(knob):
-            with collecting(errors):
-                check_dataset_folder(folder, knob)
-    with collecting(errors):
-        check_output(config.output_path)
-    with collecting(errors):
-        check_extras(config)
-    with collecting(errors):
-        model = inspect_model(config)
+    """Look at the places the config names and list all that is wrong with them at once."""
+    checks: tuple[Callable[[], Any], ...] = (
+        lambda: check_images(config.dataset_path, "dataset_path"),
+        lambda: check_images(config.regularization_path, "regularization_path"),
+        lambda: check_output(config.output_path),
+        lambda: check_extras(config),
+        lambda: inspect_model(config),
+    )
+    model, errors = None, list[TrainError]()
+    for check in checks:
+        try:
+            model = check()
+        except TrainError as error:
+            errors.append(error)
     if errors:
         problems = [problem for error in errors for problem in error.problems]
         raise TrainError.listing(errors[0].code, problems)
     return model
 
 
-def check_package(package: str, knob: str) -> None:
-    """Look for a package that only some configs need."""
-    if not importlib.util.find_spec(package):
-        name = package.replace("_", "-")
-        expected, hint = f"the package {name}", f"Run: pip install {name}"
-        raise TrainError.at(ErrorCode.PACKAGE_MISSING, knob, expected, "none", hint)
+def check_images(folder: Path | None, knob: str) -> None:
+    """Refuse a folder of images that is none or may not be read."""
+    if not folder:
+        return
+    try:
+        if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK):
+            return
+        kind = "is no readable folder" if folder.exists() else "does not exist"
+        found = f"{folder}, which {kind}"
+    except OSError as error:
+        found = str(error)
+    raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, "a folder with images", found)
 
 
 def check_extras(config: TrainingConfig) -> None:
@@ -5091,17 +5066,12 @@ def check_extras(config: TrainingConfig) -> None:
         find_vae(config.vae)
 
 
-def check_dataset_folder(path: Path, knob: str) -> None:
-    """Refuse a folder of images that is none or may not be read."""
-    try:
-        if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
-            return
-        kind = "is no readable folder" if path.exists() else "does not exist"
-        found = f"{path}, which {kind}"
-    except OSError as error:
-        found = str(error)
-    expected = "a folder with images"
-    raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, expected, found)
+def check_package(package: str, knob: str) -> None:
+    """Look for a package that only some configs need."""
+    if not importlib.util.find_spec(package):
+        name = package.replace("_", "-")
+        expected, hint = f"the package {name}", f"Run: pip install {name}"
+        raise TrainError.at(ErrorCode.PACKAGE_MISSING, knob, expected, "none", hint)
 
 
 def adapter_numbers(config: TrainingConfig, structure: Structure) -> int:
@@ -5130,19 +5100,17 @@ def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Preflight:
     """Everything that is known before the first weight is loaded."""
 
-    dataset: Dataset
+    config: TrainingConfig
     model: ModelFacts
+    structure: Structure | None  # None while the model is not downloaded
+    dataset: Dataset
     total_steps: int
     disk_needed_bytes: int | None
     disk_free_bytes: int
-    structure: Structure | None
-    # None until the device is looked at, and while the model is not downloaded.
-    memory: MemoryPlan | None = None
-    planned: Callable[[TrainingConfig], MemoryPlan] | None = None  # with other choices
 
     @classmethod
     def make(
@@ -5158,58 +5126,35 @@ class Preflight:
         report_model(config, facts, events)
         # Who goes on has decoded every image before, and none may have changed.
         dataset = scan_dataset(config, events, stop, thorough=done == 0)
-        images, regularization = len(dataset.pictures), dataset.regularization_images
-        total_steps = config.total_steps(images, regularization)
+        total_steps = config.total_steps(len(dataset.pictures), dataset.regularization_images)
         needed = disk_needed(config, structure, total_steps - (done or 0)) if structure else None
         free = shutil.disk_usage(nearest_folder(config.output_path)).free
-        return cls(
-            dataset=dataset,
-            model=facts,
-            total_steps=total_steps,
-            disk_needed_bytes=needed,
-            disk_free_bytes=free,
-            structure=structure,
-        )
+        return cls(config, facts, structure, dataset, total_steps, needed, free)
 
-    def on(self, device: DeviceFacts, config: TrainingConfig, events: Emitter) -> Preflight:
+    def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
         """Look at the device, plan what will lie there, and refuse a run that has no room."""
         events.info(device)
-        check_base_precision(config, device)
-        plan, structure, images = self, self.structure, len(self.dataset.pictures)
-        if structure:
-
-            def planned(config: TrainingConfig) -> MemoryPlan:
-                return MemoryPlan.make(config, structure, images, device)
-
-            plan = dataclasses.replace(self, memory=planned(config), planned=planned)
-            events.info(planned(config).facts())
-        plan.check_room(config)
+        check_base_precision(self.config, device)
+        plan, needed, free = None, self.disk_needed_bytes, self.disk_free_bytes
+        if self.structure:
+            images = len(self.dataset.pictures)
+            plan = MemoryPlan.make(self.config, self.structure, images, device)
+            events.info(plan.facts())
+        if needed is not None and needed > free:
+            expected, found = f"{needed:,} bytes free", f"{free:,}"
+            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, found)
+        if plan and plan.shortage:
+            raise TrainError(ErrorCode.OUT_OF_MEMORY, plan.shortage, plan.remedies())
         return plan
 
-    def check_room(self, config: TrainingConfig) -> None:
-        """Refuse a run that would end on a full disk, or for want of memory."""
-        needed, free = self.disk_needed_bytes, self.disk_free_bytes
-        if needed is not None and needed > free:
-            expected = f"{needed:,} bytes free"
-            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, f"{free:,}")
-        if self.memory and (message := self.memory.shortage):
-            raise TrainError(ErrorCode.OUT_OF_MEMORY, message, self.remedies(config))
-
-    def remedies(self, config: TrainingConfig, phase: str = "training") -> list[Problem]:
-        """Rank what would help when memory is short."""
-        phase = phase if phase in ("encoding", "loading") else "training"
-        return remedies(config, self.planned, phase) if self.planned else []
-
-    def report(
-        self, config: TrainingConfig, device: DeviceFacts, warnings_given: Mapping[str, int]
-    ) -> ValidFacts:
+    def report(self, device: DeviceFacts, warnings_given: Mapping[str, int]) -> ValidFacts:
         """Sum everything up for the last line of --validate-only."""
+        config, dataset = self.config, self.dataset
+        images, regularization = len(dataset.pictures), dataset.regularization_images
         return ValidFacts(
-            **vars(self.dataset.facts),
+            **vars(dataset.facts),
             effective_batch=config.effective_batch,
-            steps_per_epoch=config.steps_per_epoch(
-                len(self.dataset.pictures), self.dataset.regularization_images
-            ),
+            steps_per_epoch=config.steps_per_epoch(images, regularization),
             total_steps=self.total_steps,
             family=self.model.family,
             device=device.kind,
@@ -5217,18 +5162,6 @@ class Preflight:
             disk_free_bytes=self.disk_free_bytes,
             warnings=dict(warnings_given),
         )
-
-
-def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
-    """Refuse a precision that the device cannot hold weights in."""
-    if config.base_precision not in QUANTISED:
-        return
-    if device.kind != "cuda":
-        expected, hint = "a CUDA device for it", "Set base_precision to auto."
-        found = f"{config.base_precision} on {device.kind}"
-        code = ErrorCode.DEVICE_UNAVAILABLE
-        raise TrainError.at(code, "base_precision", expected, found, hint)
-    check_package("bitsandbytes", "base_precision")
 
 
 def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> None:
@@ -5253,6 +5186,17 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
         message = f"resolution {config.resolution} is far from the base model's {native}"
         data = {"resolution": config.resolution, "native_resolution": native}
         events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **data)
+
+
+def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
+    """Refuse a precision that the device cannot hold weights in."""
+    precision = config.base_precision
+    if precision in QUANTISED:
+        if device.kind != "cuda":
+            code, found = ErrorCode.DEVICE_UNAVAILABLE, f"{precision} on {device.kind}"
+            hint = "Set base_precision to auto."
+            raise TrainError.at(code, "base_precision", "a CUDA device for it", found, hint)
+        check_package("bitsandbytes", "base_precision")
 
 
 # === Training ================================================================
@@ -5718,19 +5662,20 @@ class LoRATrainer:
         self.phase = "starting"
         self.device: torch.device | None = None
         self.plan: Preflight | None = None
+        self.memory: MemoryPlan | None = None
 
     def validate(self) -> ValidFacts:
         """Check all that can be checked without loading a model, and write nothing."""
         with reporting(self.events):
             model = check_paths(self.config)
             self._start(0)
-            preflight = Preflight.make(self.config, model, self.events, self.stop)
+            plan = Preflight.make(self.config, model, self.events, self.stop)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
-            preflight = preflight.on(device, self.config, self.events)
+            plan.on(device, self.events)
             check_copies(self.config)
             self.stop.check()
-            report = preflight.report(self.config, device, self.events.warnings)
+            report = plan.report(device, self.events.warnings)
             self.events.info(report)
         return report
 
@@ -5824,7 +5769,7 @@ class LoRATrainer:
         peak = peak_memory(self.device) if self.device else None
         said = str(error).splitlines()[0]
         message = f"Out of memory while {self.phase}, {peak or 0:,} bytes in use at most: {said}"
-        offers = self.plan.remedies(self.config, self.phase) if self.plan else []
+        offers = self.memory.remedies(self.phase) if self.memory else []
         return TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
 
     def _load(self, base: BaseModel) -> Models:
@@ -5835,7 +5780,7 @@ class LoRATrainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # what asks for no device by name gets this one
         facts = device_facts(self.device)
-        self.plan = self.plan and self.plan.on(facts, self.config, self.events)
+        self.memory = self.plan.on(facts, self.events) if self.plan else None
         dtype = choose_precision(self.config, self.device, self.events)
         if self.device.type == "cuda" and dtype != torch.float32:
             # TF32: exacter than the rest of such a run, and far faster than full precision.
@@ -5876,11 +5821,6 @@ class LoRATrainer:
         self.events.info(
             MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak, planned_bytes=planned)
         )
-
-    @property
-    def memory(self) -> MemoryPlan | None:
-        """Recall what was planned."""
-        return self.plan.memory if self.plan else None
 
     def _adapt(self, models: Models, facts: ModelFacts) -> Learner:
         """Load the denoiser and put the adapters in."""
