@@ -4729,16 +4729,6 @@ def memory_in_use(device: torch.device) -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_full(device: torch.device) -> bool:
-    """Tell whether a card's memory is taken to the last bit, by whomever."""
-    import torch
-
-    if device.type != "cuda":
-        return False
-    free, total = torch.cuda.mem_get_info(device)
-    return free < SPILL_SHARE * total
-
-
 def peak_memory(device: torch.device) -> int | None:
     """Tell the most memory that was ever in use."""
     import torch
@@ -5210,68 +5200,34 @@ SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 time
 SPILL_SHARE = 0.03  # of a card's memory; what is free once it is full
 
 
-@dataclass(frozen=True)
-class Computed:
-    """What an update left on the device, to be read when somebody wants to know."""
-
-    step: int
-    learning_rate: float
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    scaled: bool  # fp16's scaler tries larger factors until a gradient overflows
-
-
-@dataclass
-class Pace:
-    """The speed from one progress line to the next, and the best there was."""
-
-    best: float = math.inf
-    latest: float = 0.0
-    slow_lines: int = 0  # in a row
-    seconds: float = 0.0
-    steps: int = 0
-
-    def slowed(self, seconds: float, steps: int) -> bool:
-        """Note the clock of a progress line; tell whether the speed fell, and stayed low."""
-        made = steps - self.steps
-        if made > 0:
-            self.latest = (seconds - self.seconds) / made
-            self.seconds, self.steps, self.best = seconds, steps, min(self.best, self.latest)
-            slow = self.latest > SPILL_FACTOR * self.best
-            self.slow_lines = self.slow_lines + 1 if slow else 0
-        return self.slow_lines > 1
-
-
 @dataclass
 class TrainState:
     """Everything that the loop changes, beside the learner's numbers."""
 
     step: int = 0
     history: list[LossPoint] = field(default_factory=list)
-    unread: list[Computed] = field(default_factory=list)
-    bad_in_a_row: int = 0
-    overflows: int = 0  # in a row
+    # Loss and norm of each update since, on the device until somebody wants to know.
+    unread: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     reported: int = 0  # rows of the history that progress lines have summed up
     loss: float | None = None  # mean of the last progress line
     # A clock that stands still during previews and saving, and left out the first update.
     first_step: int = 1
     busy_seconds: float = 0.0
-    timed_steps: int = 0
+    marks: list[tuple[float, int]] = field(default_factory=list)  # it, at every progress line
+    spilled: bool = False
     preview_seconds: float = 0.0  # of the last round
     checkpoint_seconds: float = 0.0
-    pace: Pace = field(default_factory=Pace)
-    spilled: bool = False
 
     @property
     def seconds_per_step(self) -> float | None:
         """Tell the speed, once there is one."""
-        return self.busy_seconds / self.timed_steps if self.timed_steps else None
+        timed = self.step - self.first_step
+        return self.busy_seconds / timed if timed > 0 else None
 
     def to_json(self) -> Record:
         """Write down what a later start goes on with; speed is no part of it."""
         rows = [[p.step, p.loss, p.learning_rate, p.grad_norm] for p in self.history]
-        names = ("bad_in_a_row", "reported", "loss")
-        return {**{name: vars(self)[name] for name in names}, "history": plain(rows)}
+        return {"reported": self.reported, "loss": self.loss, "history": plain(rows)}
 
     def recall(self, record: Record) -> None:
         """Go on with what an earlier start wrote down; nonsense raises what converting raises."""
@@ -5283,8 +5239,7 @@ class TrainState:
             LossPoint(int(step), number(loss), float(learning_rate), number(norm))
             for step, loss, learning_rate, norm in record["history"]
         ]
-        self.bad_in_a_row, self.reported = int(record["bad_in_a_row"]), int(record["reported"])
-        self.loss = number(record["loss"])
+        self.reported, self.loss = int(record["reported"]), number(record["loss"])
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -5329,16 +5284,14 @@ class Run:
     def update(self) -> None:
         """Make one update from one window of images."""
         config, step, began = self.config, self.state.step + 1, time.monotonic()
-        loss, factor = self.collect_gradient(step), rate(config, step, self.total_steps)
+        loss = self.collect_gradient(step)
         with self.lock:
             self.torn = True
-            norm, scaled = self.learner.step(factor), self.learner.scaler.is_enabled()
-            learning_rate = config.learning_rate * factor
-            self.state.unread.append(Computed(step, learning_rate, loss, norm, scaled))
+            norm = self.learner.step(rate(config, step, self.total_steps))
+            self.state.unread.append((loss, norm))
             self.state.step, self.torn = step, False
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
-            self.state.timed_steps += 1
 
     def collect_gradient(self, step: int) -> torch.Tensor:
         """Go there and back; where memory runs out, once more with gradient checkpointing."""
@@ -5390,7 +5343,7 @@ class Run:
         began = time.monotonic()
         self.read()
         self.check_loss()
-        if state.timed_steps:
+        if state.step > state.first_step:
             state.busy_seconds += time.monotonic() - began
         if not wanted:
             return
@@ -5431,44 +5384,53 @@ class Run:
 
     def watch_pace(self) -> None:
         """Tell once that the driver swaps a card's memory, from the first update on or later."""
+        import torch
+
         state, device = self.state, self.models.device
-        slowed = state.pace.slowed(state.busy_seconds, state.timed_steps)
+        if device.type != "cuda" or state.spilled:
+            return
+        state.marks.append((state.busy_seconds, state.step))
+        if len(state.marks) < 2:
+            return
+        paces = [
+            (later - sooner) / (after - before)
+            for (sooner, before), (later, after) in itertools.pairwise(state.marks)
+        ]
+        free, total = torch.cuda.mem_get_info(device)
         # Some drivers give what was not free, and take it from main memory.
-        beyond = (memory_in_use(device) or 0) > (self.free_bytes or math.inf)
-        if (slowed or beyond) and not state.spilled and memory_full(device):
+        beyond = torch.cuda.memory_reserved(device) > (self.free_bytes or math.inf)
+        slowed = min(paces[-2:]) > SPILL_FACTOR * min(paces)  # the last two lines, both
+        if (slowed or beyond) and free < SPILL_SHARE * total:
             state.spilled = True
-            message = f"Updates take {state.pace.latest:.2f} s while the card's memory is full"
-            data = {
-                "step": state.step,
-                "seconds_per_step": state.pace.latest,
-                "best_seconds_per_step": state.pace.best,
-            }
-            self.events.warn(WarningCode.MEMORY_SPILLED, message, **data)
+            message = f"Updates take {paces[-1]:.2f} s while the card's memory is full"
+            told = {"seconds_per_step": paces[-1], "best_seconds_per_step": min(paces)}
+            self.events.warn(WarningCode.MEMORY_SPILLED, message, step=state.step, **told)
 
     def read(self) -> None:
         """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
         import torch
 
-        state = self.state
+        config, state, scales = self.config, self.state, self.learner.scaler.is_enabled()
         with self.lock:
-            values = [torch.stack([c.loss, c.grad_norm]) for c in state.unread]
-            numbers = torch.stack(values).tolist() if values else []
-            unread, state.unread = state.unread, []
-            for computed, (loss, norm) in zip(unread, numbers, strict=True):
-                overflow = computed.scaled and not math.isfinite(norm)
-                state.overflows = state.overflows + 1 if overflow else 0
-                finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
+            pairs = [torch.stack(pair) for pair in state.unread]
+            numbers = torch.stack(pairs).tolist() if pairs else []
+            state.unread = []
+            for step, (loss, norm) in enumerate(numbers, start=state.step - len(numbers) + 1):
+                # fp16's scaler tries larger factors until a gradient overflows.
+                finite = math.isfinite(loss) and (scales or math.isfinite(norm))
+                learning_rate = config.learning_rate * rate(config, step, self.total_steps)
                 kept = loss if finite else None
-                state.history.append(LossPoint(computed.step, kept, computed.learning_rate, norm))
-                state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+                state.history.append(LossPoint(step, kept, learning_rate, norm))
                 if not finite:
-                    self.warn_skipped(computed.step)
+                    self.warn_skipped(step)
 
     def check_loss(self) -> None:
         """End a run that learns nothing any more."""
-        allowed = min(MOST_BAD_STEPS, self.total_steps)
-        if self.state.bad_in_a_row >= allowed or self.state.overflows >= MOST_OVERFLOWS:
-            expected, found = "a finite loss", f"none in {allowed} updates"
+        history, most = self.state.history, min(MOST_BAD_STEPS, self.total_steps)
+        lost = [point.loss is None for point in history[-most:]]
+        norms = [plain(point.grad_norm) for point in history[-MOST_OVERFLOWS:]]
+        if sum(lost) == most or norms.count(None) == MOST_OVERFLOWS:
+            expected, found = "a finite loss", f"none in {most} updates"
             raise TrainError.at(ErrorCode.LOSS_NOT_FINITE, "learning_rate", expected, found)
 
     def warn_skipped(self, step: int) -> None:
@@ -5639,36 +5601,32 @@ class Run:
         return self.config.effective_batch / pace if pace else None
 
 
+@dataclass
 class LoRATrainer:
-    """One training, told as a story: look, load, encode, adapt, restore, step, save."""
+    """One training, told as a story: look, load, encode, adapt, restore, step, save.
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        events: Emitter | None = None,
-        stop: StopRequest | None = None,
-        *,
-        fresh: bool = False,
-    ) -> None:
-        """Take the config; from Python, `Emitter(callable)` passes every event to the callable."""
-        self.config = config
-        self.events = events or Emitter()
-        self.stop = stop or StopRequest()
-        self.fresh = fresh
-        self.earlier = Earlier(None, None, {})
-        self.run: Run | None = None
-        self.run_id = uuid.uuid4().hex
-        # For reports of what went wrong.
-        self.phase = "starting"
-        self.device: torch.device | None = None
-        self.plan: Preflight | None = None
-        self.memory: MemoryPlan | None = None
+    From Python, `Emitter(callable)` passes every event to the callable.
+    """
+
+    config: TrainingConfig
+    events: Emitter = field(default_factory=Emitter)
+    stop: StopRequest = field(default_factory=StopRequest)
+    _: dataclasses.KW_ONLY
+    fresh: bool = False
+    # What comes to light on the way.
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    earlier: Earlier = field(default_factory=lambda: Earlier(None, None, {}))
+    phase: str = "starting"
+    plan: Preflight | None = None
+    device: torch.device | None = None
+    memory: MemoryPlan | None = None
+    run: Run | None = None
 
     def validate(self) -> ValidFacts:
         """Check all that can be checked without loading a model, and write nothing."""
         with reporting(self.events):
             model = check_paths(self.config)
-            self._start(0)
+            self._start()
             plan = Preflight.make(self.config, model, self.events, self.stop)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
@@ -5729,7 +5687,12 @@ class LoRATrainer:
         """Hold the folder and mirror the events into it, from the first line to the last."""
         config, output = self.config, self.config.output_path
         check_paths(config)
-        with claimed(output) as claim, self.stop.watching(self._causes()):
+        stop_file = functools.partial(take_stop_file, output / "stop")
+        causes: dict[StopReason, Callable[[], bool]] = {"stop_file": stop_file}
+        if config.stop_with_parent:
+            causes["host_gone"] = self.stop.parent_ended
+        with claimed(output) as claim:
+            stop_file()  # one that an earlier start left asks for nothing
             aside = set_aside(output) if self.fresh else None
             remove_leftovers(output)
             self.earlier = earlier = Earlier.find(output)
@@ -5738,13 +5701,14 @@ class LoRATrainer:
                 refuse_to_overwrite(output)
             self.run_id = earlier.run_id or self.run_id
             # A finished run that is asked for what it has done is left as it is, to the last byte.
-            again = earlier.complete and earlier.complete["asked"] == [config.steps, config.epochs]
-            if again and not mirror_ends_with(output, earlier.complete):
-                again = False  # the file lacks its last line
-            mirroring = mirrored(self.events, output, claim)
-            with contextlib.nullcontext() if again else mirroring, reporting(self.events):
-                self._start(earlier.step)
-                self._tell_circumstances(aside, earlier)
+            again = (
+                earlier.complete
+                and earlier.complete["asked"] == [config.steps, config.epochs]
+                and mirror_ends_with(output, earlier.complete)
+            )
+            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
+            with mirroring, self.stop.watching(causes), reporting(self.events):
+                self._start(aside)
                 try:
                     yield earlier
                 except TrainingInterrupted as stopped:
@@ -5883,39 +5847,35 @@ class LoRATrainer:
         """
         import torch
 
-        config = self.config
-        if config.compile == "off" or (
-            config.compile == "auto" and not worth_compiling(models.device, steps)
-        ):
+        config, kind = self.config, self.config.compile
+        if kind == "off" or (kind == "auto" and not worth_compiling(models.device, steps)):
             return contextlib.nullcontext()
         self.phase = "compiling"
-        self.events.info(PhaseFacts(name="compiling", done=0, total=1))
+        self.events.info(PhaseFacts(name=self.phase, done=0, total=1))
         try:
             self.stop.wait_for(beside(lambda: compile_blocks(models, cache, learner, config)))
         except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
             for module in models.denoiser.modules():
                 vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
             learner.forget()
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            self.events.warn(
-                WarningCode.COMPILE_FAILED,
-                f"Compiling failed: {reason}",
-                reason=type(error).__name__,
-            )
+            reason = type(error).__name__
+            message = f"Compiling failed: {next(iter(str(error).strip().splitlines()), reason)}"
+            self.events.warn(WarningCode.COMPILE_FAILED, message, reason=reason)
             return contextlib.nullcontext()
         stance: contextlib.AbstractContextManager[Any]
         stance = torch.compiler.set_stance("eager_on_recompile")
         return stance
 
-    def _start(self, resumed_step: int) -> None:
-        """Send the first line, also of a run that is to stop, and what the loader had to say."""
+    def _start(self, aside: Path | None = None) -> None:
+        """Send the first line, also of a run that is to stop, and what happened before."""
+        step, state = self.earlier.step, self.earlier.state
         self.events.emit(
             StartEvent(
                 protocol=PROTOCOL,
                 version=__version__,
                 run_id=self.run_id,
                 pid=os.getpid(),
-                resumed_step=resumed_step,
+                resumed_step=step,
                 total_steps=self.config.steps,
                 config=self.config.as_record(),
             )
@@ -5923,30 +5883,17 @@ class LoRATrainer:
         for remark in self.config.remarks:
             self.events.emit(remark)
         self.stop.check()
-
-    def _tell_circumstances(self, aside: Path | None, earlier: Earlier) -> None:
-        """Tell what happened before the first line."""
-        self._tell_ignored(earlier.ignored)
-        if aside or earlier.step:
+        self._tell_ignored(self.earlier.ignored)
+        if aside or state:
+            aim = state.manifest.get("total_steps") if state else None
             moved = str(aside) if aside else None
-            aim = earlier.state.manifest.get("total_steps") if earlier.state else None
-            self.events.info(ResumeFacts(step=earlier.step, aimed_at=aim, set_aside=moved))
+            self.events.info(ResumeFacts(step=step, aimed_at=aim, set_aside=moved))
 
     def _tell_ignored(self, ignored: Mapping[Path, str]) -> None:
         """Name what was saved and cannot be used, and why."""
         for path, reason in ignored.items():
             message = f"{path.name} cannot be used: {reason}"
             self.events.warn(WarningCode.STATE_IGNORED, message, path=str(path), reason=reason)
-
-    def _causes(self) -> dict[StopReason, Callable[[], bool]]:
-        """List what asks for a stop besides signals; a stop file from an earlier run is none."""
-        stop_file = self.config.output_path / "stop"
-        take_stop_file(stop_file)
-        causes: dict[StopReason, Callable[[], bool]] = {}
-        causes["stop_file"] = lambda: take_stop_file(stop_file)
-        if self.config.stop_with_parent:
-            causes["host_gone"] = self.stop.parent_ended
-        return causes
 
 
 def worth_compiling(device: torch.device, steps: int) -> bool:
@@ -6031,22 +5978,27 @@ def import_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def mirror_ends_with(output: Path, complete: Record | None) -> bool:
+def mirror_ends_with(output: Path, complete: Record) -> bool:
     """Tell whether events.jsonl ends with the last line of a finished run, to its very end."""
     try:
         with os.fdopen(open_own(output / "events.jsonl"), "rb") as file:
             last = file.read().splitlines(keepends=True)[-1].decode()
-        sha256 = parse_json(last)[0].get("sha256")
+        return last.endswith("\n") and parse_json(last)[0]["sha256"] == complete["event"]["sha256"]
     except (OSError, LookupError, *NOT_JSON):
         return False
-    return bool(complete and complete["event"]["sha256"] == sha256 and last.endswith("\n"))
 
 
 @contextlib.contextmanager
 def mirrored(events: Emitter, output: Path, claim: Callable[[], None]) -> Iterator[None]:
     """Append all events to events.jsonl, from here to the last line."""
+
+    def warn(error: OSError) -> None:
+        reason = error.strerror or str(error)
+        message = f"Cannot write events.jsonl: {reason}"
+        events.warn(WarningCode.MIRROR_FAILED, message, reason=reason)
+
     reopen = functools.partial(open_mirror, events, output, claim)
-    writer = LineWriter(NOT_OPEN, functools.partial(warn_mirror, events), reopen=reopen)
+    writer = LineWriter(NOT_OPEN, warn, reopen=reopen)
     try:
         with events.heard_by(writer):
             yield
@@ -6063,31 +6015,16 @@ def open_mirror(events: Emitter, output: Path, claim: Callable[[], None], held: 
         claim()
     except TrainError as error:
         raise OSError(str(error)) from error
-    drop_torn_end(path)
-    descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    # What a crash or a full disk left of a last line goes.
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    os.lseek(descriptor, max(0, size - LINE_BYTES), os.SEEK_SET)
+    end = os.read(descriptor, LINE_BYTES)
+    os.ftruncate(descriptor, size - len(end) + end.rfind(b"\n") + 1)
     if held != NOT_OPEN:
         message = f"What was removed from {output} is made again"
         events.warn(WarningCode.OUTPUT_REMOVED, message, path=str(output))
     return descriptor
-
-
-def drop_torn_end(path: Path) -> None:
-    """Cut off what a crash or a full disk left of a last line."""
-    with (
-        contextlib.suppress(FileNotFoundError),
-        os.fdopen(open_own(path, os.O_RDWR), "r+b") as file,
-    ):
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - LINE_BYTES))
-        end = file.read(min(size, LINE_BYTES))
-        if torn := len(end) - (end.rfind(b"\n") + 1):
-            file.truncate(size - torn)
-
-
-def warn_mirror(events: Emitter, error: OSError) -> None:
-    """Tell that events.jsonl lacks lines until it can be written."""
-    reason = error.strerror or str(error)
-    events.warn(WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason)
 
 
 def deadline_in(seconds: float) -> Callable[[], bool]:
@@ -6106,16 +6043,7 @@ def reporting(events: Emitter) -> Iterator[None]:
         raise
     except Exception as error:
         failure = explain(error)
-        events.emit(
-            ErrorEvent(
-                code=failure.code,
-                step=failure.step,
-                path=failure.path,
-                hint=failure.hint,
-                problems=failure.problems,
-                message=str(failure),
-            )
-        )
+        events.emit(ErrorEvent(**vars(failure), message=str(failure)))
         if failure is error:
             raise
         raise failure from error
@@ -6123,14 +6051,7 @@ def reporting(events: Emitter) -> Iterator[None]:
 
 def tell_interruption(events: Emitter, stopped: TrainingInterrupted) -> None:
     """Send the last line of a stopped run, unless a last line is out."""
-    events.emit(
-        InterruptedEvent(
-            step=stopped.step,
-            reason=stopped.reason,
-            path=stopped.path,
-            total_time=events.elapsed_seconds(),
-        )
-    )
+    events.emit(InterruptedEvent(**vars(stopped), total_time=events.elapsed_seconds()))
 
 
 def explain(error: Exception) -> TrainError:
