@@ -4573,15 +4573,12 @@ def inspect_device(wanted: str) -> DeviceFacts:
     if kind in ("auto", "cuda") and (card := inspect_card(int(index or 0))):
         return card
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    facts = DeviceFacts(
-        kind="mps" if apple and kind != "cpu" else "cpu",
-        name=processor_name(),
-        memory_total_bytes=memory_bytes("SC_PHYS_PAGES"),
-        memory_free_bytes=free_memory(),
-    )
-    if kind not in ("auto", facts.kind):
+    there = "mps" if apple and kind != "cpu" else "cpu"
+    if kind not in ("auto", there):
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, "a machine without it")
-    return facts
+    total, free = total_memory(), free_memory()
+    name = processor_name()
+    return DeviceFacts(kind=there, name=name, memory_total_bytes=total, memory_free_bytes=free)
 
 
 def inspect_card(index: int) -> DeviceFacts | None:
@@ -4603,26 +4600,23 @@ def inspect_card(index: int) -> DeviceFacts | None:
 def list_cards() -> dict[str, DeviceFacts]:
     """Ask nvidia-smi for all cards by their uuid, in the order in which CUDA counts them."""
     query = "--query-gpu=uuid,compute_cap,name,memory.total,memory.free,driver_version"
-    program = shutil.which("nvidia-smi") or "nvidia-smi"
-    command = [program, query, "--format=csv,noheader,nounits"]
-    cards = {}
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    cards = []
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        rows = [line.split(", ") for line in answer.stdout.strip().splitlines()]
-        if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-            # Fastest first, by a rule of CUDA's own that this comes near; equals stay in order.
-            rows.sort(key=lambda row: (float(row[1]), mebibytes(row[3]) or 0), reverse=True)
-        for uuid, _, name, total, free, driver in rows:
-            memory = {"memory_total_bytes": mebibytes(total), "memory_free_bytes": mebibytes(free)}
-            cards[uuid] = DeviceFacts(kind="cuda", name=name, driver=driver, **memory)
-    except (OSError, LookupError, ValueError, subprocess.SubprocessError):
+        for line in answer.stdout.strip().splitlines():
+            uuid, speed, name, *amounts, driver = line.split(", ")
+            # A card that shares the main memory says [N/A].
+            total, free = (int(n) * 2**20 if n.isdecimal() else None for n in amounts)
+            memory = {"memory_total_bytes": total, "memory_free_bytes": free}
+            card = DeviceFacts(kind="cuda", name=name, driver=driver, **memory)
+            cards.append(((float(speed), total or 0), uuid, card))
+    except (OSError, ValueError, subprocess.SubprocessError):
         return {}  # a driver that does not answer trains nothing
-    return cards
-
-
-def mebibytes(text: str) -> int | None:
-    """Read an amount; a card that shares the main memory says [N/A]."""
-    return int(text) * 2**20 if text.isdecimal() else None
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        # Fastest first, by a rule of CUDA's own that this comes near; equals stay in order.
+        cards.sort(key=lambda card: card[0], reverse=True)
+    return {uuid: card for _, uuid, card in cards}
 
 
 def processor_name() -> str:
@@ -4634,26 +4628,25 @@ def processor_name() -> str:
     return platform.machine()
 
 
-def memory_bytes(pages: str) -> int | None:
-    """Read an amount of main memory, where the system tells."""
-    if sys.platform == "win32" or pages not in os.sysconf_names:
+def total_memory() -> int | None:
+    """Read the size of main memory, where the system tells."""
+    if sys.platform == "win32" or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory() -> int | None:
     """Read how much main memory may be taken: what caches would give back too, up to a limit."""
-    free = memory_bytes("SC_AVPHYS_PAGES")
+    free = None
     with contextlib.suppress(OSError, LookupError, ValueError):
         told = Path("/proc/meminfo").read_text(encoding="ascii")
-        if found := re.search(r"MemAvailable:\s+(\d+) kB", told):
-            free = 1024 * int(found[1])
+        free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+) kB", told)[0])
         group = Path("/sys/fs/cgroup")  # of a container; "max" is no number, and no limit
         limit = int((group / "memory.max").read_text(encoding="ascii"))
         told = (group / "memory.stat").read_text(encoding="ascii")
-        counts = {name: int(count) for name, count in map(str.split, told.splitlines())}
-        used = counts["anon"] + counts["shmem"]  # what caches of files take can be taken back
-        free = min(limit - used, free) if free is not None else limit - used
+        counts = dict(line.split() for line in told.splitlines())
+        # What caches of files take can be taken back.
+        free = min(limit - int(counts["anon"]) - int(counts["shmem"]), free)
     return free
 
 
@@ -4662,11 +4655,12 @@ def choose_device(config: TrainingConfig) -> torch.device:
     import torch
 
     kind, _, index = config.device.partition(":")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if kind == "auto":
-        kind = next((kind for kind, there in available.items() if there), "cpu")
+        kind = next(kind for kind, count in counts.items() if count)
     number = int(index or 0)
-    if not available.get(kind, True) or (kind == "cuda" and number >= torch.cuda.device_count()):
+    if number >= counts[kind]:
         found = "a torch that does not see it"
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", config.device, found)
     return torch.device(kind, number) if kind == "cuda" else torch.device(kind)
@@ -4679,8 +4673,8 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
     wanted = config.mixed_precision
     if device.type != "cuda":
         for knob in ("mixed_precision", "base_precision"):
-            if config.value(knob) in ("fp16", "bf16"):
-                message = f"{knob} {config.value(knob)} is for CUDA; using fp32"
+            if (asked := config.value(knob)) in ("fp16", "bf16"):
+                message = f"{knob} {asked} is for CUDA; using fp32"
                 events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
         return torch.float32
     if wanted == "auto":
@@ -4722,11 +4716,10 @@ def memory_in_use(device: torch.device) -> int | None:
         return torch.cuda.memory_reserved(device)  # what the driver shows, but for its own
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    try:
+    with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -4828,9 +4821,9 @@ NUMBER_BYTES = {"nf4": 0.5625, "int8": 1.0, "fp16": 2.0, "bf16": 2.0, "fp32": 4.
 DROPOUT_KEEPS, INT8_KEEPS = 1.35, 1.2
 
 
-@dataclass(frozen=True)
+@dataclass
 class MemoryPlan:
-    """What a run holds if it is made in one of the possible ways."""
+    """What a run holds if it is made in one of the possible ways, all in bytes."""
 
     config: TrainingConfig
     structure: Structure
@@ -4838,6 +4831,28 @@ class MemoryPlan:
     device: DeviceFacts
     checkpointing: bool
     tiling: bool  # previews are decoded in pieces
+    parts: dict[str, int] = field(init=False)  # by what they hold
+    phases: dict[str, int] = field(init=False)  # the most that each holds at once
+    free: int | None = field(init=False)
+    main: int = field(init=False)  # what waits in main memory beside a card
+
+    def __post_init__(self) -> None:
+        """Add up what follows from the choices.
+
+        But for a card, all is one memory, and the process keeps what activations had.
+        """
+        card, free = self.on_card, self.device.memory_free_bytes
+        self.parts = part = {name: math.ceil(size) for name, size in self._sizes().items()}
+        self.main = part["vae"] + part["cache"] if card else 0
+        self.free = free - CONTEXT_BYTES if card and free is not None else free
+        waits = part["process"] + part["learned_text"] + (0 if card else part["cache"])
+        loaded = waits + part["denoiser"] + part["adapter"] + (0 if card else part["vae"])
+        self.phases = {
+            "encoding": waits + part["vae"] + part["encoders"],
+            "loading": loaded,
+            "previews": loaded + part["preview"] + part["vae" if card else "activations"],
+            "training": loaded + part["activations"],
+        }
 
     @classmethod
     def make(
@@ -4854,12 +4869,11 @@ class MemoryPlan:
 
     @property
     def on_card(self) -> bool:
-        """Tell a card; elsewhere all is one memory, and the process keeps what activations had."""
+        """Tell whether the run happens in a memory of its own."""
         return self.device.kind == "cuda"
 
-    @functools.cached_property
-    def parts(self) -> dict[str, int]:
-        """Add up bytes by what they hold."""
+    def _sizes(self) -> dict[str, float]:
+        """Add up the parts, from shapes alone."""
         config, structure, family = self.config, self.structure, self.structure.family
         asked = config.mixed_precision if self.on_card else "no"
         run = {"no": "fp32", "auto": "bf16"}.get(asked, asked)
@@ -4872,7 +4886,7 @@ class MemoryPlan:
         drawn = min(TILE_PIXELS, config.resolution) if self.tiling else config.resolution
         latents = family.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
         cached = (1 + config.flip) * 2 * latents + structure.tokens * structure.text_width
-        sizes = {
+        return {
             "process": 0 if self.on_card else LIBRARIES_BYTES,
             "encoders": max(4 * (text - learned_text), encode),  # these go
             "denoiser": denoiser_bytes(structure, base, run),
@@ -4885,7 +4899,6 @@ class MemoryPlan:
             "activations": (4 if mixes else NUMBER_BYTES[run]) * self._kept_numbers(),
             "preview": DECODE_MAPS * widest * drawn**2,
         }
-        return {name: math.ceil(size) for name, size in sizes.items()}
 
     def _kept_numbers(self) -> float:
         """Foresee what is kept of a batch between the way there and the way back."""
@@ -4901,34 +4914,10 @@ class MemoryPlan:
             kept += structure.tokens * sum(map(sum, linear))
         return config.batch_size * kept
 
-    @property
-    def phases(self) -> dict[str, int]:
-        """Tell the most that each phase holds of the memory that training happens in."""
-        part, card = self.parts, self.on_card
-        waits = part["process"] + part["learned_text"] + (0 if card else part["cache"])
-        loaded = waits + part["denoiser"] + part["adapter"] + (0 if card else part["vae"])
-        return {
-            "encoding": waits + part["vae"] + part["encoders"],
-            "loading": loaded,
-            "previews": loaded + part["preview"] + part["vae" if card else "activations"],
-            "training": loaded + part["activations"],
-        }
-
     def peak_until(self, phase: str) -> int:
         """Tell the most that is held up to the end of a phase; training includes previews."""
         names = list(self.phases)
         return max(self.phases[name] for name in names[: names.index(phase) + 1])
-
-    @property
-    def main(self) -> int:
-        """Tell what waits in main memory beside a card."""
-        return self.parts["vae"] + self.parts["cache"] if self.on_card else 0
-
-    @property
-    def free(self) -> int | None:
-        """Tell what a run may take of the memory that training happens in."""
-        free = self.device.memory_free_bytes
-        return free - CONTEXT_BYTES if self.on_card and free is not None else free
 
     @property
     def fits(self) -> bool:
@@ -5018,10 +5007,11 @@ def check_paths(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
         lambda: check_extras(config),
         lambda: inspect_model(config),
     )
-    model, errors = None, list[TrainError]()
+    errors: list[TrainError] = []
+    model: tuple[ModelFacts, Structure | None]
     for check in checks:
         try:
-            model = check()
+            model = check()  # the last one's answer
         except TrainError as error:
             errors.append(error)
     if errors:
@@ -5194,6 +5184,7 @@ def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
 MOST_BAD_STEPS = 10  # updates in a row without a finite loss
 MOST_OVERFLOWS = 50  # updates in a row in which fp16's scaler found no factor that works
 COMPILE_STEPS = 1000  # fewer updates do not win back the minute that compiling takes
+C_COMPILERS = ("cc", "gcc", "clang")  # one of which triton needs
 TRIAL_SCALE = 1024.0  # lifts a trial's gradients above what fp16 loses
 TRIAL_NOISE = 0.02  # moves the adapter in a trial: at zero, half of its gradients are zero
 SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
@@ -5340,11 +5331,10 @@ class Run:
         wanted = self.events.wants_progress(state.step, self.total_steps)
         if not wanted and self.models.device.type != "cpu":
             return
-        began = time.monotonic()
-        self.read()
-        self.check_loss()
+        seconds = timed(self.read)
         if state.step > state.first_step:
-            state.busy_seconds += time.monotonic() - began
+            state.busy_seconds += seconds
+        self.check_loss()
         if not wanted:
             return
         self.watch_pace()
@@ -5387,10 +5377,8 @@ class Run:
         import torch
 
         state, device = self.state, self.models.device
-        if device.type != "cuda" or state.spilled:
-            return
         state.marks.append((state.busy_seconds, state.step))
-        if len(state.marks) < 2:
+        if device.type != "cuda" or state.spilled or len(state.marks) < 2:
             return
         paces = [
             (later - sooner) / (after - before)
@@ -5422,7 +5410,10 @@ class Run:
                 kept = loss if finite else None
                 state.history.append(LossPoint(step, kept, learning_rate, norm))
                 if not finite:
-                    self.warn_skipped(step)
+                    window = self.cache.window(config, step)
+                    names = [self.cache.images[index].name for index in window]
+                    message = f"Skipped update {step}: the loss is not finite"
+                    self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
     def check_loss(self) -> None:
         """End a run that learns nothing any more."""
@@ -5432,12 +5423,6 @@ class Run:
         if sum(lost) == most or norms.count(None) == MOST_OVERFLOWS:
             expected, found = "a finite loss", f"none in {most} updates"
             raise TrainError.at(ErrorCode.LOSS_NOT_FINITE, "learning_rate", expected, found)
-
-    def warn_skipped(self, step: int) -> None:
-        """Name the images of an update that was not made."""
-        names = [self.cache.images[index].name for index in self.cache.window(self.config, step)]
-        message = f"Skipped update {step}: the loss is not finite"
-        self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
     def make_due(self) -> None:
         """Write and draw what this step asks for."""
@@ -5457,8 +5442,7 @@ class Run:
         try:
             with self.lock:
                 self.save_state()
-                if self.owes(self.lora_path()):
-                    self.save_lora("periodic")
+                self.save_lora("periodic")
         except OSError as error:
             self.warn_unsaved(error)
 
@@ -5479,16 +5463,13 @@ class Run:
             for folder in folders[self.config.keep_checkpoints :]:
                 discard(folder)
 
-    def lora_path(self) -> Path:
-        """Name the file for the adapter of this moment."""
-        name = f"lora_step_{self.state.step}.safetensors"
-        return self.config.output_path / "checkpoints" / name
-
     def save_lora(self, reason: CheckpointReason) -> None:
-        """Write the adapter of this moment as a file that can be used."""
-        step, path = self.state.step, self.lora_path()
-        size = self.write_lora(path)["bytes"]
-        self.events.emit(CheckpointEvent(step=step, path=str(path), bytes=size, reason=reason))
+        """Write the adapter of this moment as a file that can be used, unless it is there."""
+        step, folder = self.state.step, self.config.output_path / "checkpoints"
+        path = folder / f"lora_step_{step}.safetensors"
+        if self.written != step and self.owes(path):
+            size = self.write_lora(path)["bytes"]
+            self.events.emit(CheckpointEvent(step=step, path=str(path), bytes=size, reason=reason))
 
     def write_lora(self, path: Path) -> Record:
         """Write the adapter as it is; return the file's size and checksum."""
@@ -5511,10 +5492,9 @@ class Run:
         step, prompts = self.state.step, enumerate(preview_prompts(self.config), start=1)
         try:
             numbered = [p for p in prompts if not step or self.owes(self.sample_path(p[0]))]
-            while numbered:
-                at_once = self.models.previews_at_once
-                self.draw(numbered[:at_once])
-                del numbered[:at_once]
+            at_once = self.models.previews_at_once
+            for begin in range(0, len(numbered), at_once):
+                self.draw(numbered[begin : begin + at_once])
         except Exception as error:  # noqa: BLE001, whatever it is, training can go on
             if is_out_of_memory(error):  # the next ones take less
                 self.models.previews_at_once, self.models.tiling = 1, True
@@ -5547,8 +5527,7 @@ class Run:
                 if self.state.step >= self.state.first_step and not self.torn:
                     self.save_state()
                     write_history(self.config.output_path, self.state.history)
-                    if self.written != self.state.step:
-                        self.save_lora("interrupted")
+                    self.save_lora("interrupted")
             except Exception as error:  # noqa: BLE001, the last line tells what came first
                 self.warn_unsaved(error)
         ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
@@ -5617,7 +5596,6 @@ class LoRATrainer:
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     earlier: Earlier = field(default_factory=lambda: Earlier(None, None, {}))
     phase: str = "starting"
-    plan: Preflight | None = None
     device: torch.device | None = None
     memory: MemoryPlan | None = None
     run: Run | None = None
@@ -5646,7 +5624,7 @@ class LoRATrainer:
             imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
             download_model(config, events)
             model = inspect_model(config)
-            self.plan = plan = Preflight.make(config, model, events, self.stop, earlier.step)
+            plan = Preflight.make(config, model, events, self.stop, earlier.step)
             base = locate_model(config, plan.model)
             identity = identify(config, plan, base)
             earlier.check(identity)
@@ -5659,7 +5637,7 @@ class LoRATrainer:
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
-            models = self._load(base)
+            models = self._load(base, plan)
             cache = self._encode(models, plan.dataset.pictures, plan.dataset.regularization_images)
 
             # Adapt, and restore what earlier starts learned.
@@ -5711,15 +5689,11 @@ class LoRATrainer:
                 self._start(aside)
                 try:
                     yield earlier
-                except TrainingInterrupted as stopped:
-                    self._save_before_end(stopped)
-                    raise
-                except Exception as error:  # noqa: BLE001, passed on with a code
-                    short = is_out_of_memory(error)
-                    failure = self._out_of_memory(error) if short else explain(error)
-                    traceback.clear_frames(error.__traceback__)  # they hold what is lacking
-                    self._save_before_end(failure)
-                    raise failure from (None if failure is error else error)
+                except (TrainingInterrupted, Exception) as error:  # noqa: BLE001, has a code then
+                    ended = self._explain(error)
+                    traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
+                    self._save_before_end(ended)
+                    raise ended from (None if ended is error else error)
 
     def _save_before_end(self, ended: TrainingInterrupted | TrainError) -> None:
         """Save what would be lost, and let the last line tell what a restart continues from."""
@@ -5728,15 +5702,17 @@ class LoRATrainer:
         elif self.earlier.state:
             ended.step, ended.path = self.earlier.step, str(self.earlier.state.folder)
 
-    def _out_of_memory(self, error: Exception) -> TrainError:
-        """Say what ran out of memory, and what would help most."""
+    def _explain(self, error: TrainingInterrupted | Exception) -> TrainingInterrupted | TrainError:
+        """Give every exception a code; where memory ran out, say what would help most."""
+        if not is_out_of_memory(error):
+            return explain(error)
         peak = peak_memory(self.device) if self.device else None
         said = str(error).splitlines()[0]
         message = f"Out of memory while {self.phase}, {peak or 0:,} bytes in use at most: {said}"
         offers = self.memory.remedies(self.phase) if self.memory else []
         return TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
 
-    def _load(self, base: BaseModel) -> Models:
+    def _load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
         import torch
 
@@ -5744,7 +5720,7 @@ class LoRATrainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # what asks for no device by name gets this one
         facts = device_facts(self.device)
-        self.memory = self.plan.on(facts, self.events) if self.plan else None
+        self.memory = plan.on(facts, self.events) if plan else None
         dtype = choose_precision(self.config, self.device, self.events)
         if self.device.type == "cuda" and dtype != torch.float32:
             # TF32: exacter than the rest of such a run, and far faster than full precision.
@@ -5804,13 +5780,9 @@ class LoRATrainer:
         for network in (models.denoiser, *models.text_encoders):
             network.train()
         self._tell_memory(models.device)
-        self.events.info(
-            dataclasses.replace(
-                facts,
-                precision=str(models.dtype).removeprefix("torch."),
-                trainable_parameters=sum(m.numel() for m in learner.matrices.values()),
-            )
-        )
+        precision, numbers = str(models.dtype).removeprefix("torch."), learner.learned.numel()
+        facts = dataclasses.replace(facts, precision=precision, trainable_parameters=numbers)
+        self.events.info(facts)
         return learner
 
     def _restore(self, learner: Learner) -> TrainState:
@@ -5848,7 +5820,9 @@ class LoRATrainer:
         import torch
 
         config, kind = self.config, self.config.compile
-        if kind == "off" or (kind == "auto" and not worth_compiling(models.device, steps)):
+        tools = importlib.util.find_spec("triton") and any(map(shutil.which, C_COMPILERS))
+        wins = models.device.type == "cuda" and steps >= COMPILE_STEPS and tools
+        if kind == "off" or (kind == "auto" and not wins):
             return contextlib.nullcontext()
         self.phase = "compiling"
         self.events.info(PhaseFacts(name=self.phase, done=0, total=1))
@@ -5896,12 +5870,6 @@ class LoRATrainer:
             self.events.warn(WarningCode.STATE_IGNORED, message, path=str(path), reason=reason)
 
 
-def worth_compiling(device: torch.device, steps: int) -> bool:
-    """Tell whether compiling is likely to work, and to win back its minute."""
-    tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
-    return device.type == "cuda" and steps >= COMPILE_STEPS and bool(tools)
-
-
 def compile_blocks(models: Models, cache: Cache, learner: Learner, config: TrainingConfig) -> None:
     """Compile the denoiser's repeated blocks; do not believe that they compute what they did.
 
@@ -5943,7 +5911,7 @@ def trial_gradients(
     return gradients
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Recognise what the allocators of all devices say."""
     said = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
@@ -6015,12 +5983,13 @@ def open_mirror(events: Emitter, output: Path, claim: Callable[[], None], held: 
         claim()
     except TrainError as error:
         raise OSError(str(error)) from error
-    descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    # What a crash or a full disk left of a last line goes.
-    size = os.lseek(descriptor, 0, os.SEEK_END)
-    os.lseek(descriptor, max(0, size - LINE_BYTES), os.SEEK_SET)
-    end = os.read(descriptor, LINE_BYTES)
-    os.ftruncate(descriptor, size - len(end) + end.rfind(b"\n") + 1)
+    with os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LINE_BYTES))
+        end = file.read(LINE_BYTES)
+        # What a crash or a full disk left of a last line goes.
+        file.truncate(size - len(end) + end.rfind(b"\n") + 1)
+    descriptor = open_own(path, os.O_WRONLY | os.O_APPEND)
     if held != NOT_OPEN:
         message = f"What was removed from {output} is made again"
         events.warn(WarningCode.OUTPUT_REMOVED, message, path=str(output))
@@ -6038,29 +6007,28 @@ def reporting(events: Emitter) -> Iterator[None]:
     """Let exactly one last line tell how the enclosed work ended; pass the exception on."""
     try:
         yield
-    except TrainingInterrupted as stopped:
-        tell_interruption(events, stopped)
-        raise
-    except Exception as error:
-        failure = explain(error)
-        events.emit(ErrorEvent(**vars(failure), message=str(failure)))
-        if failure is error:
+    except (TrainingInterrupted, Exception) as error:
+        ended = explain(error)
+        events.emit(last_line(ended, events.elapsed_seconds()))
+        if ended is error:
             raise
-        raise failure from error
+        raise ended from error
 
 
-def tell_interruption(events: Emitter, stopped: TrainingInterrupted) -> None:
-    """Send the last line of a stopped run, unless a last line is out."""
-    events.emit(InterruptedEvent(**vars(stopped), total_time=events.elapsed_seconds()))
-
-
-def explain(error: Exception) -> TrainError:
+def explain(error: TrainingInterrupted | Exception) -> TrainingInterrupted | TrainError:
     """Give every exception a code."""
-    if isinstance(error, TrainError):
+    if isinstance(error, (TrainingInterrupted, TrainError)):
         return error
     if isinstance(error, ImportError):
         return TrainError(ErrorCode.PACKAGE_MISSING, f"Cannot import {error.name}: {error}")
     return TrainError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+
+def last_line(ended: TrainingInterrupted | TrainError, total_time: float) -> Event:
+    """Tell how a run ended that did not come to its end."""
+    if isinstance(ended, TrainingInterrupted):
+        return InterruptedEvent(**vars(ended), total_time=total_time)
+    return ErrorEvent(**vars(ended), message=str(ended))
 
 
 # === Command line ============================================================
@@ -6192,7 +6160,7 @@ def patience(stop: StopRequest) -> Callable[[], bool]:
 
 def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupted) -> None:
     """End the process in the main thread's place, with a last line unless that is out."""
-    tell_interruption(events, stopped)
+    events.emit(last_line(stopped, events.elapsed_seconds()))
     writer.close(deadline_in(0.5))
     time.sleep(0.1)  # for the thread that writes events.jsonl
     os._exit(exit_code(events))

@@ -224,7 +224,7 @@ def test_unknown_memory_is_no_obstacle(in_workspace: Path) -> None:
 
 def test_a_preview_that_does_not_fit_is_no_reason_to_refuse(in_workspace: Path) -> None:
     """Training goes on without it, as it does when a preview fails for another reason."""
-    wide = HALVING | {"decoder.conv_out.weight": (3, 1024, 3, 3)}
+    wide: train_lora.Shapes = {**HALVING, "decoder.conv_out.weight": (3, 1024, 3, 3)}
     structure, config = structure_of(on_meta("sdxl"), vae=wide), load_config(lora_rank=1)
     tight = MemoryPlan.make(config, structure, 20, with_free(11))
     assert tight.free
