@@ -4732,8 +4732,8 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 # === Loss history ============================================================
@@ -4831,28 +4831,28 @@ class MemoryPlan:
     device: DeviceFacts
     checkpointing: bool
     tiling: bool  # previews are decoded in pieces
-    parts: dict[str, int] = field(init=False)  # by what they hold
-    phases: dict[str, int] = field(init=False)  # the most that each holds at once
-    free: int | None = field(init=False)
-    main: int = field(init=False)  # what waits in main memory beside a card
 
     def __post_init__(self) -> None:
         """Add up what follows from the choices.
 
         But for a card, all is one memory, and the process keeps what activations had.
         """
-        card, free = self.on_card, self.device.memory_free_bytes
+        self.on_card = card = self.device.kind == "cuda"
         self.parts = part = {name: math.ceil(size) for name, size in self._sizes().items()}
-        self.main = part["vae"] + part["cache"] if card else 0
-        self.free = free - CONTEXT_BYTES if card and free is not None else free
         waits = part["process"] + part["learned_text"] + (0 if card else part["cache"])
         loaded = waits + part["denoiser"] + part["adapter"] + (0 if card else part["vae"])
-        self.phases = {
+        self.phases = {  # the most that each holds
             "encoding": waits + part["vae"] + part["encoders"],
             "loading": loaded,
             "previews": loaded + part["preview"] + part["vae" if card else "activations"],
             "training": loaded + part["activations"],
         }
+        # What waits in main memory beside a card.
+        self.main = part["vae"] + part["cache"] if card else 0
+        free = self.device.memory_free_bytes
+        self.free = free - CONTEXT_BYTES if card and free is not None else free
+        # It can be hoped for; what is not known is no obstacle.
+        self.fits = self.free is None or self.peak_until("training") <= self.free
 
     @classmethod
     def make(
@@ -4866,11 +4866,6 @@ class MemoryPlan:
             for checkpointing, tiling in itertools.product(ways, (False, True))
         ]
         return next((plan for plan in plans if plan.fits), plans[-1])
-
-    @property
-    def on_card(self) -> bool:
-        """Tell whether the run happens in a memory of its own."""
-        return self.device.kind == "cuda"
 
     def _sizes(self) -> dict[str, float]:
         """Add up the parts, from shapes alone."""
@@ -4918,11 +4913,6 @@ class MemoryPlan:
         """Tell the most that is held up to the end of a phase; training includes previews."""
         names = list(self.phases)
         return max(self.phases[name] for name in names[: names.index(phase) + 1])
-
-    @property
-    def fits(self) -> bool:
-        """Tell whether it can be hoped for; what is not known is no obstacle."""
-        return self.free is None or self.peak_until("training") <= self.free
 
     @property
     def shortage(self) -> str | None:
@@ -5022,10 +5012,8 @@ def check_paths(config: TrainingConfig) -> tuple[ModelFacts, Structure | None]:
 
 def check_images(folder: Path | None, knob: str) -> None:
     """Refuse a folder of images that is none or may not be read."""
-    if not folder:
-        return
     try:
-        if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK):
+        if not folder or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
             return
         kind = "is no readable folder" if folder.exists() else "does not exist"
         found = f"{folder}, which {kind}"
@@ -5719,8 +5707,7 @@ class LoRATrainer:
         self.device = self.stop.wait_for(beside(lambda: choose_device(self.config)))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # what asks for no device by name gets this one
-        facts = device_facts(self.device)
-        self.memory = plan.on(facts, self.events) if plan else None
+        self.memory = plan.on(device_facts(self.device), self.events) if plan else None
         dtype = choose_precision(self.config, self.device, self.events)
         if self.device.type == "cuda" and dtype != torch.float32:
             # TF32: exacter than the rest of such a run, and far faster than full precision.
