@@ -4576,8 +4576,9 @@ def inspect_device(wanted: str) -> DeviceFacts:
     there = "mps" if apple and kind != "cpu" else "cpu"
     if kind not in ("auto", there):
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, "a machine without it")
-    total, free = total_memory(), free_memory()
-    name = processor_name()
+    known = sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    name, free = processor_name(), free_memory()
     return DeviceFacts(kind=there, name=name, memory_total_bytes=total, memory_free_bytes=free)
 
 
@@ -4626,13 +4627,6 @@ def processor_name() -> str:
         if found := re.search(r"model name\s*: (.+)", cpuinfo):
             return found.group(1)
     return platform.machine()
-
-
-def total_memory() -> int | None:
-    """Read the size of main memory, where the system tells."""
-    if sys.platform == "win32" or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory() -> int | None:
@@ -5068,7 +5062,7 @@ def disk_needed(config: TrainingConfig, structure: Structure, steps: int) -> int
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preflight:
     """Everything that is known before the first weight is loaded."""
 
@@ -5076,28 +5070,17 @@ class Preflight:
     model: ModelFacts
     structure: Structure | None  # None while the model is not downloaded
     dataset: Dataset
-    total_steps: int
-    disk_needed_bytes: int | None
-    disk_free_bytes: int
+    done: int = 0  # updates that earlier starts made
 
-    @classmethod
-    def make(
-        cls,
-        config: TrainingConfig,
-        model: tuple[ModelFacts, Structure | None],
-        events: Emitter,
-        stop: StopRequest,
-        done: int | None = None,
-    ) -> Preflight:
-        """Look at everything and tell what there is; `done` updates where training follows."""
-        facts, structure = model
-        report_model(config, facts, events)
-        # Who goes on has decoded every image before, and none may have changed.
-        dataset = scan_dataset(config, events, stop, thorough=done == 0)
-        total_steps = config.total_steps(len(dataset.pictures), dataset.regularization_images)
-        needed = disk_needed(config, structure, total_steps - (done or 0)) if structure else None
-        free = shutil.disk_usage(nearest_folder(config.output_path)).free
-        return cls(config, facts, structure, dataset, total_steps, needed, free)
+    def __post_init__(self) -> None:
+        """Count the updates, and what those that are left write at most."""
+        images, regularization = len(self.dataset.pictures), self.dataset.regularization_images
+        self.total_steps = self.config.total_steps(images, regularization)
+        self.disk_free_bytes = shutil.disk_usage(nearest_folder(self.config.output_path)).free
+        self.disk_needed_bytes: int | None = None
+        if self.structure:
+            left = self.total_steps - self.done
+            self.disk_needed_bytes = disk_needed(self.config, self.structure, left)
 
     def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
         """Look at the device, plan what will lie there, and refuse a run that has no room."""
@@ -5177,6 +5160,8 @@ TRIAL_SCALE = 1024.0  # lifts a trial's gradients above what fp16 loses
 TRIAL_NOISE = 0.02  # moves the adapter in a trial: at zero, half of its gradients are zero
 SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
 SPILL_SHARE = 0.03  # of a card's memory; what is free once it is full
+
+Ended = TrainingInterrupted | TrainError  # how a run ends that does not come to its end
 
 
 @dataclass
@@ -5280,7 +5265,7 @@ class Run:
             may = self.config.may_checkpoint and not self.models.checkpointing
             if not (may and is_out_of_memory(error)):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         # Here, what the attempt held is gone with its frames; chance has no memory either.
         self.learner.forget()
         self.models.checkpoint_gradients()
@@ -5470,10 +5455,10 @@ class Run:
 
     def warn_unsaved(self, error: Exception) -> None:
         """Tell that a checkpoint is missing, and why."""
-        message = f"No checkpoint at step {self.state.step}: {error}"
+        step = self.state.step
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        data = {"step": self.state.step, "reason": reason}
-        self.events.warn(WarningCode.CHECKPOINT_FAILED, message, **data)
+        message = f"No checkpoint at step {step}: {error}"
+        self.events.warn(WarningCode.CHECKPOINT_FAILED, message, step=step, reason=reason)
 
     def preview(self) -> None:
         """Draw one picture for every prompt. What goes wrong here does not end a run."""
@@ -5506,7 +5491,7 @@ class Run:
             write_whole(path, content)
             self.events.emit(SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed))
 
-    def save_before_end(self, ended: TrainingInterrupted | TrainError) -> None:
+    def save_before_end(self, ended: Ended) -> None:
         """Save what was done, the most important first, and let the last line tell where."""
         # What is true already, in case saving does not end.
         ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
@@ -5593,7 +5578,9 @@ class LoRATrainer:
         with reporting(self.events):
             model = check_paths(self.config)
             self._start()
-            plan = Preflight.make(self.config, model, self.events, self.stop)
+            report_model(self.config, model[0], self.events)
+            dataset = scan_dataset(self.config, self.events, self.stop)
+            plan = Preflight(self.config, *model, dataset)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
             plan.on(device, self.events)
@@ -5612,7 +5599,10 @@ class LoRATrainer:
             imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
             download_model(config, events)
             model = inspect_model(config)
-            plan = Preflight.make(config, model, events, self.stop, earlier.step)
+            report_model(config, model[0], events)
+            # Who goes on has decoded every image before, and none may have changed.
+            dataset = scan_dataset(config, events, self.stop, thorough=not earlier.step)
+            plan = Preflight(config, *model, dataset, earlier.step)
             base = locate_model(config, plan.model)
             identity = identify(config, plan, base)
             earlier.check(identity)
@@ -5626,7 +5616,7 @@ class LoRATrainer:
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
             models = self._load(base, plan)
-            cache = self._encode(models, plan.dataset.pictures, plan.dataset.regularization_images)
+            cache = self._encode(models, dataset.pictures, dataset.regularization_images)
 
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
@@ -5673,32 +5663,30 @@ class LoRATrainer:
                 and mirror_ends_with(output, earlier.complete)
             )
             mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
-            with mirroring, self.stop.watching(causes), reporting(self.events):
+            watching = self.stop.watching(causes)
+            with mirroring, watching, reporting(self.events, self._rescue):
                 self._start(aside)
-                try:
-                    yield earlier
-                except (TrainingInterrupted, Exception) as error:  # noqa: BLE001, has a code then
-                    ended = self._explain(error)
-                    traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
-                    self._save_before_end(ended)
-                    raise ended from (None if ended is error else error)
+                yield earlier
 
-    def _save_before_end(self, ended: TrainingInterrupted | TrainError) -> None:
+    def _rescue(self, error: Ended | Exception) -> Ended:
+        """Give what ends a run a code; of memory, say what would help; save what would be lost."""
+        ended = explain(error)
+        if is_out_of_memory(error):
+            peak = peak_memory(self.device) if self.device else None
+            held = f"{peak or 0:,} bytes in use at most"
+            message = f"Out of memory while {self.phase}, {held}: {first_line(error)}"
+            offers = self.memory.remedies(self.phase) if self.memory else []
+            ended = TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
+        traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
+        self._save_before_end(ended)
+        return ended
+
+    def _save_before_end(self, ended: Ended) -> None:
         """Save what would be lost, and let the last line tell what a restart continues from."""
         if self.run:
             self.run.save_before_end(ended)
         elif self.earlier.state:
             ended.step, ended.path = self.earlier.step, str(self.earlier.state.folder)
-
-    def _explain(self, error: TrainingInterrupted | Exception) -> TrainingInterrupted | TrainError:
-        """Give every exception a code; where memory ran out, say what would help most."""
-        if not is_out_of_memory(error):
-            return explain(error)
-        peak = peak_memory(self.device) if self.device else None
-        said = str(error).splitlines()[0]
-        message = f"Out of memory while {self.phase}, {peak or 0:,} bytes in use at most: {said}"
-        offers = self.memory.remedies(self.phase) if self.memory else []
-        return TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
 
     def _load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
@@ -5724,9 +5712,8 @@ class LoRATrainer:
         config = self.config
         self.phase = "encoding"
         shelf = Shelf(config.cache_dir, models.device, self.events)
-        wanted = [p.caption for p in pictures]
-        wanted += [*preview_prompts(config), config.sample_negative_prompt]
-        tokens = tokenize(wanted, models, self.events)
+        prompts = [*preview_prompts(config), config.sample_negative_prompt]
+        tokens = tokenize([*(p.caption for p in pictures), *prompts], models, self.events)
         texts: dict[str, Conditioning] = {}
         if config.train_text_encoder:
             models.load_text_encoders(models.dtype)
@@ -5819,8 +5806,7 @@ class LoRATrainer:
             for module in models.denoiser.modules():
                 vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
             learner.forget()
-            reason = type(error).__name__
-            message = f"Compiling failed: {next(iter(str(error).strip().splitlines()), reason)}"
+            message, reason = f"Compiling failed: {first_line(error)}", type(error).__name__
             self.events.warn(WarningCode.COMPILE_FAILED, message, reason=reason)
             return contextlib.nullcontext()
         stance: contextlib.AbstractContextManager[Any]
@@ -5904,6 +5890,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
+def first_line(error: BaseException) -> str:
+    """Quote the sum of what an error says, or else its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def due(every: int, step: int) -> bool:
     """Tell whether something that happens every so many updates happens now."""
     return step % every == 0
@@ -5949,8 +5940,9 @@ def mirrored(events: Emitter, output: Path, claim: Callable[[], None]) -> Iterat
 
     def warn(error: OSError) -> None:
         reason = error.strerror or str(error)
-        message = f"Cannot write events.jsonl: {reason}"
-        events.warn(WarningCode.MIRROR_FAILED, message, reason=reason)
+        events.warn(
+            WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason
+        )
 
     reopen = functools.partial(open_mirror, events, output, claim)
     writer = LineWriter(NOT_OPEN, warn, reopen=reopen)
@@ -5989,20 +5981,7 @@ def deadline_in(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() < end
 
 
-@contextlib.contextmanager
-def reporting(events: Emitter) -> Iterator[None]:
-    """Let exactly one last line tell how the enclosed work ended; pass the exception on."""
-    try:
-        yield
-    except (TrainingInterrupted, Exception) as error:
-        ended = explain(error)
-        events.emit(last_line(ended, events.elapsed_seconds()))
-        if ended is error:
-            raise
-        raise ended from error
-
-
-def explain(error: TrainingInterrupted | Exception) -> TrainingInterrupted | TrainError:
+def explain(error: Ended | Exception) -> Ended:
     """Give every exception a code."""
     if isinstance(error, (TrainingInterrupted, TrainError)):
         return error
@@ -6011,7 +5990,22 @@ def explain(error: TrainingInterrupted | Exception) -> TrainingInterrupted | Tra
     return TrainError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
 
 
-def last_line(ended: TrainingInterrupted | TrainError, total_time: float) -> Event:
+@contextlib.contextmanager
+def reporting(
+    events: Emitter, explained: Callable[[Ended | Exception], Ended] = explain
+) -> Iterator[None]:
+    """Let exactly one last line tell how the enclosed work ended; pass the exception on."""
+    try:
+        yield
+    except (TrainingInterrupted, Exception) as error:
+        ended = explained(error)
+        events.emit(last_line(ended, events.elapsed_seconds()))
+        if ended is error:
+            raise
+        raise ended from error
+
+
+def last_line(ended: Ended, total_time: float) -> Event:
     """Tell how a run ended that did not come to its end."""
     if isinstance(ended, TrainingInterrupted):
         return InterruptedEvent(**vars(ended), total_time=total_time)

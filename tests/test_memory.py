@@ -358,6 +358,12 @@ def test_memory_that_is_still_short_ends_the_run(ground: Path, *, asked: bool) -
     assert "update_retried" not in ready.recorder.codes()
 
 
+def test_an_error_that_says_nothing_is_called_by_its_name() -> None:
+    """Python's own allocator raises without a word."""
+    assert train_lora.first_line(MemoryError()) == "MemoryError"
+    assert train_lora.first_line(RuntimeError("out of memory\nCall stack:")) == "out of memory"
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_whole_run_that_ran_out_of_memory_leaves_the_same_file(
     ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
