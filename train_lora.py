@@ -393,8 +393,8 @@ class MemoryFacts(
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
-    in_use_bytes: Annotated[int | None, "held by training at the end of the phase"]
-    peak_bytes: Annotated[int | None, "most that was ever held"]
+    in_use_bytes: Annotated[int | None, "held by training at the end of the phase"] = None
+    peak_bytes: Annotated[int | None, "most that was ever held"] = None
     planned_bytes: Annotated[int | None, "most that the plan foresees; null without headers"]
     free_bytes: Annotated[int | None, "what the plan counts on"] = None
     parts: Annotated[dict[str, int] | None, "bytes by what they hold, in planning"] = None
@@ -4827,10 +4827,8 @@ class MemoryPlan:
     tiling: bool  # previews are decoded in pieces
 
     def __post_init__(self) -> None:
-        """Add up what follows from the choices.
-
-        But for a card, all is one memory, and the process keeps what activations had.
-        """
+        """Add up what follows from the choices."""
+        # But for a card, all is one memory, and the process keeps what activations had.
         self.on_card = card = self.device.kind == "cuda"
         self.parts = part = {name: math.ceil(size) for name, size in self._sizes().items()}
         waits = part["process"] + part["learned_text"] + (0 if card else part["cache"])
@@ -4929,18 +4927,14 @@ class MemoryPlan:
         """Tell what was chosen, and why."""
         planned, free = self.peak_until("training"), self.free
         room = "unknown" if free is None else f"{free:,} bytes are free"
+        why = f"{planned:,} bytes planned, {room}"
         chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
         return MemoryFacts(
             phase="planning",
-            in_use_bytes=None,
-            peak_bytes=None,
             planned_bytes=planned,
             free_bytes=free,
             parts=self.parts,
-            choices={
-                knob: f"{'on' if on else 'off'}: {planned:,} bytes planned, {room}"
-                for knob, on in chosen.items()
-            },
+            choices={knob: f"{'on' if on else 'off'}: {why}" for knob, on in chosen.items()},
         )
 
     def remedies(self, phase: str = "training") -> list[Problem]:
@@ -5341,8 +5335,8 @@ class Run:
         if not (pace := state.seconds_per_step):
             return None
         previews = left(config.validation_steps) + (not due(config.validation_steps, total))
-        beside = previews * state.preview_seconds
-        beside += left(config.checkpoint_steps) * state.checkpoint_seconds
+        checkpoints = left(config.checkpoint_steps)
+        beside = previews * state.preview_seconds + checkpoints * state.checkpoint_seconds
         return pace * (total - state.step) + beside
 
     def watch_pace(self) -> None:
