@@ -321,8 +321,8 @@ class Event:
 class StartEvent(Event, type="start", says="train_lora {version}, protocol {protocol}"):
     """First line once the config is valid."""
 
-    protocol: Annotated[str, "version of this event protocol"]
-    version: Annotated[str, "version of the program"]
+    protocol: Annotated[str, "version of this event protocol"] = PROTOCOL
+    version: Annotated[str, "version of the program"] = __version__
     run_id: Annotated[str, "names the run, over all its starts"]
     pid: Annotated[int, "process to send a stop signal to"]
     resumed_step: Annotated[int, "updates done by earlier starts"]
@@ -479,7 +479,7 @@ class CompleteEvent(
     """Last line of a finished run."""
 
     step: Annotated[int, "updates done"]
-    percent: Annotated[int, "100"]
+    percent: Annotated[int, "100"] = 100
     final_path: Annotated[str, "lora_final.safetensors"]
     bytes: Annotated[int, "its size"]
     sha256: Annotated[str, "its checksum"]
@@ -5126,11 +5126,11 @@ def report_model(config: TrainingConfig, model: ModelFacts, events: Emitter) -> 
         used = choose_objective(config, model).prediction_type
         message = f"The file does not say what it predicts; {used} is assumed"
         events.warn(WarningCode.PREDICTION_ASSUMED, message, prediction_type=used)
-    native = model.native_resolution
-    if native and not 0.75 <= config.resolution / native <= 1.5:
-        message = f"resolution {config.resolution} is far from the base model's {native}"
-        data = {"resolution": config.resolution, "native_resolution": native}
-        events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **data)
+    side, native = config.resolution, model.native_resolution
+    if native and not 0.75 <= side / native <= 1.5:
+        message = f"resolution {side} is far from the base model's {native}"
+        told = {"resolution": side, "native_resolution": native}
+        events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **told)
 
 
 def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
@@ -5524,7 +5524,6 @@ class Run:
             self.preview()  # nothing is lost if that fails, hangs or is stopped
             done = CompleteEvent(
                 step=state.step,
-                percent=100,
                 final_path=str(path),
                 **written,
                 copy_path=self.put_copies(path),
@@ -5790,30 +5789,27 @@ class LoRATrainer:
         config, kind = self.config, self.config.compile
         tools = importlib.util.find_spec("triton") and any(map(shutil.which, C_COMPILERS))
         wins = models.device.type == "cuda" and steps >= COMPILE_STEPS and tools
+        held: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if kind == "off" or (kind == "auto" and not wins):
-            return contextlib.nullcontext()
+            return held
         self.phase = "compiling"
         self.events.info(PhaseFacts(name=self.phase, done=0, total=1))
         try:
             self.stop.wait_for(beside(lambda: compile_blocks(models, cache, learner, config)))
+            held = torch.compiler.set_stance("eager_on_recompile")
         except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
             for module in models.denoiser.modules():
                 vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
             learner.forget()
             message, reason = f"Compiling failed: {first_line(error)}", type(error).__name__
             self.events.warn(WarningCode.COMPILE_FAILED, message, reason=reason)
-            return contextlib.nullcontext()
-        stance: contextlib.AbstractContextManager[Any]
-        stance = torch.compiler.set_stance("eager_on_recompile")
-        return stance
+        return held
 
     def _start(self, aside: Path | None = None) -> None:
         """Send the first line, also of a run that is to stop, and what happened before."""
         step, state = self.earlier.step, self.earlier.state
         self.events.emit(
             StartEvent(
-                protocol=PROTOCOL,
-                version=__version__,
                 run_id=self.run_id,
                 pid=os.getpid(),
                 resumed_step=step,
@@ -5845,11 +5841,23 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     """
     import torch
 
+    slots = list(enumerate(cache.window(config, 1)))[: config.batch_size]
+
+    def gradients() -> list[torch.Tensor]:
+        """Compute where a first batch would move the adapter's matrices; move nothing."""
+        with torch.random.fork_rng():
+            (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
+        learner.collect()
+        # The device has no room for what is only looked at.
+        found = [gradient.to("cpu", copy=True) for gradient in learner.gradients.values()]
+        learner.forget()
+        return found
+
     with learner.moved(TRIAL_NOISE):
-        expected = trial_gradients(models, cache, learner, config)
+        expected = gradients()
         # With this option, dropout draws what it draws in blocks that are not compiled.
         models.denoiser.compile_repeated_blocks(dynamic=True, options={"fallback_random": True})
-        found = trial_gradients(models, cache, learner, config)
+        found = gradients()
     lengths = torch.stack([e.norm() for e in expected])
     errors = torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]) / lengths
     # Every matrix counts alike but for those that hardly move, as those only round.
@@ -5858,24 +5866,6 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     most, limit = float(errors.quantile(0.9)), 0.01 if models.dtype == torch.float32 else 0.25
     if not (most <= limit and errors.max() <= 4 * limit):
         raise ArithmeticError(f"compiled blocks have other gradients, {most:.0%} off")
-
-
-def trial_gradients(
-    models: Models, cache: Cache, learner: Learner, config: TrainingConfig
-) -> list[torch.Tensor]:
-    """Compute where a first batch would move the adapter's matrices; move nothing.
-
-    The device has no room for what is only looked at.
-    """
-    import torch
-
-    slots = list(enumerate(cache.window(config, 1)))[: config.batch_size]
-    with torch.random.fork_rng():
-        (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
-    learner.collect()
-    gradients = [gradient.to("cpu", copy=True) for gradient in learner.gradients.values()]
-    learner.forget()
-    return gradients
 
 
 def is_out_of_memory(error: BaseException) -> bool:
