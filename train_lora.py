@@ -5404,14 +5404,21 @@ class Run:
         """Tell whether a file of this step is to be made; after a restart, if it is not there."""
         return self.state.step >= self.state.first_step or not path.is_file()
 
-    def checkpoint(self) -> None:
-        """Write a usable LoRA file and a state. Where that fails, training goes on."""
+    def checkpoint(self, reason: CheckpointReason = "periodic") -> None:
+        """Write a state and a usable LoRA file. Where that fails, training or its end goes on."""
+        step = self.state.step
         try:
             with self.lock:
                 self.save_state()
-                self.save_lora("periodic")
-        except OSError as error:
-            self.warn_unsaved(error)
+                if reason == "interrupted":
+                    write_history(self.config.output_path, self.state.history)
+                self.save_lora(reason)
+        except Exception as error:
+            if reason == "periodic" and not isinstance(error, OSError):
+                raise
+            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            message = f"No checkpoint at step {step}: {error}"
+            self.events.warn(WarningCode.CHECKPOINT_FAILED, message, step=step, reason=why)
 
     def save_state(self) -> None:
         """Write what a restart continues from; only then let older states go."""
@@ -5446,13 +5453,6 @@ class Run:
         said = save_lora(path, tensors, lora_header(self.config, base, step, images))
         self.written = step
         return said
-
-    def warn_unsaved(self, error: Exception) -> None:
-        """Tell that a checkpoint is missing, and why."""
-        step = self.state.step
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        message = f"No checkpoint at step {step}: {error}"
-        self.events.warn(WarningCode.CHECKPOINT_FAILED, message, step=step, reason=reason)
 
     def preview(self) -> None:
         """Draw one picture for every prompt. What goes wrong here does not end a run."""
@@ -5490,13 +5490,8 @@ class Run:
         # What is true already, in case saving does not end.
         ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
         with self.lock:
-            try:
-                if self.state.step >= self.state.first_step and not self.torn:
-                    self.save_state()
-                    write_history(self.config.output_path, self.state.history)
-                    self.save_lora("interrupted")
-            except Exception as error:  # noqa: BLE001, the last line tells what came first
-                self.warn_unsaved(error)
+            if self.state.step >= self.state.first_step and not self.torn:
+                self.checkpoint("interrupted")
         ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
 
     def put_copies(self, final: Path) -> str | None:
