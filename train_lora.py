@@ -324,7 +324,7 @@ class StartEvent(Event, type="start", says="train_lora {version}, protocol {prot
     protocol: Annotated[str, "version of this event protocol"] = PROTOCOL
     version: Annotated[str, "version of the program"] = __version__
     run_id: Annotated[str, "names the run, over all its starts"]
-    pid: Annotated[int, "process to send a stop signal to"]
+    pid: Annotated[int, "process to send a stop signal to"] = field(default_factory=os.getpid)
     resumed_step: Annotated[int, "updates done by earlier starts"]
     total_steps: Annotated[int | None, "updates in all; null until the images are counted"]
     config: Annotated[dict[str, Any], "resolved config, defaults filled in; never a secret"]
@@ -4826,6 +4826,19 @@ class MemoryPlan:
     checkpointing: bool
     tiling: bool  # previews are decoded in pieces
 
+    @classmethod
+    def make(
+        cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
+    ) -> MemoryPlan:
+        """Choose the fastest way that fits; where none does, the one that needs least."""
+        ways = [False] if config.gradient_checkpointing is not True else []
+        ways += [True] if config.may_checkpoint else []
+        plans = [
+            cls(config, structure, images, device, checkpointing, tiling)
+            for checkpointing, tiling in itertools.product(ways, (False, True))
+        ]
+        return next((plan for plan in plans if plan.fits), plans[-1])
+
     def __post_init__(self) -> None:
         """Add up what follows from the choices."""
         # But for a card, all is one memory, and the process keeps what activations had.
@@ -4845,19 +4858,6 @@ class MemoryPlan:
         self.free = free - CONTEXT_BYTES if card and free is not None else free
         # It can be hoped for; what is not known is no obstacle.
         self.fits = self.free is None or self.peak_until("training") <= self.free
-
-    @classmethod
-    def make(
-        cls, config: TrainingConfig, structure: Structure, images: int, device: DeviceFacts
-    ) -> MemoryPlan:
-        """Choose the fastest way that fits; where none does, the one that needs least."""
-        ways = [False] if config.gradient_checkpointing is not True else []
-        ways += [True] if config.may_checkpoint else []
-        plans = [
-            cls(config, structure, images, device, checkpointing, tiling)
-            for checkpointing, tiling in itertools.product(ways, (False, True))
-        ]
-        return next((plan for plan in plans if plan.fits), plans[-1])
 
     def _sizes(self) -> dict[str, float]:
         """Add up the parts, from shapes alone."""
@@ -4963,9 +4963,9 @@ class MemoryPlan:
 
 
 def denoiser_bytes(structure: Structure, base: str, run: str) -> float:
-    """Tell the size of the frozen denoiser, and of the copy that is made of another precision."""
+    """Tell the size of the frozen denoiser, and of the copy that is made of another width."""
     numbers, width = structure.numbers(structure.family.denoiser), NUMBER_BYTES[run]
-    if base in ("auto", run):
+    if base == "auto" or NUMBER_BYTES[base] == width:
         return width * numbers
     if base not in QUANTISED:
         return (width + NUMBER_BYTES[base]) * numbers
@@ -5806,7 +5806,6 @@ class LoRATrainer:
         self.events.emit(
             StartEvent(
                 run_id=self.run_id,
-                pid=os.getpid(),
                 resumed_step=step,
                 total_steps=self.config.steps,
                 config=self.config.as_record(),
