@@ -70,9 +70,8 @@ import traceback
 import types
 import typing
 import uuid
-import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -1061,7 +1060,13 @@ class TrainingConfig:
         cls, path: str | Path, overrides: Mapping[str, Any] | None = None
     ) -> TrainingConfig:
         """Load a config and check all that can be known without looking at other files."""
-        document = parse_config(read_config(path))
+        return cls.from_record(parse_config(read_config(path)), overrides)
+
+    @classmethod
+    def from_record(
+        cls, document: Record, overrides: Mapping[str, Any] | None = None
+    ) -> TrainingConfig:
+        """Check a config that is at hand as an object."""
         if overrides:
             override(document, overrides)
         check_schema(document)
@@ -1089,32 +1094,6 @@ class TrainingConfig:
     def effective_batch(self) -> int:
         """Count the images behind one update."""
         return self.batch_size * self.gradient_accumulation_steps
-
-    @property
-    def exact_share(self) -> Fraction:
-        """Give the share of images that keep the base model as it is, as it was written."""
-        return Fraction(str(self.regularization_share))
-
-    def regularization_before(self, positions: int, regularization: int) -> int:
-        """Count those from regularization_path among the first images that are trained on."""
-        return math.floor(positions * self.exact_share) if regularization else 0
-
-    def drawn(self, images: int, regularization: int, epochs: int) -> int:
-        """Count the images trained on while each of dataset_path is seen so many times.
-
-        `regularization` of the images come from regularization_path, and take their turns.
-        """
-        own = epochs * (images - regularization)
-        return math.floor((own - 1) / (1 - self.exact_share)) + 1 if regularization else own
-
-    def steps_per_epoch(self, images: int, regularization: int = 0) -> int:
-        """Count the updates in which every image of dataset_path is seen at least once."""
-        return math.ceil(self.drawn(images, regularization, 1) / self.effective_batch)
-
-    def total_steps(self, images: int, regularization: int = 0) -> int:
-        """Count the updates; epochs run on across their borders, only the last may be short."""
-        drawn = self.drawn(images, regularization, self.epochs)
-        return self.steps or math.ceil(drawn / self.effective_batch)
 
     def value(self, knob: str) -> Any:
         """Look a knob up by its name."""
@@ -1459,6 +1438,12 @@ class Picture:
     width: int  # pixels, as a viewer shows it
     height: int
     caption: str
+    packed_bytes: int = 0  # of a PNG whose pixels were not unpacked
+
+    @functools.cached_property
+    def digest(self) -> list[object]:
+        """Tell the file from others."""
+        return sampled_digest(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1468,11 +1453,6 @@ class Dataset:
     pictures: tuple[Picture, ...]  # those of regularization_path last
     facts: DatasetFacts
 
-    @property
-    def regularization_images(self) -> int:
-        """Count the pictures which keep the base model as it is."""
-        return self.facts.regularization_images
-
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort image10 after image9, whatever the case."""
@@ -1480,45 +1460,14 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts] + [(2, name)]
 
 
-def find_files(
-    root: Path, apart: Iterable[Path], events: Emitter, label: str = ""
-) -> dict[str, Path]:
-    """List a folder's files by label and path inside it, leaving out the folders set apart."""
-    found: dict[str, Path] = {}
-    waiting, set_apart = [root], {place_of(str(folder)) for folder in apart}
-
-    def name_of(path: Path) -> str:
-        return PurePosixPath(label, path.relative_to(root).as_posix()).as_posix()
-
-    def skip(folder: Path, reason: str) -> None:
-        name = name_of(folder)
-        message = f"Skipped folder {name}: {reason}"
-        events.warn(WarningCode.FOLDER_SKIPPED, message, file=name, reason=reason)
-
-    while waiting:  # os.walk would call itself, and a thousand folders deep end in an error
-        folder = waiting.pop()
-        try:
-            inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            skip(folder, f"it cannot be read ({error.strerror})")
-            continue
-        for entry in inside:
-            path, linked = folder / entry.name, entry.is_symlink()
-            is_folder = os.path.isdir(path) if linked else entry.is_dir()  # noqa: PTH112, never raises
-            if is_hidden(entry.name) or (is_folder and place_of(str(path)) in set_apart):
-                continue
-            if not is_folder:
-                found[name_of(path)] = path
-            elif linked or entry.name.lower().endswith(IMAGE_SUFFIXES):
-                skip(path, "it is a link" if linked else "named like an image")
-            else:
-                waiting.append(path)
-    return found
-
-
-def is_hidden(name: str) -> bool:
-    """Recognise what archives and file managers leave behind."""
-    return name.startswith(".") or name == "__MACOSX"
+def entries_of(folder: Path, root: Path) -> list[os.DirEntry[str]]:
+    """List what lies in one folder, without what archives and file managers leave behind."""
+    if folder.is_symlink():
+        raise Unusable("it is a link")
+    if folder != root and folder.name.lower().endswith(IMAGE_SUFFIXES):
+        raise Unusable("named like an image")
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
 
 
 def check_plain_file(path: Path, root: Path) -> None:
@@ -1535,143 +1484,6 @@ def check_plain_file(path: Path, root: Path) -> None:
         raise Unusable("an empty file")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """What is known of an image after a first look."""
-
-    width: int  # pixels, as a viewer shows it
-    height: int
-    packed_bytes: int = 0  # of a PNG, whose pixels have not been unpacked
-
-
-class Inspector:
-    """Looks at images in parallel, and never at more pixels at once than memory holds."""
-
-    def __init__(self, events: Emitter, stop: StopRequest, *, thorough: bool) -> None:
-        """Begin with nothing in hand; `thorough` leaves no pixel of any image undecoded."""
-        self.events, self.stop = events, stop
-        self._quick_pixels = math.inf if thorough else QUICK_PIXELS
-        self._free = PIXELS_AT_ONCE
-        self._changed = threading.Condition()
-
-    def inspect(self, files: Mapping[str, Path], root: Path) -> dict[str, tuple[int, int]]:
-        """Return the sizes of the usable images, in order; name the others."""
-        looks = self._each("checking", files, lambda name: self._look(files[name], root))
-        doubtful = list(self._choose_doubtful(looks))
-        sound = self._each("unpacking", doubtful, lambda n: self._unpack(files[n], looks[n]))
-        broken = set(doubtful) - sound.keys()
-        return {n: (look.width, look.height) for n, look in looks.items() if n not in broken}
-
-    def _each(self, verb: str, names: Collection[str], work: Callable[[str], R]) -> dict[str, R]:
-        """Do the same to many images; leave out and name those that turn out unusable."""
-        results: dict[str, R] = {}
-        phase = Phase(f"{verb} images", len(names), self.events, self.stop)
-        phase.at(0)
-
-        def attempt(name: str) -> R | Unusable:
-            try:
-                return work(name)
-            except Unusable as reason:
-                return reason
-
-        looked = ahead(attempt, names, 4 + (os.cpu_count() or 1))
-        for done, (name, found) in enumerate(looked, start=1):
-            if done < len(names):
-                phase.at(done)
-            if isinstance(found, Unusable):
-                message, reason = f"Skipped {name}: {found}", str(found)
-                self.events.warn(WarningCode.IMAGE_SKIPPED, message, file=name, reason=reason)
-            else:
-                results[name] = found
-        return results
-
-    def _look(self, path: Path, root: Path) -> Look:
-        """Decode an image as far as is cheap."""
-        from PIL import Image
-
-        check_plain_file(path, root)
-        with naming_damage(), Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > (most := Image.MAX_IMAGE_PIXELS or math.inf):
-                raise Unusable(f"more than {most} pixels")
-            # Phones write JPEGs with further pictures behind the first; only that one counts.
-            # Single pictures of some formats do not have the attribute at all.
-            if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
-                raise Unusable("an animation")
-            # A PNG's orientation may stand behind the pixels; looking there would decode them.
-            packed = image.format == "PNG"
-            early = not packed or "exif" in image.info
-            if early and image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
-                width, height = height, width
-            with self._room(width * height):
-                if packed:
-                    image.verify()  # the checksums of all chunks, without unpacking them
-                else:
-                    image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
-                    image.load()
-            packed_bytes = path.stat().st_size if packed else 0
-        return Look(width=width, height=height, packed_bytes=packed_bytes)
-
-    def _choose_doubtful(self, looks: Mapping[str, Look]) -> Iterator[str]:
-        """Choose what to unpack after all: first the files that are small for their pixels."""
-        packed = {n: look.width * look.height for n, look in looks.items() if look.packed_bytes}
-        for name in sorted(packed, key=lambda name: looks[name].packed_bytes / packed[name]):
-            if packed[name] <= self._quick_pixels:
-                self._quick_pixels -= packed[name]
-                yield name
-
-    def _unpack(self, path: Path, look: Look) -> None:
-        """Do to an image what training does first."""
-        with self._room(look.width * look.height), naming_damage():
-            load_picture(path)
-
-    @contextlib.contextmanager
-    def _room(self, pixels: int) -> Iterator[None]:
-        """Wait until so many pixels fit into memory; an image larger than all goes alone."""
-        pixels = min(pixels, PIXELS_AT_ONCE)
-        with self._changed:
-            while pixels > self._free:
-                self.stop.check()
-                self._changed.wait(0.1)
-            self._free -= pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
-
-
-@contextlib.contextmanager
-def naming_damage() -> Iterator[None]:
-    """Say in a few words why a decoder failed."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        yield
-    except Unusable:
-        raise
-    except UnidentifiedImageError as error:
-        raise Unusable("not a png, jpeg, webp or bmp image") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-    except Exception as error:  # hostile bytes make decoders raise anything
-        raise Unusable(f"damaged ({error})") from error
-
-
-def read_inside(path: Path, root: Path, limit_bytes: int) -> bytes:
-    """Read a file of the dataset, never more than the limit and never from outside."""
-    check_plain_file(path, root)
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise Unusable(f"it cannot be read ({error.strerror})") from error
-    if len(content) > limit_bytes:
-        raise Unusable(f"larger than {limit_bytes // 1024} KiB")
-    return content
-
-
 def decode_caption(content: bytes) -> str:
     """Turn bytes into one line of text."""
     if len(content) > CAPTION_BYTES:
@@ -1685,79 +1497,28 @@ def decode_caption(content: bytes) -> str:
     return text
 
 
-def read_metadata(
-    files: Mapping[str, Path], root: Path, events: Emitter, stop: StopRequest
-) -> dict[str, str]:
-    """Read the captions of every metadata.jsonl, keyed by the image's path inside the dataset."""
-    captions: dict[str, str] = {}
-    for name in (n for n in files if PurePosixPath(n).name == "metadata.jsonl"):
-        try:
-            lines = io.BytesIO(read_inside(files[name], root, METADATA_BYTES))
-        except Unusable as reason:
-            warn_caption(name, reason, events)
-            continue
-        refused, first = 0, []
-        for number, line in enumerate(lines, start=1):
-            stop.check()
-            try:
-                if line.strip():
-                    image, caption = parse_metadata(line, PurePosixPath(name).parent, files)
-                    captions[image] = caption
-            except Unusable as reason:
-                refused += 1
-                if refused <= REFUSED_LINES:
-                    first.append({"line": number, "reason": str(reason)})
-        if refused:
-            message = f"Cannot use {refused} lines of {name}, such as {first[0]['line']}: "
-            message += str(first[0]["reason"])
-            data = {"file": name, "lines": refused, "first": first}
-            events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
-    return captions
+def choose_doubtful(pictures: Iterable[Picture]) -> Iterator[str]:
+    """Choose what to unpack after all: first the files that are small for their pixels."""
+    left, packed = QUICK_PIXELS, [picture for picture in pictures if picture.packed_bytes]
+    for picture in sorted(packed, key=lambda p: p.packed_bytes / (p.width * p.height)):
+        if picture.width * picture.height <= left:
+            left -= picture.width * picture.height
+            yield picture.name
 
 
-def parse_metadata(
-    line: bytes, folder: PurePosixPath, files: Mapping[str, Path]
-) -> tuple[str, str]:
-    """Take image and caption from one line, if the image lies inside the dataset."""
-    try:
-        entry, problems = parse_json(line.decode("utf-8-sig"))
-    except NOT_JSON as error:
-        raise Unusable("not JSON in UTF-8") from error
-    name, text = (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (0, 0)
-    if problems or not isinstance(name, str) or not isinstance(text, str):
-        raise Unusable("not an object with file_name and text")
-    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
-    if path.anchor or ".." in path.parts or "\0" in name or "://" in name:
-        raise Unusable("file_name leads out of the dataset")
-    image = (folder / path.as_posix()).as_posix()
-    if image not in files:
-        raise Unusable("file_name names no file")
-    return image, decode_caption(text.encode())
+def explain_unusable(error: Exception) -> str:
+    """Say in a few words why a file cannot be read or decoded."""
+    from PIL import Image, UnidentifiedImageError
 
-
-def warn_caption(name: str, reason: Unusable, events: Emitter) -> None:
-    """Tell that a caption file is of no use."""
-    message = f"Cannot use {name}: {reason}"
-    events.warn(WarningCode.CAPTION_UNUSABLE, message, file=name, reason=str(reason))
-
-
-def read_sidecars(
-    files: Mapping[str, Path], root: Path, events: Emitter, stop: StopRequest
-) -> dict[str, str]:
-    """Read image.txt beside every image that has one, keyed by the image's path."""
-    texts = {name[:-4]: name for name in files if name.lower().endswith(".txt")}
-    captions: dict[str, str] = {}
-    for image in files:
-        stem, _, suffix = image.rpartition(".")
-        name = texts.get(stem)
-        if name is None or f".{suffix.lower()}" not in IMAGE_SUFFIXES:
-            continue
-        stop.check()
-        try:
-            captions[image] = decode_caption(read_inside(files[name], root, CAPTION_BYTES))
-        except Unusable as reason:
-            warn_caption(name, reason, events)
-    return captions
+    if isinstance(error, Unusable):
+        return str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "not a png, jpeg, webp or bmp image"
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return f"it cannot be read ({error.strerror})"
+    return f"damaged ({error})"
 
 
 def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
@@ -1766,99 +1527,236 @@ def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
     front: list[str] = []
     # A word inside a longer one counts as present, so the longer ones are looked for first.
     for word in sorted(words, key=len, reverse=True):
-        if not stands_in(word, (caption, *front)):
+        alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+        if not any(map(alone.search, (caption, *front))):
             front.append(word)
     return ", ".join(filter(None, [*sorted(front, key=words.index), caption]))
 
 
-def stands_in(word: str, texts: Iterable[str]) -> bool:
-    """Tell whether a word stands in a text as a word of its own, whatever the case."""
-    alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-    return any(map(alone.search, texts))
+class ImageFolder:
+    """A folder of images and their captions; a warning names whatever of it is not used."""
+
+    def __init__(
+        self, folder: Path, config: TrainingConfig, events: Emitter, stop: StopRequest
+    ) -> None:
+        """Begin with nothing found; images for regularization are named after their folder."""
+        self.folder, self.root = folder, folder.resolve()
+        self.config, self.events, self.stop = config, events, stop
+        own = folder == config.dataset_path
+        self.label, self.trigger_words = ("", config.trigger_words) if own else (self.root.name, ())
+        self.files: dict[str, Path] = {}  # by label and path inside
+        self.images: dict[str, Picture | None] = {}  # in natural order; None for unusable ones
+        self.captions: dict[str, str] = {}
+        self._free_pixels = PIXELS_AT_ONCE
+        self._changed = threading.Condition()
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """List the usable images."""
+        return list(filter(None, self.images.values()))
+
+    def scan(self, *, thorough: bool) -> None:
+        """Find the images and their captions, and look which ones can be used."""
+        self.find_files()
+        images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
+        self.images = dict.fromkeys(sorted(images, key=natural_key))
+        self.read_captions()
+        self.inspect(list(self.images), unpack=thorough)
+        self.inspect(list(choose_doubtful(self.pictures)), unpack=True)
+
+    def find_files(self) -> None:
+        """List the files, but for those of the other folders of this run."""
+        config, waiting = self.config, [self.root]
+        places = (config.dataset_path, config.regularization_path, config.output_path)
+        apart = {place_of(os.path.realpath(place)) for place in places if place}
+        apart.discard(place_of(str(self.root)))
+        while waiting:  # os.walk would call itself, and a thousand folders deep end in an error
+            folder = waiting.pop()
+            name = self.name_of(folder)
+            with self.leaving_out(WarningCode.FOLDER_SKIPPED, name, "Skipped folder"):
+                for entry in entries_of(folder, self.root):
+                    path = folder / entry.name
+                    linked = os.path.isdir(path)  # noqa: PTH112, never raises
+                    if not (linked or entry.is_dir(follow_symlinks=False)):
+                        self.files[self.name_of(path)] = path
+                    elif place_of(entry.path) not in apart:
+                        waiting.append(path)
+
+    def name_of(self, path: Path) -> str:
+        """Name a file or folder as people are told, with forward slashes."""
+        return PurePosixPath(self.label, path.relative_to(self.root).as_posix()).as_posix()
+
+    @contextlib.contextmanager
+    def leaving_out(self, code: WarningCode, name: str, verb: str) -> Iterator[None]:
+        """Go on without what cannot be used, and tell why."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001, hostile bytes make decoders raise anything
+            reason = explain_unusable(error)
+            self.events.warn(code, f"{verb} {name}: {reason}", file=name, reason=reason)
+
+    def read_captions(self) -> None:
+        """Read every metadata.jsonl, and image.txt beside an image, which counts for more."""
+        for name in self.files:
+            if PurePosixPath(name).name == "metadata.jsonl":
+                with self.leaving_out(WarningCode.CAPTION_UNUSABLE, name, "Cannot use"):
+                    self.read_lines(name)
+        texts = {name[:-4]: name for name in self.files if name.lower().endswith(".txt")}
+        for image in self.images:
+            if text := texts.get(image.rpartition(".")[0]):
+                self.stop.check()
+                with self.leaving_out(WarningCode.CAPTION_UNUSABLE, text, "Cannot use"):
+                    self.captions[image] = decode_caption(self.read(text, CAPTION_BYTES))
+
+    def read_lines(self, name: str) -> None:
+        """Read the captions of one metadata.jsonl; tell of bad lines together."""
+        refused, first = 0, []
+        lines = io.BytesIO(self.read(name, METADATA_BYTES))
+        for number, line in enumerate(lines, start=1):
+            self.stop.check()
+            try:
+                if line.strip():
+                    self.read_line(line, PurePosixPath(name).parent)
+            except Unusable as reason:
+                refused += 1
+                if refused <= REFUSED_LINES:
+                    first.append({"line": number, "reason": str(reason)})
+        if refused:
+            message = f"Cannot use {refused} lines of {name}, such as {first[0]['line']}: "
+            message += str(first[0]["reason"])
+            data = {"file": name, "lines": refused, "first": first}
+            self.events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        """Read a file, never more than the limit and never from outside."""
+        check_plain_file(self.files[name], self.root)
+        with self.files[name].open("rb") as file:
+            content = file.read(limit_bytes + 1)
+        if len(content) > limit_bytes:
+            raise Unusable(f"larger than {limit_bytes // 1024} KiB")
+        return content
+
+    def read_line(self, line: bytes, folder: PurePosixPath) -> None:
+        """Take a caption from one line of metadata, if its image lies inside the dataset."""
+        try:
+            entry, problems = parse_json(line.decode("utf-8-sig"))
+        except NOT_JSON as error:
+            raise Unusable("not JSON in UTF-8") from error
+        said = entry if isinstance(entry, dict) and not problems else {}
+        name, text = said.get("file_name"), said.get("text")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise Unusable("not an object with file_name and text")
+        path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+        if path.anchor or ".." in path.parts or "\0" in name or "://" in name:
+            raise Unusable("file_name leads out of the dataset")
+        image = (folder / path.as_posix()).as_posix()
+        if image not in self.files:
+            raise Unusable("file_name names no file")
+        self.captions[image] = decode_caption(text.encode())
+
+    def inspect(self, names: Sequence[str], *, unpack: bool) -> None:
+        """Look at images in parallel, and leave out those that turn out unusable."""
+        phase = Phase("checking images", len(names), self.events, self.stop)
+        phase.at(0)
+        look = functools.partial(self.look, unpack=unpack)
+        looked = ahead(look, names, 4 + (os.cpu_count() or 1))
+        for done, (name, picture) in enumerate(looked, start=1):
+            if done < len(names):
+                phase.at(done)
+            self.images[name] = None
+            with self.leaving_out(WarningCode.IMAGE_SKIPPED, name, "Skipped"):
+                self.images[name] = picture.result()
+
+    def look(self, name: str, *, unpack: bool) -> Picture:
+        """Decode an image, a PNG only as far as is cheap unless all of it is to be unpacked."""
+        from PIL import Image
+
+        path = self.files[name]
+        check_plain_file(path, self.root)
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            # Phones write JPEGs with further pictures behind the first; only that one counts.
+            # Single pictures of some formats do not have the attribute at all.
+            if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+                raise Unusable("an animation")
+            # A PNG's orientation may stand behind the pixels; looking there would decode them.
+            packed = image.format == "PNG"
+            early = not packed or "exif" in image.info
+            if early and image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
+                width, height = height, width
+            with self.room_for(width * height):
+                if packed:
+                    image.verify()  # the checksums of all chunks, without unpacking them
+                else:
+                    image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
+                    image.load()
+                if packed and unpack:
+                    load_picture(path)
+        return Picture(
+            name=name,
+            path=path,
+            width=width,
+            height=height,
+            caption=compose_caption(self.captions.get(name, ""), self.trigger_words),
+            packed_bytes=path.stat().st_size if packed and not unpack else 0,
+        )
+
+    @contextlib.contextmanager
+    def room_for(self, pixels: int) -> Iterator[None]:
+        """Wait until so many pixels fit into memory; an image larger than all goes alone."""
+        pixels = min(pixels, PIXELS_AT_ONCE)
+        with self._changed:
+            while not self._changed.wait_for(lambda: pixels <= self._free_pixels, timeout=0.1):
+                self.stop.check()
+            self._free_pixels -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free_pixels += pixels
+                self._changed.notify_all()
+
+    def check(self) -> None:
+        """Refuse a folder that cannot be trained on; warn of one that is poor."""
+        pictures, resolution = self.pictures, self.config.resolution
+        if not pictures:
+            raise TrainError(ErrorCode.DATASET_EMPTY, f"No usable image in {self.folder}")
+        remedy = "" if self.label else ", or give trigger_words"
+        hint = f"Write a caption beside it{remedy}."
+        bare = [Problem(p.name, "a caption", "none", hint) for p in pictures if not p.caption]
+        if bare:
+            raise TrainError.listing(ErrorCode.CAPTIONS_MISSING, bare)
+        small = [p.name for p in pictures if min(p.width, p.height) < resolution]
+        if small:
+            count = len(small)
+            message = f"{count} images are smaller than {resolution} pixels, such as {small[0]}"
+            self.events.warn(WarningCode.IMAGES_SMALL, message, images=count, file=small[0])
 
 
 def scan_dataset(
     config: TrainingConfig, events: Emitter, stop: StopRequest, *, thorough: bool = False
 ) -> Dataset:
-    """Find the usable images and their captions; name whatever is left out."""
-    places = (config.dataset_path, config.regularization_path, config.output_path)
-    roots = [place.resolve() for place in places if place]
-    inspector = Inspector(events, stop, thorough=thorough)
-    own, others = scan_folder(roots[0], config.trigger_words, roots[1:], inspector), Scan()
-    check_pictures(own, config.dataset_path, config, events)
-    if config.regularization_path:
-        others = scan_folder(roots[1], (), roots, inspector, label=roots[1].name)
-        check_pictures(others, config.regularization_path, config, events)
-    counts = Counter(f"{picture.width}x{picture.height}" for picture in own.pictures)
+    """Find the usable images and their captions; `thorough` leaves no pixel undecoded."""
+    places = filter(None, (config.dataset_path, config.regularization_path))
+    folders = [ImageFolder(place, config, events, stop) for place in places]
+    for folder in folders:
+        folder.scan(thorough=thorough)
+        folder.check()
+    own, *others = (folder.pictures for folder in folders)
+    captions = sum(picture.name in folders[0].captions for picture in own)
+    counts = Counter(f"{picture.width}x{picture.height}" for picture in own)
     facts = DatasetFacts(
-        images=len(own.pictures),
-        skipped=own.skipped + others.skipped,
-        captions_found=own.captions,
-        captions_missing=len(own.pictures) - own.captions,
+        images=len(own),
+        skipped=sum(list(folder.images.values()).count(None) for folder in folders),
+        captions_found=captions,
+        captions_missing=len(own) - captions,
         resolutions=dict(counts.most_common(10)),
-        regularization_images=len(others.pictures),
+        regularization_images=sum(map(len, others)),
     )
     events.info(facts)
-    return Dataset(pictures=(*own.pictures, *others.pictures), facts=facts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scan:
-    """What was found in one folder."""
-
-    pictures: tuple[Picture, ...] = ()
-    captions: int = 0  # pictures which have one of their own
-    skipped: int = 0
-
-
-def scan_folder(
-    root: Path,
-    trigger_words: Iterable[str],
-    apart: Iterable[Path],
-    inspector: Inspector,
-    label: str = "",
-) -> Scan:
-    """Find the usable images of one folder and their captions."""
-    events, stop = inspector.events, inspector.stop
-    files = find_files(root, apart, events, label)
-    candidates = sorted((n for n in files if n.lower().endswith(IMAGE_SUFFIXES)), key=natural_key)
-    sizes = inspector.inspect({name: files[name] for name in candidates}, root)
-    captions = read_metadata(files, root, events, stop) | read_sidecars(files, root, events, stop)
-    pictures = tuple(
-        Picture(
-            name=name,
-            path=files[name],
-            width=width,
-            height=height,
-            caption=compose_caption(captions.get(name, ""), trigger_words),
-        )
-        for name, (width, height) in sizes.items()
-    )
-    return Scan(
-        pictures=pictures,
-        captions=sum(name in captions for name in sizes),
-        skipped=len(candidates) - len(pictures),
-    )
-
-
-def check_pictures(scan: Scan, folder: Path, config: TrainingConfig, events: Emitter) -> None:
-    """Refuse a folder that cannot be trained on; warn of one that is poor."""
-    if not scan.pictures:
-        raise TrainError(ErrorCode.DATASET_EMPTY, f"No usable image in {folder}")
-    bare = [picture.name for picture in scan.pictures if not picture.caption]
-    if bare:
-        remedy = ", or give trigger_words" if folder == config.dataset_path else ""
-        hint = f"Write a caption beside it{remedy}."
-        raise TrainError.listing(
-            ErrorCode.CAPTIONS_MISSING,
-            [Problem(path=name, expected="a caption", found="none", hint=hint) for name in bare],
-        )
-    small = [p.name for p in scan.pictures if min(p.width, p.height) < config.resolution]
-    if small:
-        message = (
-            f"{len(small)} images are smaller than {config.resolution} pixels, such as {small[0]}"
-        )
-        events.warn(WarningCode.IMAGES_SMALL, message, images=len(small), file=small[0])
+    return Dataset(pictures=tuple(itertools.chain(own, *others)), facts=facts)
 
 
 # === Model families ==========================================================
@@ -3135,11 +3033,6 @@ class Cache:
     images: tuple[CachedImage, ...]  # those of regularization_path last
     tokens: dict[str, list[torch.Tensor]]  # [1, tokens] for every text encoder
     texts: dict[str, Conditioning]  # empty while text encoders learn
-    regularization: int = 0  # images of regularization_path
-
-    def window(self, config: TrainingConfig, step: int) -> list[int]:
-        """Name the images of an update by their numbers."""
-        return update_window(config, len(self.images), step, self.regularization)
 
     def read(self, models: Models, captions: Sequence[str]) -> Conditioning:
         """Look captions up, or let the text encoders read them as they are at this step."""
@@ -3151,10 +3044,8 @@ class Cache:
         return models.read_text(tokens)
 
 
-Kept = Tensors
-
 # Part of every key; a change in what is computed needs another.
-SHELF_VERSION = 3
+SHELF_VERSION = 4
 PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
 
 
@@ -3162,109 +3053,95 @@ PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
 class Shelf:
     """A folder where later runs find what encoders computed, each thing under all it depends on.
 
-    Things lie in packs. A pack is written once, whole or not at all, under a name that nobody else
-    takes, so that any number of runs share a folder. What comes from there is mapped into memory,
-    and takes none before it is read.
+    Things lie in packs. A pack is written once, whole or not at all, and bears the checksum of its
+    bytes as its name: any number of runs share a folder, and damage shows. What comes from there
+    is mapped into memory, and takes none before it is read.
     """
 
     folder: Path | None  # None keeps nothing
     device: torch.device
     events: Emitter
-    loose: dict[str, Kept] = field(default_factory=dict)  # in no pack
-    packs: dict[str, Path] = field(default_factory=dict)  # where the others are
 
     def origin(self, base: BaseModel, parts: Iterable[Part]) -> list[object]:
         """Tell what everything that some networks compute depends on."""
         import torch
 
-        if self.folder is None:
-            return []
         weights = [sampled_digest(file) for part in parts for file in base.files(part)]
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
     def fill(
         self,
         origin: list[object],
-        keys: Sequence[str],
-        make: Callable[[list[int]], Iterator[Kept]],
+        wanted: Mapping[str, T],
+        make: Callable[[Iterable[T]], Iterator[Tensors]],
         phase: Phase,
-    ) -> list[Kept]:
-        """Make what is missing, and return everything in order.
+    ) -> dict[str, Tensors]:
+        """Return everything by its key; what is missing is made from what is given beside it.
 
-        Nothing is mapped before the last thing is made: a map that lasts keeps an encoder's freed
+        Nothing stays mapped while things are made: a map that lasts keeps an encoder's freed
         memory from being used again. Measured: 10,000 images took 4.5 GiB so.
         """
         section = self.folder and self.folder / key_of(origin)[:16]
-        if section:
-            self.find(section, set(keys), phase)
-        missing = {key: n for n, key in enumerate(keys) if key not in self.packs}
-        made = make(list(missing.values()))
+        found = self.find(section, wanted.keys(), phase)
+        missing = {key: source for key, source in wanted.items() if key not in found}
+        if not missing:
+            return found
+        found.clear()
+        loose: dict[str, Tensors] = {}
+        made = make(missing.values())
         try:
-            for done, key in enumerate(missing, start=len(keys) - len(missing)):
+            for done, key in enumerate(missing, start=len(wanted) - len(missing)):
                 phase.at(done)
-                self.loose[key] = next(made)
-                self.pack(section, PACK_BYTES)
+                loose[key] = next(made)
+                self.pack(section, loose, PACK_BYTES)
         finally:
-            self.pack(section)
-        return self.fetch(keys)
+            self.pack(section, loose)
+        things = loose | self.find(section, wanted.keys() - loose.keys(), phase, len(wanted))
+        if wanted.keys() != things.keys():
+            raise TrainError(ErrorCode.SAVE_FAILED, "cache_dir lost what it was filled with")
+        return things
 
-    def find(self, section: Path, wanted: set[str], phase: Phase) -> None:
-        """Look for things in all packs, and tell of those that are not what they say."""
+    def find(
+        self, section: Path | None, wanted: Set[str], phase: Phase, done: int = 0
+    ) -> dict[str, Tensors]:
+        """Look for things in all packs; remove damaged ones, and tell of them."""
         from safetensors import SafetensorError
 
-        bad: set[str] = set()
-        for pack in sorted(section.glob("*.safetensors")):
-            phase.at(len(wanted & self.packs.keys()))
+        found: dict[str, Tensors] = {}
+        damaged = 0
+        for pack in sorted(section.glob("*.safetensors")) if section else ():
+            phase.at(done or len(found))
             try:
-                for key, kept, checksum in read_pack(pack, wanted - self.packs.keys()):
-                    if checksum == checksum_of(key, kept):
-                        self.packs[key] = pack
-                    else:
-                        bad.add(key)
+                found |= read_pack(pack, wanted - found.keys())
             except (OSError, SafetensorError, ValueError):
-                bad.add(pack.name)
-        bad -= self.packs.keys()
-        if bad:
-            message = f"{len(bad)} things in {section} are damaged, and are made again"
-            self.events.warn(
-                WarningCode.CACHE_DAMAGED, message, folder=str(section), things=len(bad)
-            )
+                damaged += 1
+                with contextlib.suppress(OSError):  # Windows keeps what another run has mapped
+                    pack.unlink()
+        if damaged:
+            message = f"{damaged} packs in {section} are damaged; what they held is made again"
+            data = {"folder": str(section), "things": damaged}
+            self.events.warn(WarningCode.CACHE_DAMAGED, message, **data)
+        return found
 
-    def pack(self, section: Path | None, least_bytes: int = 1) -> None:
+    def pack(self, section: Path | None, loose: dict[str, Tensors], least_bytes: int = 1) -> None:
         """Put what is loose into a pack. Where that fails, nothing more is kept."""
         from safetensors.torch import save
 
         if section is None or self.folder is None:
             return
-        tensors = {f"{key}/{n}": t for key, kept in self.loose.items() for n, t in kept.items()}
+        tensors = {f"{key}/{n}": t for key, kept in loose.items() for n, t in kept.items()}
         if sum(tensor.nbytes for tensor in tensors.values()) < least_bytes:
             return
-        checksums = {key: checksum_of(key, kept) for key, kept in self.loose.items()}
-        place = section / f"{uuid.uuid4().hex}.safetensors"
+        place = section / uuid.uuid4().hex  # processes of two containers may have the same number
         try:
-            write_whole(place, save(tensors, checksums))
+            written = write_whole(place, save(tensors))
+            place.replace(section / f"{written['sha256']}.safetensors")
         except OSError as error:
             self.folder, reason = None, error.strerror or str(error)
             message = f"Nothing more is kept in cache_dir: {reason}"
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
             return
-        self.packs |= dict.fromkeys(self.loose, place)
-        self.loose.clear()
-
-    def fetch(self, keys: Sequence[str]) -> list[Kept]:
-        """Take things that were there a moment ago."""
-        from safetensors import SafetensorError
-
-        things, wanted = dict(self.loose), defaultdict(set)
-        for key in set(keys) & self.packs.keys():
-            wanted[self.packs[key]].add(key)  # another pack may hold a damaged one
-        try:
-            for pack, inside in wanted.items():
-                things |= {key: kept for key, kept, _ in read_pack(pack, inside)}
-            return [things[key] for key in keys]
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            message = f"cache_dir lost what it was filled with ({error})"
-            raise TrainError(ErrorCode.SAVE_FAILED, message) from error
+        loose.clear()
 
 
 def key_of(*what: object) -> str:
@@ -3272,31 +3149,19 @@ def key_of(*what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def checksum_of(key: str, kept: Kept) -> str:
-    """Sum up what a thing is, and all its bytes."""
-    import torch
-
-    parts = sorted(kept.items())
-    checksum = zlib.crc32(repr([(key, n, t.dtype, t.shape) for n, t in parts]).encode())
-    for _, tensor in parts:
-        checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, checksum)
-    return f"{checksum:08x}"
-
-
-def read_pack(path: Path, wanted: set[str]) -> Iterator[tuple[str, Kept, str]]:
-    """Map some of the things in a pack, each with the checksum it should have."""
+def read_pack(path: Path, wanted: Set[str]) -> dict[str, Tensors]:
+    """Map what is wanted of a pack; only then it has to be what its name says."""
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as pack:
-        parts: dict[str, list[str]] = {}
-        for name in pack.keys():  # noqa: SIM118, this is no dictionary
+    things: dict[str, Tensors] = defaultdict(dict)
+    with safe_open(path, "pt") as pack, path.open("rb") as file:
+        names = [n for n in pack.keys() if n.partition("/")[0] in wanted]  # noqa: SIM118, no dictionary
+        if names and hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
+            raise ValueError("not the bytes that were put there")
+        for name in names:
             key, _, part = name.partition("/")
-            parts.setdefault(key, []).append(part)
-        checksums = pack.metadata() or {}
-        if checksums.keys() != parts.keys():
-            raise ValueError("a pack whose list is wrong")
-        for key in wanted & parts.keys():
-            yield key, {n: pack.get_tensor(f"{key}/{n}") for n in parts[key]}, checksums[key]
+            things[key][part] = pack.get_tensor(name)
+    return things
 
 
 def load_picture(path: Path) -> Image.Image:
@@ -3315,17 +3180,6 @@ def load_picture(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def load_checked(picture: Picture) -> Image.Image:
-    """Load a picture that was there and sound when the dataset was scanned."""
-    try:
-        return load_picture(picture.path)
-    except Exception as error:  # hostile bytes make decoders raise anything
-        if is_out_of_memory(error):
-            raise
-        expected, found = "a readable image", str(error)
-        raise TrainError.at(ErrorCode.IMAGE_UNREADABLE, picture.name, expected, found) from error
-
-
 def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]]:
     """Resize the shorter side and crop the centre; return the six numbers SDXL is told."""
     from PIL import Image
@@ -3339,6 +3193,17 @@ def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]
     box = (left * across, top * down, (left + side) * across, (top + side) * down)
     fitted = picture.resize((side, side), Image.Resampling.LANCZOS, box=box)
     return fitted, [height, width, top, left, side, side]
+
+
+def load_fitted(picture: Picture, side: int) -> tuple[Image.Image, list[int]]:
+    """Load a picture that was there and sound when the dataset was scanned."""
+    try:
+        return fit_picture(load_picture(picture.path), side)
+    except Exception as error:  # hostile bytes make decoders raise anything
+        if is_out_of_memory(error):
+            raise
+        expected, found = "a readable image", str(error)
+        raise TrainError.at(ErrorCode.IMAGE_UNREADABLE, picture.name, expected, found) from error
 
 
 def to_pixels(picture: Image.Image) -> torch.Tensor:
@@ -3368,22 +3233,18 @@ def read_texts(
     """Let the text encoders read what is new to the shelf; they are loaded for the first of it."""
     import torch
 
-    origin = shelf.origin(models.base, models.base.family.text_encoders)
-
-    def read(numbers: list[int]) -> Iterator[Kept]:
-        if numbers and not models.text_encoders:
-            # Read once, text can have the better precision.
-            models.load_text_encoders(torch.float32)
-        for number in numbers:
+    def read(rows: Iterable[list[torch.Tensor]]) -> Iterator[Tensors]:
+        models.load_text_encoders(torch.float32)  # read once, text can have the better precision
+        for row in rows:
             # One by one, because the last bits depend on the size of a batch.
             with torch.no_grad():
-                made = models.read_text(rows[number]).to(torch.device("cpu"))
+                made = models.read_text(row).to(torch.device("cpu"))
             yield {name: tensor.contiguous() for name, tensor in made.items()}
 
-    rows = list(tokens.values())
-    keys = [key_of(origin, [ids.tolist() for ids in row]) for row in rows]
-    filled = zip(tokens, shelf.fill(origin, keys, read, phase), strict=True)
-    return {text: Conditioning(kept) for text, kept in filled}
+    origin = shelf.origin(models.base, models.base.family.text_encoders)
+    keys = {text: key_of(origin, [ids.tolist() for ids in row]) for text, row in tokens.items()}
+    kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
+    return {text: Conditioning(kept[key]) for text, key in keys.items()}
 
 
 def encode_images(
@@ -3393,49 +3254,41 @@ def encode_images(
     family = models.base.family
     origin = shelf.origin(models.base, [family.vae])
 
-    def name(picture: Picture) -> str:
-        content: object = picture.name
-        if shelf.folder:
-            phase.at(0)
-            with contextlib.suppress(OSError):  # is told of below
-                content = sampled_digest(picture.path)
-        return key_of(origin, content, config.resolution, config.flip)
+    load = functools.partial(load_fitted, side=config.resolution)
 
-    def load(picture: Picture) -> tuple[Image.Image, list[int]]:
-        return fit_picture(load_checked(picture), config.resolution)
-
-    def encode(numbers: list[int]) -> Iterator[Kept]:
-        vae = models.load_vae().to(models.device) if numbers else None
-        for picture, fitted in ahead(load, [pictures[number] for number in numbers]):
-            made = encode_image(family, vae, *fitted, flip=config.flip)
+    def encode(missing: Iterable[Picture]) -> Iterator[Tensors]:
+        vae = models.load_vae().to(models.device)
+        for picture, fitted in ahead(load, missing):
+            made = encode_image(family, vae, *fitted.result(), flip=config.flip)
             if not made["latent_dist"].isfinite().all():
                 code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
                 raise TrainError.at(code, picture.name, "finite latents", bad)
             yield made
 
-    keys = [key for _, key in ahead(name, pictures)]
+    keys = [key_of(origin, p.digest, config.resolution, config.flip) for p in pictures]
+    kept = shelf.fill(origin, dict(zip(keys, pictures, strict=True)), encode, phase)
     return tuple(
-        CachedImage(picture.name, picture.caption, kept["latent_dist"], kept["time_ids"])
-        for picture, kept in zip(pictures, shelf.fill(origin, keys, encode, phase), strict=True)
+        CachedImage(picture.name, picture.caption, **kept[key])
+        for key, picture in zip(keys, pictures, strict=True)
     )
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T], threads: int = 2) -> Iterator[tuple[T, R]]:
+def ahead(
+    work: Callable[[T], R], items: Iterable[T], threads: int = 2
+) -> Iterator[tuple[T, Future[R]]]:
     """Work on the next few items in other threads while the caller is busy with one."""
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[tuple[T, Future[R]]] = deque()
         for item in items:
             pending.append((item, pool.submit(work, item)))
             if len(pending) > 2 * threads:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
+                yield pending.popleft()
+        yield from pending
 
 
 def encode_image(
     family: Family, vae: Any, picture: Image.Image, time_ids: list[int], *, flip: bool
-) -> Kept:
+) -> Tensors:
     """Let the VAE see one picture. Alone, because the last bits depend on the size of a batch."""
     import torch
 
@@ -3449,11 +3302,14 @@ def encode_image(
 # === Objective ===============================================================
 
 
+DrawTime = Callable[["torch.Tensor", "torch.Generator"], "torch.Tensor"]  # for some latents
+Slots = Sequence[tuple[int, int]]  # places in an update, each with the number of its image
+
+
 @dataclass(frozen=True)
 class Batch:
     """The part of one update that goes through the denoiser at once."""
 
-    names: tuple[str, ...]
     captions: tuple[str, ...]
     latents: torch.Tensor  # [batch, channels, latent height, latent width]
     noise: torch.Tensor  # the same shape
@@ -3478,37 +3334,60 @@ def shuffled(seed: int, epoch: int, count: int, word: str = "epoch") -> list[int
     return order
 
 
-def image_at(config: TrainingConfig, position: int, images: int, regularization: int) -> int:
-    """Choose the image for a position in the row of all that is trained on.
+@dataclass(frozen=True)
+class ImageOrder:
+    """The row of all images that are trained on, by their numbers; updates take it in turn.
 
-    The last `regularization` ones, those of regularization_path, come evenly in between.
+    Those of regularization_path have the last numbers, and come evenly in between.
     """
-    before = config.regularization_before(position, regularization)
-    own = images - regularization
-    if config.regularization_before(position + 1, regularization) > before:
-        epoch, place = divmod(before, regularization)
-        return own + shuffled(config.seed, epoch, regularization, "regular epoch")[place]
-    epoch, place = divmod(position - before, own)
-    return shuffled(config.seed, epoch, own)[place]
 
+    config: TrainingConfig
+    own: int  # images of dataset_path
+    others: int = 0  # images of regularization_path
 
-def update_window(
-    config: TrainingConfig, images: int, step: int, regularization: int = 0
-) -> list[int]:
-    """Name the images of one update. Updates run on across the borders of epochs."""
-    begin = (step - 1) * config.effective_batch
-    end = begin + config.effective_batch
-    if config.steps is None:
-        end = min(end, config.drawn(images, regularization, config.epochs))
-    return [image_at(config, position, images, regularization) for position in range(begin, end)]
+    @property
+    def share(self) -> Fraction:
+        """Give the part of the row that belongs to the others, exactly as it was written."""
+        return Fraction(str(self.config.regularization_share if self.others else 0))
+
+    def length(self, epochs: int) -> int:
+        """Count the places until each image of dataset_path was seen so many times."""
+        return math.floor((epochs * self.own - 1) / (1 - self.share)) + 1
+
+    def steps(self, epochs: int) -> int:
+        """Count the updates in which each image of dataset_path is seen so many times."""
+        return math.ceil(self.length(epochs) / self.config.effective_batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Count the updates; epochs run on across their borders, only the last may be short."""
+        return self.config.steps or self.steps(self.config.epochs)
+
+    def epoch(self, step: int) -> int:
+        """Count how often every image of dataset_path was seen after an update."""
+        places = step * self.config.effective_batch
+        return (places - math.floor(places * self.share)) // self.own
+
+    def window(self, step: int) -> list[int]:
+        """List the images of an update."""
+        end = step * self.config.effective_batch
+        begin = end - self.config.effective_batch
+        if self.config.steps is None:
+            end = min(end, self.length(self.config.epochs))
+        return [self.image_at(place) for place in range(begin, end)]
+
+    def image_at(self, place: int) -> int:
+        """Choose the image for a place in the row."""
+        before, seed = math.floor(place * self.share), self.config.seed
+        if math.floor((place + 1) * self.share) > before:
+            epoch, turn = divmod(before, self.others)
+            return self.own + shuffled(seed, epoch, self.others, "regular epoch")[turn]
+        epoch, turn = divmod(place - before, self.own)
+        return shuffled(seed, epoch, self.own)[turn]
 
 
 def draw_batch(
-    cache: Cache,
-    config: TrainingConfig,
-    step: int,
-    slots: Sequence[tuple[int, int]],
-    draw_time: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
+    cache: Cache, config: TrainingConfig, step: int, slots: Slots, draw_time: DrawTime
 ) -> Batch:
     """Draw what is left to chance for some slots of an update: a pure function of its arguments."""
     import torch
@@ -3523,7 +3402,6 @@ def draw_batch(
         noise.append(torch.randn(mean.shape, generator=chance))
         timesteps.append(draw_time(latents[-1], chance))
     return Batch(
-        names=tuple(image.name for image in images),
         captions=tuple(image.caption for image in images),
         latents=torch.stack(latents),
         noise=torch.stack(noise),
@@ -3546,11 +3424,7 @@ def batch_losses(models: Models, batch: Batch, text: Conditioning) -> torch.Tens
 
 
 def losses_of(
-    models: Models,
-    cache: Cache,
-    config: TrainingConfig,
-    step: int,
-    slots: Sequence[tuple[int, int]],
+    models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
 ) -> torch.Tensor:
     """Draw some slots of an update, one after another, and let the denoiser answer; [slots]."""
     import torch
@@ -4207,8 +4081,8 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     """Sum up what makes a run this run and no other, in words that can be compared."""
     pictures = plan.dataset.pictures
     weights = short_digest([sampled_digest(path) for path in weight_files(base)])
-    images = short_digest([sampled_digest(picture.path) for picture in pictures])
-    others = plan.dataset.regularization_images
+    images = short_digest([picture.digest for picture in pictures])
+    others = plan.order.others
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
@@ -5068,13 +4942,13 @@ class Preflight:
 
     def __post_init__(self) -> None:
         """Count the updates, and what those that are left write at most."""
-        images, regularization = len(self.dataset.pictures), self.dataset.regularization_images
-        self.total_steps = self.config.total_steps(images, regularization)
-        self.disk_free_bytes = shutil.disk_usage(nearest_folder(self.config.output_path)).free
+        config, found = self.config, self.dataset.facts
+        self.order = ImageOrder(config, found.images, found.regularization_images)
+        self.disk_free_bytes = shutil.disk_usage(nearest_folder(config.output_path)).free
         self.disk_needed_bytes: int | None = None
         if self.structure:
-            left = self.total_steps - self.done
-            self.disk_needed_bytes = disk_needed(self.config, self.structure, left)
+            left = self.order.total_steps - self.done
+            self.disk_needed_bytes = disk_needed(config, self.structure, left)
 
     def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
         """Look at the device, plan what will lie there, and refuse a run that has no room."""
@@ -5094,13 +4968,11 @@ class Preflight:
 
     def report(self, device: DeviceFacts, warnings_given: Mapping[str, int]) -> ValidFacts:
         """Sum everything up for the last line of --validate-only."""
-        config, dataset = self.config, self.dataset
-        images, regularization = len(dataset.pictures), dataset.regularization_images
         return ValidFacts(
-            **vars(dataset.facts),
-            effective_batch=config.effective_batch,
-            steps_per_epoch=config.steps_per_epoch(images, regularization),
-            total_steps=self.total_steps,
+            **vars(self.dataset.facts),
+            effective_batch=self.config.effective_batch,
+            steps_per_epoch=self.order.steps(epochs=1),
+            total_steps=self.order.total_steps,
             family=self.model.family,
             device=device.kind,
             disk_needed_bytes=self.disk_needed_bytes,
@@ -5220,6 +5092,7 @@ class Run:
     state: TrainState
     total_steps: int
     origin: Record  # run id and identity, repeated in every state
+    order: ImageOrder
     saved: Path | None = None  # what a restart continues from
     written: int | None = None  # the step of the newest LoRA file
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
@@ -5272,7 +5145,7 @@ class Run:
         import torch
 
         config, losses = self.config, []
-        slots = list(enumerate(self.cache.window(config, step)))
+        slots = list(enumerate(self.order.window(step)))
         for begin in range(0, len(slots), config.batch_size):
             self.stop.check()
             part = slots[begin : begin + config.batch_size]
@@ -5282,15 +5155,6 @@ class Run:
             self.learner.collect()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
-
-    def epoch(self) -> int:
-        """Count how often every image of dataset_path was seen."""
-        drawn, regularization = (
-            self.state.step * self.config.effective_batch,
-            self.cache.regularization,
-        )
-        own = drawn - self.config.regularization_before(drawn, regularization)
-        return own // (len(self.cache.images) - regularization)
 
     def report(self) -> None:
         """Read what the updates computed and tell it, seldom: reading waits for the device."""
@@ -5313,7 +5177,7 @@ class Run:
                 step=state.step,
                 total_steps=self.total_steps,
                 percent=min(99, 100 * state.step // self.total_steps),
-                epoch=self.epoch(),
+                epoch=self.order.epoch(state.step),
                 loss=state.loss,
                 learning_rate=state.history[-1].learning_rate,
                 grad_norm=state.history[-1].grad_norm,
@@ -5377,7 +5241,7 @@ class Run:
                 kept = loss if finite else None
                 state.history.append(LossPoint(step, kept, learning_rate, norm))
                 if not finite:
-                    window = self.cache.window(config, step)
+                    window = self.order.window(step)
                     names = [self.cache.images[index].name for index in window]
                     message = f"Skipped update {step}: the loss is not finite"
                     self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
@@ -5448,9 +5312,8 @@ class Run:
     def write_lora(self, path: Path) -> Record:
         """Write the adapter as it is; return the file's size and checksum."""
         step, base = self.state.step, self.models.base
-        images = len(self.cache.images) - self.cache.regularization
         tensors = lora_tensors(self.learner.matrices, self.config, base.family)
-        said = save_lora(path, tensors, lora_header(self.config, base, step, images))
+        said = save_lora(path, tensors, lora_header(self.config, base, step, self.order.own))
         self.written = step
         return said
 
@@ -5594,7 +5457,7 @@ class LoRATrainer:
             base = locate_model(config, plan.model)
             identity = identify(config, plan, base)
             earlier.check(identity)
-            if done := earlier.completion(plan.total_steps):
+            if done := earlier.completion(plan.order.total_steps):
                 events.emit(done)
                 return done
             if earlier.complete and not earlier.state:  # there is nothing to extend it from
@@ -5604,18 +5467,19 @@ class LoRATrainer:
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
             models = self._load(base, plan)
-            cache = self._encode(models, dataset.pictures, dataset.regularization_images)
+            cache = self._encode(models, dataset.pictures)
 
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, plan.model)
             state = self._restore(learner)
-            stance = self._compile(models, cache, learner, plan.total_steps - state.step)
+            stance = self._compile(models, cache, learner, plan.order.total_steps - state.step)
 
             # Step until done or asked to stop.
             self.phase = "training"
             self.run = Run(
-                *(config, events, self.stop, models, cache, learner, state, plan.total_steps),
+                *(config, events, self.stop, models, cache, learner, state, plan.order.total_steps),
                 origin={"run_id": self.run_id, "identity": identity},
+                order=plan.order,
                 saved=self.earlier.state.folder if self.earlier.state else None,
                 free_bytes=self.memory.free if self.memory else None,
             )
@@ -5693,9 +5557,7 @@ class LoRATrainer:
             models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
         return models
 
-    def _encode(
-        self, models: Models, pictures: Sequence[Picture], regularization: int = 0
-    ) -> Cache:
+    def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config = self.config
         self.phase = "encoding"
@@ -5714,7 +5576,7 @@ class LoRATrainer:
         if models.vae:
             models.vae.to("cpu")
         self._tell_memory(models.device)
-        return Cache(images, tokens, texts, regularization)
+        return Cache(images, tokens, texts)
 
     def _tell_memory(self, device: torch.device) -> None:
         """Tell what the phase that ends here needed."""
@@ -5835,7 +5697,7 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     """
     import torch
 
-    slots = list(enumerate(cache.window(config, 1)))[: config.batch_size]
+    slots = [(slot, slot % len(cache.images)) for slot in range(config.batch_size)]
 
     def gradients() -> list[torch.Tensor]:
         """Compute where a first batch would move the adapter's matrices; move nothing."""

@@ -19,7 +19,7 @@ from tiny_models import build_tiny
 from tiny_runs import FAMILIES, Ready, one_of, prepare, tiny_base, tiny_config
 
 import train_lora
-from train_lora import ErrorCode
+from train_lora import ErrorCode, ImageOrder
 
 Tensors = dict[str, torch.Tensor]
 
@@ -219,7 +219,7 @@ def test_a_short_window_follows_the_mean_of_its_own_images(ground: Path) -> None
     found = gradient(ready)
     ready.learner.optimizer = None
     restore(ready, before)
-    slots = [(0, train_lora.update_window(ready.config, 5, 2)[0])]
+    slots = [(0, ImageOrder(ready.config, 5).window(2)[0])]
     batch = train_lora.draw_batch(ready.cache, ready.config, 2, slots, one_of(1000))
     text = ready.cache.read(ready.models, batch.captions)
     torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())
@@ -412,7 +412,7 @@ def test_a_skipped_update_is_told_with_its_images(ground: Path) -> None:
     ready.make_updates()
     (warning,) = ready.recorder.of_type("warning")[-1:]
     assert warning["code"] == "update_skipped"
-    expected = train_lora.update_window(ready.config, 6, 1)
+    expected = ImageOrder(ready.config, 6).window(1)
     assert warning["data"] == {"step": 1, "images": [f"{number}.png" for number in expected]}
     assert [(point.step, point.loss) for point in ready.state.history] == [(1, None)]
     assert ready.recorder.of_type("progress")[-1]["loss"] is None
@@ -622,7 +622,7 @@ def test_adamw_is_torchs_own(ground: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def gradient_of(ready: Ready) -> Tensors:
     """Tell the gradient of the next update without making it."""
     config, step = ready.config, ready.state.step + 1
-    slots = list(enumerate(train_lora.update_window(config, len(ready.cache.images), step)))
+    slots = list(enumerate(ready.order.window(step)))
     batch = train_lora.draw_batch(ready.cache, config, step, slots, one_of(1000))
     text = ready.cache.read(ready.models, batch.captions)
     torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())

@@ -9,7 +9,7 @@ import itertools
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -364,6 +364,7 @@ def test_a_picture_that_cannot_be_read_any_more_is_named(
     """Somebody tidied up after the scan, or the damage lies too deep for the scan."""
     config = load_config(base_model=str(built / "sd1"), resolution=SIDE)
     (picture,) = pictures_of("a")
+    assert picture.digest  # is part of what makes a run this run
     picture.path.unlink()
     if harm != "removed":
         picture.path.write_bytes({"replaced": b"no picture", "hollow": hollow_png()}[harm])
@@ -386,7 +387,7 @@ def kept_things(folder: Path) -> set[str]:
     things: set[str] = set()
     for path in packs_in(folder):
         with safe_open(path, "pt") as pack:
-            things |= pack.metadata().keys()
+            things |= {name.partition("/")[0] for name in pack.keys()}  # noqa: SIM118, no dictionary
     return things
 
 
@@ -511,23 +512,20 @@ def test_swapped_things_are_noticed(here: Path, built: Path) -> None:
     first = encode(built / "sd1", "a", "b", cache_dir="kept").cache
     for path in packs_in(here / "kept"):
         tensors = load_file(path)
-        with safe_open(path, "pt") as pack:
-            checksums = pack.metadata()
         one, other = sorted({name.partition("/")[0] for name in tensors})[:2]
         for part in {name.partition("/")[2] for name in tensors}:
             mine, yours = f"{one}/{part}", f"{other}/{part}"
             tensors[mine], tensors[yours] = tensors[yours].clone(), tensors[mine].clone()
-        checksums[one], checksums[other] = checksums[other], checksums[one]
         path.unlink()
-        save_file(tensors, path, checksums)
+        save_file(tensors, path)
     second = encode(built / "sd1", "a", "b", cache_dir="kept")
 
     assert same_cache(first, second.cache)
-    assert [w["data"]["things"] for w in second.recorder.of_type("warning")] == [2, 2]
+    assert [w["data"]["things"] for w in second.recorder.of_type("warning")] == [1, 1]
 
 
-def test_swapped_packs_are_as_good_as_before(here: Path, built: Path) -> None:
-    """What a thing is stands beside its bytes, not in the name of its file."""
+def test_swapped_packs_are_noticed(here: Path, built: Path) -> None:
+    """A pack is named after its bytes; under another name it is made again."""
     first = encode(built / "sd1", "a", cache_dir="kept").cache
     encode(built / "sd1", "a", cache_dir="kept", sample_prompts=["another"])
     one, other = next(
@@ -539,26 +537,27 @@ def test_swapped_packs_are_as_good_as_before(here: Path, built: Path) -> None:
     second = encode(built / "sd1", "a", cache_dir="kept")
 
     assert same_cache(first, second.cache)
-    assert second.recorder.codes() == []
+    assert second.recorder.codes() == ["cache_damaged"]
 
 
-def fill(shelf: Shelf, *names: str, made: list[str] | None = None) -> list[train_lora.Kept]:
+def fill(shelf: Shelf, *names: str, made: list[str] | None = None) -> list[train_lora.Tensors]:
     """Let a shelf give back one small thing for every name, and note those that are made."""
     phase = train_lora.Phase("encoding", len(names), shelf.events, StopRequest())
     keys = [train_lora.key_of(name) for name in names]
 
-    def make(numbers: list[int]) -> Iterator[train_lora.Kept]:
-        for number in numbers:
+    def make(missing: Iterable[str]) -> Iterator[train_lora.Tensors]:
+        for name in missing:
             if made is not None:
-                made.append(names[number])
-            chance = torch.Generator().manual_seed(zlib.crc32(names[number].encode()))
+                made.append(name)
+            chance = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             numbers_of = torch.randn((2, 3), generator=chance)
             yield {"a": numbers_of, "b": numbers_of.sum().half()}
 
-    return shelf.fill(["origin"], keys, make, phase)
+    found = shelf.fill(["origin"], dict(zip(keys, names, strict=True)), make, phase)
+    return [found[key] for key in keys]
 
 
-def equal_things(found: list[train_lora.Kept], wanted: list[train_lora.Kept]) -> bool:
+def equal_things(found: list[train_lora.Tensors], wanted: list[train_lora.Tensors]) -> bool:
     """Compare things with all their numbers."""
     return [{n: t.tolist() for n, t in kept.items()} for kept in found] == [
         {n: t.tolist() for n, t in kept.items()} for kept in wanted
@@ -570,18 +569,14 @@ def test_no_bit_of_a_pack_can_flip_without_being_noticed(here: Path) -> None:
     wanted = fill(Shelf(None, CPU, Emitter()), "x", "y")
     fill(Shelf(here / "kept", CPU, Emitter()), "x", "y")
     (path,) = packs_in(here / "kept")
-    sound, untold = path.read_bytes(), 0
+    sound = path.read_bytes()
     for bit in range(0, 8 * len(sound), 37):
         changed = bytearray(sound)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         recorder = Recorder()
         assert equal_things(fill(Shelf(here / "kept", CPU, Emitter(recorder)), "x", "y"), wanted)
-        untold += recorder.codes() != ["cache_damaged"]
-        for other in packs_in(here / "kept"):
-            if other != path:
-                other.unlink()
-    assert untold <= 2  # blanks between header and numbers
+        assert recorder.codes() == ["cache_damaged"]
 
 
 def test_many_things_lie_in_few_files_of_a_limited_size(
@@ -637,14 +632,14 @@ def test_what_was_made_before_an_end_is_kept(here: Path) -> None:
     shelf = Shelf(here / "kept", CPU, Emitter())
     phase = train_lora.Phase("encoding", 9, Emitter(), StopRequest())
 
-    def make(numbers: list[int]) -> Iterator[train_lora.Kept]:
-        yield from ({"a": torch.tensor([number])} for number in numbers[:5])
+    def make(numbers: Iterable[int]) -> Iterator[train_lora.Tensors]:
+        yield from ({"a": torch.tensor([number])} for number in itertools.islice(numbers, 5))
         raise train_lora.TrainingInterrupted("SIGTERM")
 
-    keys = [train_lora.key_of(number) for number in range(9)]
+    numbers = {train_lora.key_of(number): number for number in range(9)}
     with pytest.raises(train_lora.TrainingInterrupted):
-        shelf.fill(["origin"], keys, make, phase)
-    assert kept_things(here / "kept") == set(keys[:5])
+        shelf.fill(["origin"], numbers, make, phase)
+    assert kept_things(here / "kept") == {key for key, number in numbers.items() if number < 5}
 
 
 @pytest.mark.parametrize("flip", [False, True])

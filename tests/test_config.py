@@ -1049,7 +1049,8 @@ def test_steps_and_epochs_become_updates(
     sizes = {"batch_size": batch, "gradient_accumulation_steps": accumulation}
     config = load_config(**given, **sizes)
     assert config.effective_batch == batch * accumulation
-    assert (config.total_steps(images), config.steps_per_epoch(images)) == (total, per_epoch)
+    order = train_lora.ImageOrder(config, images)
+    assert (order.total_steps, order.steps(epochs=1)) == (total, per_epoch)
 
 
 def test_a_preflight_tells_the_updates_of_epochs(

@@ -530,9 +530,10 @@ def test_a_stop_request_ends_the_reading_of_metadata(
     """A file of 64 MiB takes longer than a stop may."""
     (data / "metadata.jsonl").write_bytes(b"1\n" * 10)
     stop.request("SIGTERM")
-    files = {"metadata.jsonl": data / "metadata.jsonl"}
+    folder = train_lora.ImageFolder(data, load_config(), events, stop)
+    folder.find_files()
     with pytest.raises(train_lora.TrainingInterrupted):
-        train_lora.read_metadata(files, data, events, stop)
+        folder.read_captions()
 
 
 def test_metadata_in_a_subfolder_speaks_of_that_folder(data: Path, scan: Scanner) -> None:

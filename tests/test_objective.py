@@ -20,7 +20,7 @@ from tiny_models import SAMPLING
 from tiny_runs import FAMILIES, Ready, one_of, prepare, tiny_config
 
 import train_lora
-from train_lora import Batch, Cache, CachedImage, Conditioning, TrainingConfig
+from train_lora import Batch, Cache, CachedImage, Conditioning, ImageOrder, TrainingConfig
 
 LATENT_SCALE = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
@@ -45,7 +45,7 @@ def synthetic_cache(images: int = 4, forms: int = 1, side: int = 16) -> Cache:
 def same_draws(one: Batch, other: Batch) -> bool:
     """Tell whether two batches are the same, bit for bit."""
     pairs = [(vars(one)[name], vars(other)[name]) for name in ("latents", "noise", "timesteps")]
-    return one.names == other.names and all(torch.equal(a, b) for a, b in pairs)
+    return one.captions == other.captions and all(torch.equal(a, b) for a, b in pairs)
 
 
 # --- the forward process ---
@@ -126,11 +126,10 @@ def test_noise_and_velocity_equal_those_of_diffusers(family: str, ground: Path) 
 
 def test_sdxl_is_told_the_sizes_of_the_images_drawn(ground: Path) -> None:
     """Original height and width, crop top and left, target; slot by slot, in full precision."""
-    batch, overheard, _ = exchange(prepare(tiny_config(ground, "sdxl")))
+    _, overheard, _ = exchange(prepare(tiny_config(ground, "sdxl")))
     told = overheard.named["added_cond_kwargs"]["time_ids"]
     widths = [256 + 40 * number for number in range(4)]
     expected = [[256.0, w, 0, (w - 256) // 2, 256, 256] for w in widths]
-    assert batch.names == ("0.png", "1.png", "2.png", "3.png")
     assert told.dtype == torch.float32
     assert told.tolist() == expected
 
@@ -164,7 +163,7 @@ def test_draws_do_not_depend_on_batches_or_order(
     together = train_lora.draw_batch(cache, config, 7, SLOTS, one_of(1000))
     for part in parts:
         batch = train_lora.draw_batch(cache, config, 7, [SLOTS[n] for n in part], one_of(1000))
-        assert batch.names == tuple(together.names[n] for n in part)
+        assert batch.captions == tuple(together.captions[n] for n in part)
         for name in ("latents", "noise", "timesteps"):
             assert torch.equal(vars(batch)[name], vars(together)[name][part])
 
@@ -206,7 +205,7 @@ cache = t.Cache((image,) * 5, {}, {})
 draw = functools.partial(t.draw_step, DDPMScheduler())
 drawn = [t.draw_batch(cache, config, step, [(0, 1), (1, 4)], draw) for step in (5, 6)]
 numbers = [[b.latents.tolist(), b.noise.tolist(), b.timesteps.tolist()] for b in drawn]
-numbers.append([t.update_window(config, 5, step) for step in range(1, 9)])
+numbers.append([t.ImageOrder(config, 5).window(step) for step in range(1, 9)])
 print(hashlib.sha256(json.dumps(numbers).encode()).hexdigest())
 """
 
@@ -285,8 +284,8 @@ def test_every_image_is_seen_once_an_epoch(
     """Windows run on across epochs; only the last may be short, and none is empty."""
     shape: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": passes}
     config = tiny_config(ground, epochs=epochs, **shape)
-    total = config.total_steps(images)
-    windows = [train_lora.update_window(config, images, step) for step in range(1, total + 1)]
+    order = ImageOrder(config, images)
+    windows = [order.window(step) for step in range(1, order.total_steps + 1)]
     assert {len(each) for each in windows[:-1]} <= {batch * passes}
     assert 0 < len(windows[-1]) <= batch * passes
     seen = [image for each in windows for image in each]
@@ -299,7 +298,7 @@ def test_epochs_are_shuffled_each_in_its_own_way(config: TrainingConfig) -> None
     """Order depends on the seed and the epoch."""
     large = replace(config, batch_size=20)
     orders = [
-        tuple(train_lora.update_window(replace(large, seed=seed), 20, step))
+        tuple(ImageOrder(replace(large, seed=seed), 20).window(step))
         for seed in (0, 1)
         for step in (1, 2, 3)
     ]
@@ -314,10 +313,8 @@ def test_images_for_regularization_have_their_share_of_every_stretch(
     """They take turns evenly with the others, and each folder is gone through in whole epochs."""
     own, regular = 5, 3
     config = tiny_config(ground, epochs=4, batch_size=2, regularization_share=share)
-    total = config.total_steps(own + regular, regular)
-    windows = [
-        train_lora.update_window(config, own + regular, n, regular) for n in range(1, total + 1)
-    ]
+    order = ImageOrder(config, own, regular)
+    windows = [order.window(step) for step in range(1, order.total_steps + 1)]
     drawn = [image for each in windows for image in each]
     others = [image - own for image in drawn if image >= own]
     for end in range(1, len(drawn) + 1):
@@ -332,17 +329,18 @@ def test_images_for_regularization_have_their_share_of_every_stretch(
 
 def test_epochs_are_counted_exactly_for_every_share(config: TrainingConfig) -> None:
     """It ends with the last image of dataset_path; shares are taken as they are written."""
-    counted = {
-        (own, share, epochs): replace(config, regularization_share=share).drawn(own + 3, 3, epochs)
+    counted = [
+        ImageOrder(replace(config, regularization_share=share), own, 3).length(epochs)
         for own, share, epochs in ((21, 0.3, 1), (1, 0.9, 1), (1, 0.01, 99), (12, 0.5, 10))
-    }
-    assert list(counted.values()) == [29, 1, 99, 239]
+    ]
+    assert counted == [29, 1, 99, 239]
 
 
 def test_folders_of_the_same_size_are_shuffled_apart(config: TrainingConfig) -> None:
     """Else the same two images would always stand beside each other."""
     pairs = replace(config, batch_size=2, regularization_share=0.5)
-    met = {tuple(sorted(train_lora.update_window(pairs, 12, step, 6))) for step in range(1, 13)}
+    order = ImageOrder(pairs, 6, 6)
+    met = {tuple(sorted(order.window(step))) for step in range(1, 13)}
     assert len(met) > 6
 
 
@@ -350,10 +348,8 @@ def test_a_share_means_nothing_without_images_for_regularization(config: Trainin
     """Without them every slot belongs to the dataset."""
     halved = replace(config, regularization_share=0.9)
     for step in (1, 2, 7):
-        assert train_lora.update_window(halved, 5, step) == train_lora.update_window(
-            config, 5, step
-        )
-    assert halved.total_steps(5) == config.total_steps(5)
+        assert ImageOrder(halved, 5).window(step) == ImageOrder(config, 5).window(step)
+    assert ImageOrder(halved, 5).total_steps == ImageOrder(config, 5).total_steps
 
 
 @pytest.mark.parametrize(("batch", "passes"), [(1, 6), (2, 3), (3, 2), (6, 1)])
@@ -364,7 +360,7 @@ def test_windows_do_not_depend_on_how_an_update_is_split(
     split = replace(config, batch_size=batch, gradient_accumulation_steps=passes)
     whole = replace(config, batch_size=6, gradient_accumulation_steps=1)
     for step in (1, 2, 9):
-        assert train_lora.update_window(split, 4, step) == train_lora.update_window(whole, 4, step)
+        assert ImageOrder(split, 4).window(step) == ImageOrder(whole, 4).window(step)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +381,7 @@ def test_steps_and_epochs_give_this_many_updates(
     given: dict[str, Any], images: int, updates: int, ground: Path
 ) -> None:
     """Steps count updates and win; epochs count when steps are absent."""
-    assert tiny_config(ground, **given).total_steps(images) == updates
+    assert ImageOrder(tiny_config(ground, **given), images).total_steps == updates
 
 
 # --- dropout and whole runs ---

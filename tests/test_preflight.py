@@ -344,7 +344,10 @@ def test_the_space_needed_is_added_up_from_shapes(
     config = load_config(**changes)
     _, structure = train_lora.inspect_model(config)
     assert structure is not None
-    assert train_lora.disk_needed(config, structure, config.total_steps(3)) == needed
+    assert (
+        train_lora.disk_needed(config, structure, train_lora.ImageOrder(config, 3).total_steps)
+        == needed
+    )
 
 
 def test_layers_without_an_adapter_take_no_space(in_workspace: Path) -> None:

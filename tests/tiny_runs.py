@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from tiny_models import build_tiny
 
 import train_lora
-from train_lora import LoRATrainer, Run, TrainingConfig, TrainState
+from train_lora import ImageOrder, LoRATrainer, Run, TrainingConfig, TrainState
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,7 @@ def prepare(config: TrainingConfig) -> Ready:
         *(config, trainer.events, trainer.stop, models, cache, learner, TrainState()),
         total_steps=100,
         origin={"run_id": "test", "identity": {}},
+        order=ImageOrder(config, len(cache.images)),
         recorder=recorder,
     )
 

@@ -6,8 +6,8 @@ import argparse
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, cast
 
 from train_lora import (
     Code,
@@ -19,6 +19,7 @@ from train_lora import (
     StopRequest,
     TrainError,
     TrainingInterrupted,
+    WarningCode,
     claim_stdout,
     deadline_in,
     exit_code,
@@ -33,6 +34,12 @@ class ToolCode(Code):
     """Why a program failed."""
 
     INPUT_UNUSABLE = "What was given cannot be used.", "Mend it, or give another."
+
+
+class ToolWarning(Code):
+    """What is worth knowing although the program goes on."""
+
+    WORTH_A_LOOK = "Something about the input is doubtful.", "See the message."
 
 
 class Done(Event, type="complete", says="{summary}", ends_run=True):
@@ -50,6 +57,12 @@ def refuse(path: object, expected: str, found: str, hint: str = "") -> TrainErro
     """Say what is wrong with an input."""
     code = cast("ErrorCode", ToolCode.INPUT_UNUSABLE)  # an event takes any word
     return TrainError.at(code, path, expected, found, hint)
+
+
+def remark(events: Emitter, message: str, **data: Any) -> None:
+    """Tell of something doubtful."""
+    code = cast("WarningCode", ToolWarning.WORTH_A_LOOK)  # an event takes any word
+    events.warn(code, message, **data)
 
 
 def table(rows: Iterable[Sequence[object]]) -> None:
@@ -73,6 +86,18 @@ def tell(record: Record) -> None:
     stream.write("\n".join(lines) + "\n")
 
 
+@contextlib.contextmanager
+def naming_the_disk() -> Iterator[None]:
+    """Tell a disk that fails from a program that does."""
+    try:
+        yield
+    except OSError as error:
+        path, reason = error.filename or "the result", error.strerror or str(error)
+        raise TrainError.at(
+            ErrorCode.SAVE_FAILED, path, "a file that can be used", reason
+        ) from error
+
+
 def take_events(parser: argparse.ArgumentParser) -> None:
     """Add the option that every command has."""
     parser.add_argument(
@@ -82,9 +107,6 @@ def take_events(parser: argparse.ArgumentParser) -> None:
 
 def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None = None) -> int:
     """Do the work and tell how it ended; return the exit code."""
-    parser.add_argument(
-        "--events", action="store_true", help="JSON lines on stdout, as the trainer"
-    )
     stop = StopRequest()
     with stop.on_signals(), contextlib.ExitStack() as audience:
         arguments = parser.parse_args(argv)
@@ -96,6 +118,7 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
         else:
             audience.enter_context(events.heard_by(tell))
         with contextlib.suppress(TrainError, TrainingInterrupted), reporting(events):
-            summary, files = work(arguments, events, stop)
+            with naming_the_disk():
+                summary, files = work(arguments, events, stop)
             events.emit(Done(summary=summary, files=files, total_time=events.elapsed_seconds()))
         return exit_code(events)

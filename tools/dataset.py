@@ -1,0 +1,453 @@
+"""From pictures and what is said about them to a dataset: judge, caption, split, write."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import string
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import train_lora
+from tools.pictures import Measures, clusters, has_location, measure
+from tools.program import refuse
+from train_lora import Emitter, Phase, Record, StopRequest
+
+FORMAT, VERSION = "lora-dataset", 1
+FEW, ENOUGH = 5, 10  # pictures: hardly anything is learned; a share can be held back
+SMALL, BLURRED, SOFT = 0.75, 25.0, 100.0  # of the resolution; of sharpness, alone and beside others
+CROPPED = 0.2  # of a picture, cut away by a square
+SHARED, LOOPS = 0.8, 4  # of all captions; the same three words so often
+TOKENS, TOKENS_PER_WORD = 75, 1.35  # what text encoders read; an estimate
+FOLDER = re.compile(r"(\d{1,4})_(.+)")  # as kohya's programs name them: 10_zkb dog
+REFUSALS = re.compile(r"\b(i can(?:no|')t|as an ai|i'm sorry|i am sorry)\b", re.IGNORECASE)
+OPENINGS = re.compile(r"^(the|this) (image|picture|photo)\w* (shows|is|depicts)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What was asked for."""
+
+    resolution: int
+    trigger: Sequence[str]
+    drop: set[str] = field(default_factory=lambda: {"exact", "broken"})
+    fit: str = "keep"
+    link: str = "hard"
+    template: str | None = None
+    existing: str = "keep"
+    captions_from: str | None = None
+    image_key: str = "image"
+    caption_key: str = "caption"
+    validation: float = 0.1
+    seed: int = 0
+
+    def config(self, source: Path) -> train_lora.TrainingConfig:
+        """Ask of a folder what the trainer would, by its own rules."""
+        places = {"dataset_path": str(source), "output_path": str(source / ".no output")}
+        known: Record = {"base_model": "none", "resolution": self.resolution, **places}
+        return train_lora.TrainingConfig.from_record(known | {"trigger_words": list(self.trigger)})
+
+
+@dataclass(kw_only=True)
+class Found:
+    """One picture of the source, with what was found out about it."""
+
+    name: str  # path inside the source, with forward slashes
+    path: Path
+    width: int = 0
+    height: int = 0
+    bytes: int = 0
+    caption: str = ""
+    caption_from: str | None = None
+    measures: Measures | None = None  # none for what cannot be used
+    cluster: int = -1
+    flags: list[str] = field(default_factory=list)
+    excluded: Record | None = None  # why it is no part of the dataset
+
+    @property
+    def label(self) -> str | None:
+        """Take its folder's name; kohya's programs write a number of repeats in front of it."""
+        folder = PurePosixPath(self.name).parent.name
+        numbered = FOLDER.fullmatch(folder)
+        return (numbered[2] if numbered else folder) or None
+
+    @property
+    def repeats(self) -> int | None:
+        """Take the number that kohya's programs find in a folder's name."""
+        numbered = FOLDER.fullmatch(PurePosixPath(self.name).parent.name)
+        return int(numbered[1]) if numbered else None
+
+    def record(self) -> Record:
+        """Write down what is known."""
+        return {
+            "source": self.name,
+            "source_size": [self.width, self.height],
+            "label": self.label,
+            "repeats": self.repeats,
+            "caption": self.caption,
+            "caption_from": self.caption_from,
+            "sharpness": round(self.measures.sharpness, 1) if self.measures else None,
+            "phash": f"{self.measures.phash:016x}" if self.measures else None,
+            "pixels": self.measures.pixels if self.measures else None,
+            "cluster": self.cluster,
+            "flags": self.flags,
+        }
+
+
+# --- Finding ---
+
+
+def find_pictures(source: Path, wishes: Wishes, events: Emitter, stop: StopRequest) -> list[Found]:
+    """Look at all pictures as the trainer does; what it would skip is named, and excluded."""
+    if not source.is_dir():
+        raise refuse(source, "a folder with pictures", "no folder")
+    config = wishes.config(source)
+    folder = train_lora.ImageFolder(config.dataset_path, config, events, stop)
+    folder.scan(thorough=True)
+    given = captions_of(wishes, folder.images, events) if wishes.captions_from else {}
+    phase = Phase("measuring pictures", len(folder.images), events, stop)
+    look = functools.partial(look_at, folder=folder, side=wishes.resolution)
+    found = []
+    for done, (name, outcome) in enumerate(train_lora.ahead(look, folder.images)):
+        phase.at(done)
+        picture = outcome.result()
+        own = name in folder.captions
+        picture.caption = given.get(name) or folder.captions.get(name, "")
+        where = "metadata" if own and not has_sidecar(name, folder.files) else "txt"
+        picture.caption_from = "given" if given.get(name) else where if own else None
+        found.append(picture)
+    if not any(each.measures for each in found):
+        raise refuse(source, "usable pictures", "none")
+    return found
+
+
+def look_at(name: str, folder: train_lora.ImageFolder, side: int) -> Found:
+    """Measure one picture of the folder."""
+    path, usable = folder.files[name], folder.images[name]
+    if usable is None:
+        return Found(name=name, path=path, flags=["broken"], excluded={"reason": "broken"})
+    picture = train_lora.load_picture(path)
+    found = Found(name=name, path=path, width=picture.width, height=picture.height)
+    found.bytes, found.measures = path.stat().st_size, measure(picture, side)
+    found.flags = ["location"] if has_location(path) else []
+    return found
+
+
+def has_sidecar(name: str, files: Mapping[str, Path]) -> bool:
+    """Tell whether the trainer would read a text beside a picture."""
+    stem = name.rpartition(".")[0]
+    return any(f"{stem}{ending}" in files for ending in (".txt", ".TXT"))
+
+
+def captions_of(wishes: Wishes, names: Iterable[str], events: Emitter) -> dict[str, str]:
+    """Read captions that another program wrote, by the names of the pictures' files."""
+    pattern = str(wishes.captions_from)
+    files = sorted(map(Path, glob.glob(pattern)), key=os.path.getmtime)  # noqa: PTH207, absolute ones too
+    if not files:
+        raise refuse(pattern, "a JSON file, or a pattern that matches one", "nothing there")
+    try:
+        document = json.loads(files[-1].read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise refuse(files[-1], "JSON in UTF-8", str(error)) from error
+    by_end: dict[str, str] = {}
+    for entry in entries_in(document):
+        image, caption = dig(entry, wishes.image_key), dig(entry, wishes.caption_key)
+        if isinstance(image, str) and isinstance(caption, str) and caption.strip():
+            by_end[PurePosixPath(image.replace("\\", "/")).name] = " ".join(caption.split())
+    found = {name: by_end.get(PurePosixPath(name).name, "") for name in names}
+    if not any(found.values()):
+        expected = f"captions under {wishes.image_key} and {wishes.caption_key}"
+        raise refuse(files[-1], expected, "none for these pictures")
+    events.info(train_lora.PhaseFacts(name="captions found", done=len(by_end), total=len(found)))
+    return {name: caption for name, caption in found.items() if caption}
+
+
+def entries_in(document: Any) -> Iterator[Any]:
+    """List the objects of a JSON document, whatever list or table they stand in."""
+    if isinstance(document, list):
+        for item in document:
+            yield from entries_in(item)
+    elif isinstance(document, dict):
+        yield document
+        for key, item in document.items():
+            if isinstance(item, (list, dict)):
+                yield from entries_in(item)
+            elif isinstance(item, str):
+                yield {"image": key, "caption": item}
+
+
+def dig(entry: Any, path: str) -> Any:
+    """Follow a dotted path into an object."""
+    for key in path.split("."):
+        entry = entry.get(key) if isinstance(entry, dict) else None
+    return entry
+
+
+# --- Judging ---
+
+
+def judge(found: Sequence[Found], wishes: Wishes) -> list[str]:
+    """Flag what is doubtful, choose one of each cluster; return remarks on all of them."""
+    usable = [each for each in found if each.measures]
+    for each in usable:
+        each.flags += flags_of(each, wishes.resolution)
+    soft = middle([each.measures.sharpness for each in usable if each.measures]) / 4
+    for each in usable:
+        sharpness = each.measures.sharpness if each.measures else 0
+        doubtful = sharpness < BLURRED or sharpness < min(soft, SOFT)
+        if doubtful and "small" not in each.flags:
+            each.flags.append("blurred")
+    mark_duplicates(usable, wishes)
+    if "small" in wishes.drop:
+        for each in usable:
+            if "small" in each.flags and not each.excluded:
+                each.excluded = {"reason": "small"}
+    return [*remarks_on_set(usable), *remarks_on_captions(usable, wishes)]
+
+
+def middle(numbers: Sequence[float]) -> float:
+    """Take the median."""
+    return sorted(numbers)[len(numbers) // 2]
+
+
+def flags_of(found: Found, resolution: int) -> Iterator[str]:
+    """List what one picture alone shows."""
+    short, long = sorted((found.width, found.height))
+    if short < SMALL * resolution:
+        yield "small"
+    if short / long < 1 - CROPPED:
+        yield f"cropped by {1 - short / long:.0%}"
+    if found.measures and found.measures.light:
+        yield found.measures.light
+
+
+def mark_duplicates(usable: Sequence[Found], wishes: Wishes) -> None:
+    """Number the clusters; of each keep the largest picture, then the largest file."""
+    measured = [each.measures for each in usable if each.measures]
+    for number, cluster in enumerate(clusters(measured)):
+        members = [usable[index] for index in cluster]
+        members.sort(key=lambda each: (-each.width * each.height, -each.bytes, each.name))
+        kept, known = members[0], {pixels_of(members[0])}
+        for each in members:
+            each.cluster = number
+        for each in members[1:]:
+            kind = "exact" if pixels_of(each) in known else "near"
+            known.add(pixels_of(each))
+            each.flags.append(f"{kind} duplicate")
+            if kind in wishes.drop:
+                each.excluded = {"reason": f"{kind}_duplicate", "of": kept.name}
+
+
+def pixels_of(found: Found) -> str:
+    """Tell a picture by what it shows."""
+    return found.measures.pixels if found.measures else ""
+
+
+def remarks_on_set(usable: Sequence[Found]) -> Iterator[str]:
+    """Say what all pictures together lack."""
+    kept = [each for each in usable if not each.excluded]
+    if len(kept) < FEW:
+        yield f"Only {len(kept)} pictures: a subject needs {FEW} or more, better {ENOUGH}"
+    near = sum(any("duplicate" in flag for flag in each.flags) for each in kept)
+    if len(kept) > 50 and near > 0.2 * len(kept):
+        yield f"{near} of {len(kept)} pictures are near duplicates: they count for more than others"
+    grey = sum(bool(each.measures and each.measures.grey) for each in kept)
+    if 0 < grey < len(kept) / 2:
+        yield f"{grey} pictures are without colour, beside {len(kept) - grey} with it"
+    stems = Counter(each.name.rpartition(".")[0] for each in usable)
+    for stem in (stem for stem, count in stems.items() if count > 1):
+        yield f"{stems[stem]} pictures are called {stem}: they share one caption file"
+
+
+def remarks_on_captions(usable: Sequence[Found], wishes: Wishes) -> Iterator[str]:
+    """Say what is odd about the captions."""
+    captions = {each.name: each.caption for each in usable if each.caption}
+    if not captions:
+        return
+    for name, caption in captions.items():
+        words = caption.split()
+        threes = Counter(zip(words, words[1:], words[2:], strict=False))
+        if (tokens := round(len(words) * TOKENS_PER_WORD)) > TOKENS:
+            yield f"{name}: about {tokens} tokens (estimated), of which {TOKENS} are read"
+        if threes and threes.most_common(1)[0][1] >= LOOPS:
+            yield f"{name}: its caption repeats itself"
+        if REFUSALS.search(caption):
+            yield f"{name}: its caption is a refusal"
+        if OPENINGS.match(caption):
+            yield f"{name}: its caption begins with words that say nothing"
+    if len(captions) > 1 and len(set(captions.values())) == 1:
+        yield "All captions are the same: then trigger words alone say as much"
+        return
+    trigger = {word.casefold() for word in wishes.trigger}
+    parts = [{p.strip().casefold() for p in c.split(",")} - trigger for c in captions.values()]
+    counts = Counter(part for each in parts for part in each if part)
+    for part, count in counts.most_common(3):
+        if count >= max(3, SHARED * len(captions)):
+            share = f"{count} of {len(captions)} captions"
+            yield f'"{part}" stands in {share}: it may take the place of the trigger word'
+
+
+# --- Planning ---
+
+
+class Template(string.Formatter):
+    """A caption with places to fill: {trigger} {label} {name} {caption}."""
+
+    KNOWN = ("trigger", "label", "name", "caption")
+
+    def __init__(self, text: str) -> None:
+        """Refuse what could not be filled, before anything is written."""
+        self.text = text
+        try:
+            names = {name for _, name, _, _ in self.parse(text) if name is not None}
+        except ValueError as error:
+            raise refuse("--template", "braces in pairs", str(error)) from error
+        if unknown := names - set(self.KNOWN):
+            expected = " ".join(f"{{{name}}}" for name in self.KNOWN)
+            raise refuse("--template", expected, f"{{{unknown.pop()}}}")
+
+    def fill(self, found: Found, wishes: Wishes) -> str:
+        """Make a caption; what is empty leaves no double space or comma behind."""
+        values = {
+            "trigger": ", ".join(wishes.trigger),
+            "label": (found.label or "").replace("_", " "),
+            "name": PurePosixPath(found.name).stem.replace("_", " "),
+            "caption": found.caption,
+        }
+        filled = " ".join(self.vformat(self.text, (), values).split())
+        return re.sub(r"(, )+", ", ", re.sub(r" ,", ",", filled)).strip(", ")
+
+
+def caption_for(found: Found, wishes: Wishes, template: Template | None) -> tuple[str, str | None]:
+    """Choose what is said of a picture, and tell where that comes from."""
+    made = template.fill(found, wishes) if template else ""
+    own, mode = found.caption, wishes.existing if found.caption and made else "keep"
+    texts = {
+        "keep": own or made,
+        "replace": made,
+        "prepend": f"{made}, {own}",
+        "append": f"{own}, {made}",
+    }
+    text = train_lora.compose_caption(texts[mode], wishes.trigger)
+    own_stays = own and mode != "replace"
+    return text, found.caption_from if own_stays else "template" if made else None
+
+
+def plan(found: Sequence[Found], wishes: Wishes) -> Record:
+    """Say all that will be written. The same pictures and wishes give the same plan."""
+    template = Template(wishes.template) if wishes.template else None
+    kept = [each for each in found if not each.excluded]
+    held = held_back(kept, wishes)
+    taken: set[str] = set()
+    images = []
+    for each in kept:
+        split = "validation" if each.cluster in held else "train"
+        caption, source = caption_for(each, wishes, template)
+        file = free_name(split, each, wishes, taken)
+        text_file = f"{file.rpartition('.')[0]}.txt"
+        action = "crop" if wishes.fit == "crop" else wishes.link
+        own = {"file": file, "text_file": text_file, "split": split, "action": action}
+        images.append(each.record() | own | {"caption": caption, "caption_from": source})
+    excluded = [{"source": each.name} | each.excluded for each in found if each.excluded]
+    counts = Counter(image["split"] for image in images)
+    settings = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(wishes).items()}
+    settings["captions_from"] = wishes.captions_from and Path(wishes.captions_from).name
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": settings,
+        "counts": {
+            "train": counts["train"],
+            "validation": counts["validation"],
+            "excluded": len(excluded),
+        },
+        "images": images,
+        "excluded": excluded,
+    }
+
+
+def held_back(kept: Sequence[Found], wishes: Wishes) -> set[int]:
+    """Choose clusters for validation, each by itself: a new picture moves no other."""
+    if len(kept) < ENOUGH or not wishes.validation:
+        return set()
+    first: dict[int, bytes] = {}
+    for each in kept:
+        first.setdefault(each.cluster, f"{wishes.seed} {pixels_of(each)}".encode())
+    ranks = {n: int(hashlib.sha256(key).hexdigest(), 16) / 2**256 for n, key in first.items()}
+    chosen = {number for number, rank in ranks.items() if rank < wishes.validation}
+    return chosen or {min(ranks, key=lambda number: ranks[number])}
+
+
+def free_name(split: str, found: Found, wishes: Wishes, taken: set[str]) -> str:
+    """Name a picture in the dataset; no two names may be one on any file system."""
+    suffix = ".png" if wishes.fit == "crop" else PurePosixPath(found.name).suffix.lower()
+    parts = [split, *([found.label] if found.label else []), PurePosixPath(found.name).stem]
+    plain = [re.sub(r'[\x00-\x1f<>:"\\|?*]', "_", part)[:100].strip(". ") or "_" for part in parts]
+    stem = "/".join(plain)
+    numbers = iter(range(2, 10**6))
+    name = stem
+    while (key := unicodedata.normalize("NFC", name).casefold()) in taken:
+        name = f"{stem}_{next(numbers)}"
+    taken.add(key)
+    return f"{name}{suffix}"
+
+
+# --- Writing ---
+
+
+def write_dataset(
+    source: Path, target: Path, manifest: Record, wishes: Wishes, events: Emitter, stop: StopRequest
+) -> None:
+    """Write pictures and captions; what is there already, as it should be, stays."""
+    phase = Phase("writing the dataset", len(manifest["images"]), events, stop)
+    lines = defaultdict(list)
+    for done, image in enumerate(manifest["images"]):
+        phase.at(done)
+        write_picture(source / image["source"], target / image["file"], image["action"], wishes)
+        write_once(target / image["text_file"], (image["caption"] + "\n").encode())
+        split, _, inside = image["file"].partition("/")
+        lines[split].append({"file_name": inside, "text": image["caption"]})
+    for split, entries in lines.items():
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        write_once(target / split / "metadata.jsonl", text.encode())
+
+
+def write_picture(source: Path, target: Path, action: str, wishes: Wishes) -> None:
+    """Put a picture where it belongs: the same bytes, or cropped to what training sees."""
+    if action == "crop":
+        fitted, _ = train_lora.fit_picture(train_lora.load_picture(source), wishes.resolution)
+        buffer = io.BytesIO()
+        fitted.save(buffer, "PNG")
+        write_once(target, buffer.getvalue())
+    elif not (action == "hard" and linked(source, target)):
+        write_once(target, source.read_bytes())
+
+
+def linked(source: Path, target: Path) -> bool:
+    """Give a file a second name, where the file system can."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except FileExistsError:
+        return source.samefile(target)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            return False  # another disk, or one that knows no links
+        raise
+    return True
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file, unless it is there and the same."""
+    if not (path.is_file() and path.read_bytes() == content):
+        train_lora.write_whole(path, content)
