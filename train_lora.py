@@ -320,10 +320,10 @@ class Event:
 class StartEvent(Event, type="start", says="train_lora {version}, protocol {protocol}"):
     """First line once the config is valid."""
 
-    protocol: Annotated[str, "version of this event protocol"]
-    version: Annotated[str, "version of the program"]
+    protocol: Annotated[str, "version of this event protocol"] = PROTOCOL
+    version: Annotated[str, "version of the program"] = __version__
     run_id: Annotated[str, "names the run, over all its starts"]
-    pid: Annotated[int, "process to send a stop signal to"]
+    pid: Annotated[int, "process to send a stop signal to"] = field(default_factory=os.getpid)
     resumed_step: Annotated[int, "updates done by earlier starts"]
     total_steps: Annotated[int | None, "updates in all; null until the images are counted"]
     config: Annotated[dict[str, Any], "resolved config, defaults filled in; never a secret"]
@@ -392,8 +392,8 @@ class MemoryFacts(
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
-    in_use_bytes: Annotated[int | None, "held by training at the end of the phase"]
-    peak_bytes: Annotated[int | None, "most that was ever held"]
+    in_use_bytes: Annotated[int | None, "held by training at the end of the phase"] = None
+    peak_bytes: Annotated[int | None, "most that was ever held"] = None
     planned_bytes: Annotated[int | None, "most that the plan foresees; null without headers"]
     free_bytes: Annotated[int | None, "what the plan counts on"] = None
     parts: Annotated[dict[str, int] | None, "bytes by what they hold, in planning"] = None
@@ -478,7 +478,7 @@ class CompleteEvent(
     """Last line of a finished run."""
 
     step: Annotated[int, "updates done"]
-    percent: Annotated[int, "100"]
+    percent: Annotated[int, "100"] = 100
     final_path: Annotated[str, "lora_final.safetensors"]
     bytes: Annotated[int, "its size"]
     sha256: Annotated[str, "its checksum"]
@@ -4254,15 +4254,13 @@ def inspect_device(wanted: str) -> DeviceFacts:
     if kind in ("auto", "cuda") and (card := inspect_card(int(index or 0))):
         return card
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    facts = DeviceFacts(
-        kind="mps" if apple and kind != "cpu" else "cpu",
-        name=processor_name(),
-        memory_total_bytes=memory_bytes("SC_PHYS_PAGES"),
-        memory_free_bytes=free_memory(),
-    )
-    if kind not in ("auto", facts.kind):
+    there = "mps" if apple and kind != "cpu" else "cpu"
+    if kind not in ("auto", there):
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, "a machine without it")
-    return facts
+    known = sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    name, free = processor_name(), free_memory()
+    return DeviceFacts(kind=there, name=name, memory_total_bytes=total, memory_free_bytes=free)
 
 
 def inspect_card(index: int) -> DeviceFacts | None:
@@ -4284,26 +4282,23 @@ def inspect_card(index: int) -> DeviceFacts | None:
 def list_cards() -> dict[str, DeviceFacts]:
     """Ask nvidia-smi for all cards by their uuid, in the order in which CUDA counts them."""
     query = "--query-gpu=uuid,compute_cap,name,memory.total,memory.free,driver_version"
-    program = shutil.which("nvidia-smi") or "nvidia-smi"
-    command = [program, query, "--format=csv,noheader,nounits"]
-    cards = {}
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    cards = []
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        rows = [line.split(", ") for line in answer.stdout.strip().splitlines()]
-        if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-            # Fastest first, by a rule of CUDA's own that this comes near; equals stay in order.
-            rows.sort(key=lambda row: (float(row[1]), mebibytes(row[3]) or 0), reverse=True)
-        for uuid, _, name, total, free, driver in rows:
-            memory = {"memory_total_bytes": mebibytes(total), "memory_free_bytes": mebibytes(free)}
-            cards[uuid] = DeviceFacts(kind="cuda", name=name, driver=driver, **memory)
-    except (OSError, LookupError, ValueError, subprocess.SubprocessError):
+        for line in answer.stdout.strip().splitlines():
+            uuid, speed, name, *amounts, driver = line.split(", ")
+            # A card that shares the main memory says [N/A].
+            total, free = (int(n) * 2**20 if n.isdecimal() else None for n in amounts)
+            memory = {"memory_total_bytes": total, "memory_free_bytes": free}
+            card = DeviceFacts(kind="cuda", name=name, driver=driver, **memory)
+            cards.append(((float(speed), total or 0), uuid, card))
+    except (OSError, ValueError, subprocess.SubprocessError):
         return {}  # a driver that does not answer trains nothing
-    return cards
-
-
-def mebibytes(text: str) -> int | None:
-    """Read an amount; a card that shares the main memory says [N/A]."""
-    return int(text) * 2**20 if text.isdecimal() else None
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        # Fastest first, by a rule of CUDA's own that this comes near; equals stay in order.
+        cards.sort(key=lambda card: card[0], reverse=True)
+    return {uuid: card for _, uuid, card in cards}
 
 
 def processor_name() -> str:
@@ -4315,26 +4310,18 @@ def processor_name() -> str:
     return platform.machine()
 
 
-def memory_bytes(pages: str) -> int | None:
-    """Read an amount of main memory, where the system tells."""
-    if sys.platform == "win32" or pages not in os.sysconf_names:
-        return None
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
 def free_memory() -> int | None:
     """Read how much main memory may be taken: what caches would give back too, up to a limit."""
-    free = memory_bytes("SC_AVPHYS_PAGES")
+    free = None
     with contextlib.suppress(OSError, LookupError, ValueError):
         told = Path("/proc/meminfo").read_text(encoding="ascii")
-        if found := re.search(r"MemAvailable:\s+(\d+) kB", told):
-            free = 1024 * int(found[1])
+        free = 1024 * int(re.findall(r"MemAvailable:\s+(\d+) kB", told)[0])
         group = Path("/sys/fs/cgroup")  # of a container; "max" is no number, and no limit
         limit = int((group / "memory.max").read_text(encoding="ascii"))
         told = (group / "memory.stat").read_text(encoding="ascii")
-        counts = {name: int(count) for name, count in map(str.split, told.splitlines())}
-        used = counts["anon"] + counts["shmem"]  # what caches of files take can be taken back
-        free = min(limit - used, free) if free is not None else limit - used
+        counts = dict(line.split() for line in told.splitlines())
+        # What caches of files take can be taken back.
+        free = min(limit - int(counts["anon"]) - int(counts["shmem"]), free)
     return free
 
 
@@ -4343,11 +4330,12 @@ def choose_device(config: TrainingConfig) -> torch.device:
     import torch
 
     kind, _, index = config.device.partition(":")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if kind == "auto":
-        kind = next((kind for kind, there in available.items() if there), "cpu")
+        kind = next(kind for kind, count in counts.items() if count)
     number = int(index or 0)
-    if not available.get(kind, True) or (kind == "cuda" and number >= torch.cuda.device_count()):
+    if number >= counts[kind]:
         found = "a torch that does not see it"
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", config.device, found)
     return torch.device(kind, number) if kind == "cuda" else torch.device(kind)
@@ -4360,8 +4348,8 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
     wanted = config.mixed_precision
     if device.type != "cuda":
         for knob in ("mixed_precision", "base_precision"):
-            if config.value(knob) in ("fp16", "bf16"):
-                message = f"{knob} {config.value(knob)} is for CUDA; using fp32"
+            if (asked := config.value(knob)) in ("fp16", "bf16"):
+                message = f"{knob} {asked} is for CUDA; using fp32"
                 events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
         return torch.float32
     if wanted == "auto":
@@ -4403,21 +4391,10 @@ def memory_in_use(device: torch.device) -> int | None:
         return torch.cuda.memory_reserved(device)  # what the driver shows, but for its own
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    try:
+    with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def memory_full(device: torch.device) -> bool:
-    """Tell whether a card's memory is taken to the last bit, by whomever."""
-    import torch
-
-    if device.type != "cuda":
-        return False
-    free, total = torch.cuda.mem_get_info(device)
-    return free < SPILL_SHARE * total
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -4430,8 +4407,8 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 # === Loss history ============================================================
@@ -4518,245 +4495,199 @@ NUMBER_BYTES = {"nf4": 0.5625, "int8": 1.0, "fp16": 2.0, "bf16": 2.0, "fp32": 4.
 DROPOUT_KEEPS, INT8_KEEPS = 1.35, 1.2
 
 
-def run_bytes(config: TrainingConfig, device: DeviceFacts) -> float:
-    """Tell the size of a number in the precision of the run."""
-    return 4.0 if device.kind != "cuda" or config.mixed_precision == "no" else 2.0
-
-
-def activation_bytes(
-    config: TrainingConfig, structure: BaseModel, number_bytes: float, *, checkpointing: bool
-) -> int:
-    """Foresee what is kept of a batch between the way there and the way back."""
-    run = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
-    if config.base_precision not in ("auto", run, *QUANTISED):  # autocast widens what norms see
-        number_bytes = 4
-    family, side = structure.family, config.resolution // structure.vae_scale_factor
-    kept = family.kept_per_latent_checkpointed if checkpointing else family.kept_per_latent
-    kept *= DROPOUT_KEEPS if config.lora_dropout else 1
-    kept *= INT8_KEEPS if config.base_precision == "int8" else 1
-    numbers = kept * side**2 * structure.numbers(family.denoiser) / structure.width
-    if config.train_text_encoder:
-        linear = [s for n, s in structure.text_shapes.items() if len(s) == 2 and "embed" not in n]
-        numbers += structure.tokens * sum(map(sum, linear))
-    return math.ceil(config.batch_size * number_bytes * numbers)
-
-
-def denoiser_bytes(config: TrainingConfig, structure: BaseModel, device: DeviceFacts) -> int:
-    """Tell the size of the frozen denoiser."""
-    run, base = run_bytes(config, device), config.base_precision
-    if base == "auto" or device.kind != "cuda":
-        return round(run * structure.numbers(structure.family.denoiser))
-    if base not in QUANTISED:  # where it is not the run's, there is a copy in the run's as well
-        width = NUMBER_BYTES[base] + (0 if NUMBER_BYTES[base] == run else run)
-        return round(width * structure.numbers(structure.family.denoiser))
-    packed = sum(math.prod(shape) for shape in structure.shapes.values() if len(shape) == 2)
-    return round(
-        NUMBER_BYTES[base] * packed + run * (structure.numbers(structure.family.denoiser) - packed)
-    )
-
-
-def exceeds(needed: int, free: int | None, slack: float = 1.0) -> bool:
-    """Tell whether there is too little memory; what is not known is no obstacle."""
-    return free is not None and needed > slack * free
-
-
-def cached_bytes(config: TrainingConfig, structure: BaseModel) -> int:
-    """Tell what is kept of one image and its caption."""
-    channels = structure.family.latent_channels
-    latents = channels * (config.resolution // structure.vae_scale_factor) ** 2
-    return 4 * ((1 + config.flip) * 2 * latents + structure.tokens * structure.text_width)
-
-
-def widest_map(structure: BaseModel, side: int) -> int:
-    """Tell the size of the VAE's widest map of a picture, in full precision."""
-    return 4 * structure.vae_width * side**2
-
-
-def lasting_bytes(
-    config: TrainingConfig, structure: BaseModel, images: int, device: DeviceFacts
-) -> dict[str, int]:
-    """Add up what is there before the first update, and then stays."""
-    number_bytes, learns = run_bytes(config, device), config.train_text_encoder
-    text = sum(map(math.prod, structure.text_shapes.values()))
-    encoding = round(ENCODE_MAPS * widest_map(structure, config.resolution))
-    return {
-        "process": 0 if device.kind == "cuda" else LIBRARIES_BYTES,
-        "encoders": encoding if learns else max(4 * text, encoding),  # these go
-        "denoiser": denoiser_bytes(config, structure, device),
-        "learned_text": round(number_bytes * text) if learns else 0,
-        # With its gradients, the optimizer's moments, and a copy where the run is in half.
-        "adapter": (16 if number_bytes == 4 else 20) * adapter_numbers(config, structure),
-        "vae": 4
-        * structure.numbers(structure.family.vae),  # waits in main memory for the next picture
-        # What is read from a file can be read again.
-        "cache": 0 if config.cache_dir else images * cached_bytes(config, structure),
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class MemoryPlan:
-    """What a run will hold, and what follows from it."""
+    """What a run holds if it is made in one of the possible ways, all in bytes."""
 
-    parts: dict[str, int]  # bytes by what they hold
-    on_card: bool  # elsewhere all is one memory, and what activations had stays with the process
-    free: int | None
-    main_free: int | None  # where images and captions lie
+    config: TrainingConfig
+    structure: BaseModel
+    images: int
+    device: DeviceFacts
     checkpointing: bool
     tiling: bool  # previews are decoded in pieces
-    previews_at_once: int
-
-    @property
-    def main(self) -> int:
-        """Tell what waits in main memory beside a card."""
-        return self.parts["vae"] + self.parts["cache"] if self.on_card else 0
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """Tell the most that each phase holds of the memory that training happens in."""
-        part, card = self.parts, self.on_card
-        waits = part["process"] + part["learned_text"] + (0 if card else part["cache"])
-        loaded = waits + part["denoiser"] + part["adapter"] + (0 if card else part["vae"])
-        return {
-            "encoding": waits + part["vae"] + part["encoders"],
-            "loading": loaded,
-            "training": loaded + part["activations"],
-            "previews": loaded + part["preview"] + part["vae" if card else "activations"],
-        }
-
-    def peak_until(self, phase: str) -> int:
-        """Tell the most that is held up to the end of a phase; training includes previews."""
-        needs = list(self.phases.values())
-        return max(needs[: {"encoding": 1, "loading": 2}.get(phase, len(needs))])
-
-    @property
-    def fits(self) -> bool:
-        """Tell whether it can be hoped for."""
-        return not exceeds(self.peak_until("training"), self.free)
-
-    @property
-    def shortage(self) -> str | None:
-        """Say what is missing even if the plan is too large and no preview is drawn."""
-        needed = max(self.phases["encoding"], self.phases["training"])
-        rooms = ("memory", needed, self.free), ("main memory", self.main, self.main_free)
-        for kind, needs, free in rooms:
-            if exceeds(needs, free, SLACK):
-                return f"The run needs {needs:,} bytes of {kind}; {free:,} are free"
-        return None
 
     @classmethod
     def make(
         cls, config: TrainingConfig, structure: BaseModel, images: int, device: DeviceFacts
     ) -> MemoryPlan:
         """Choose the fastest way that fits; where none does, the one that needs least."""
-        parts, on_card = lasting_bytes(config, structure, images, device), device.kind == "cuda"
-        free, width = device.memory_free_bytes, run_bytes(config, device)
-        kept, least = (
-            activation_bytes(config, structure, width, checkpointing=on) for on in (False, True)
-        )
-        sides = config.resolution, min(TILE_PIXELS, config.resolution)
-        whole, pieces = (round(DECODE_MAPS * widest_map(structure, side)) for side in sides)
-        ways = [(False, kept)] if config.gradient_checkpointing is not True else []
-        ways += [(True, least)] if config.may_checkpoint else []
+        ways = [False] if config.gradient_checkpointing is not True else []
+        ways += [True] if config.may_checkpoint else []
         plans = [
-            cls(
-                parts=parts | {"activations": active, "preview": preview},
-                on_card=on_card,
-                free=free - CONTEXT_BYTES if on_card and free is not None else free,
-                main_free=free_memory(),
-                checkpointing=checkpointing,
-                tiling=tiling,
-                # With and without its prompt, one takes no more than two images of a batch.
-                previews_at_once=max(1, config.batch_size * active // (2 * least))
-                if on_card
-                else 1,
-            )
-            for checkpointing, active in ways
-            for tiling, preview in ((False, whole), (True, pieces))
+            cls(config, structure, images, device, checkpointing, tiling)
+            for checkpointing, tiling in itertools.product(ways, (False, True))
         ]
         return next((plan for plan in plans if plan.fits), plans[-1])
 
+    def __post_init__(self) -> None:
+        """Add up what follows from the choices."""
+        # But for a card, all is one memory, and the process keeps what activations had.
+        self.on_card = card = self.device.kind == "cuda"
+        self.parts = part = {name: math.ceil(size) for name, size in self._sizes().items()}
+        waits = part["process"] + part["learned_text"] + (0 if card else part["cache"])
+        loaded = waits + part["denoiser"] + part["adapter"] + (0 if card else part["vae"])
+        self.phases = {  # the most that each holds
+            "encoding": waits + part["vae"] + part["encoders"],
+            "loading": loaded,
+            "previews": loaded + part["preview"] + part["vae" if card else "activations"],
+            "training": loaded + part["activations"],
+        }
+        # What waits in main memory beside a card.
+        self.main = part["vae"] + part["cache"] if card else 0
+        free = self.device.memory_free_bytes
+        self.free = free - CONTEXT_BYTES if card and free is not None else free
+        # It can be hoped for; what is not known is no obstacle.
+        self.fits = self.free is None or self.peak_until("training") <= self.free
+
+    def _sizes(self) -> dict[str, float]:
+        """Add up the parts, from shapes alone."""
+        config, structure, family = self.config, self.structure, self.structure.family
+        asked = config.mixed_precision if self.on_card else "no"
+        run = {"no": "fp32", "auto": "bf16"}.get(asked, asked)
+        base = config.base_precision if self.on_card else "auto"
+        mixes = base not in ("auto", run, *QUANTISED)  # autocast widens what norms see
+        text = sum(map(math.prod, structure.text_shapes.values()))
+        learned_text = text if config.train_text_encoder else 0
+        widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
+        encode = ENCODE_MAPS * widest * config.resolution**2
+        drawn = min(TILE_PIXELS, config.resolution) if self.tiling else config.resolution
+        latents = family.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
+        cached = (1 + config.flip) * 2 * latents + structure.tokens * structure.text_width
+        return {
+            "process": 0 if self.on_card else LIBRARIES_BYTES,
+            "encoders": max(4 * (text - learned_text), encode),  # these go
+            "denoiser": denoiser_bytes(structure, base, run),
+            "learned_text": NUMBER_BYTES[run] * learned_text,
+            # With its gradients, the optimizer's moments, and a copy where the run is in half.
+            "adapter": (16 if run == "fp32" else 20) * adapter_numbers(config, structure),
+            "vae": 4 * structure.numbers(family.vae),  # waits in main memory for the next picture
+            # What is read from a file can be read again.
+            "cache": 0 if config.cache_dir else 4 * self.images * cached,
+            "activations": (4 if mixes else NUMBER_BYTES[run]) * self._kept_numbers(),
+            "preview": DECODE_MAPS * widest * drawn**2,
+        }
+
+    def _kept_numbers(self) -> float:
+        """Foresee what is kept of a batch between the way there and the way back."""
+        config, structure, family = self.config, self.structure, self.structure.family
+        kept = family.kept_per_latent_checkpointed if self.checkpointing else family.kept_per_latent
+        kept *= DROPOUT_KEEPS if config.lora_dropout else 1
+        kept *= INT8_KEEPS if config.base_precision == "int8" else 1
+        side = config.resolution // structure.vae_scale_factor
+        kept *= side**2 * structure.numbers(family.denoiser) / structure.width
+        if config.train_text_encoder:
+            texts = structure.text_shapes.items()
+            linear = [shape for name, shape in texts if len(shape) == 2 and "embed" not in name]
+            kept += structure.tokens * sum(map(sum, linear))
+        return config.batch_size * kept
+
+    def peak_until(self, phase: str) -> int:
+        """Tell the most that is held up to the end of a phase; training includes previews."""
+        names = list(self.phases)
+        return max(self.phases[name] for name in names[: names.index(phase) + 1])
+
+    @property
+    def shortage(self) -> str | None:
+        """Say what is missing even if the plan is too large and no preview is drawn."""
+        needed = max(self.phases["encoding"], self.phases["training"])
+        rooms = ("memory", needed, self.free), ("main memory", self.main, free_memory())
+        for kind, needs, free in rooms:
+            if free is not None and needs > SLACK * free:
+                return f"The run needs {needs:,} bytes of {kind}; {free:,} are free"
+        return None
+
+    @property
+    def previews_at_once(self) -> int:
+        """Count the prompts that a batch has room for; with its opposite, one is two images."""
+        least = dataclasses.replace(self, checkpointing=True).parts["activations"]
+        fitting = self.config.batch_size * self.parts["activations"] // (2 * least)
+        return max(1, fitting) if self.on_card else 1
+
     def facts(self) -> MemoryFacts:
         """Tell what was chosen, and why."""
-        room = "unknown" if self.free is None else f"{self.free:,} bytes are free"
-        planned = self.peak_until("training")
+        planned, free = self.peak_until("training"), self.free
+        room = "unknown" if free is None else f"{free:,} bytes are free"
+        why = f"{planned:,} bytes planned, {room}"
         chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
         return MemoryFacts(
             phase="planning",
-            in_use_bytes=None,
-            peak_bytes=None,
             planned_bytes=planned,
-            free_bytes=self.free,
+            free_bytes=free,
             parts=self.parts,
-            choices={
-                knob: f"{'on' if on else 'off'}: {planned:,} bytes planned, {room}"
-                for knob, on in chosen.items()
-            },
+            choices={knob: f"{'on' if on else 'off'}: {why}" for knob, on in chosen.items()},
         )
 
+    def remedies(self, phase: str = "training") -> list[Problem]:
+        """Rank what would help where memory is short: what makes it fit, then what saves most."""
+        config, phase = self.config, phase if phase in self.phases else "training"
+        offers: Record = {
+            "gradient_checkpointing": True if config.base_precision != "int8" else "auto",
+            "batch_size": max(1, config.batch_size // 2),
+            "resolution": min(512, config.resolution),
+            "train_text_encoder": False,
+            "lora_rank": min(16, config.lora_rank),
+            "cache_dir": config.cache_dir or "a folder",
+            **({"base_precision": "nf4"} if self.on_card else {}),
+        }
+        found = []
+        for knob, better in offers.items():
+            changed = dataclasses.replace(config, **{knob: better})
+            other = self.make(changed, self.structure, self.images, self.device)
+            saved = self.phases[phase] + self.main - other.phases[phase] - other.main
+            if saved > 0:
+                hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
+                problem = Problem(knob, show(better), show(config.value(knob)), hint)
+                helps = other.fits and not other.shortage
+                found.append((not helps, -saved, knob, problem))
+        return [problem for *_, problem in sorted(found)]
 
-def remedies(
-    config: TrainingConfig, planned: Callable[[TrainingConfig], MemoryPlan], phase: str = "training"
-) -> list[Problem]:
-    """Rank what would help where memory is short: what makes it fit, then what saves most."""
-    plan, found = planned(config), []
-    offers: Record = {
-        "gradient_checkpointing": True if config.base_precision != "int8" else "auto",
-        "batch_size": max(1, config.batch_size // 2),
-        "resolution": min(512, config.resolution),
-        "train_text_encoder": False,
-        "lora_rank": min(16, config.lora_rank),
-        "cache_dir": config.cache_dir or "a folder",
-        **({"base_precision": "nf4"} if plan.on_card else {}),
-    }
-    for knob, better in offers.items():
-        other = planned(dataclasses.replace(config, **{knob: better}))
-        saved = plan.phases[phase] + plan.main - other.phases[phase] - other.main
-        if better != config.value(knob) and saved > 0:
-            hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
-            value = show(config.value(knob))
-            problem = Problem(path=knob, expected=show(better), found=value, hint=hint)
-            helps = other.fits and not other.shortage
-            found.append((not helps, -saved, knob, problem))
-    return [problem for *_, problem in sorted(found, key=lambda entry: entry[:3])]
+
+def denoiser_bytes(structure: BaseModel, base: str, run: str) -> float:
+    """Tell the size of the frozen denoiser, and of the copy that is made of another width."""
+    numbers, width = structure.numbers(structure.family.denoiser), NUMBER_BYTES[run]
+    if base == "auto" or NUMBER_BYTES[base] == width:
+        return width * numbers
+    if base not in QUANTISED:
+        return (width + NUMBER_BYTES[base]) * numbers
+    packed = sum(math.prod(shape) for shape in structure.shapes.values() if len(shape) == 2)
+    return width * (numbers - packed) + NUMBER_BYTES[base] * packed
 
 
 # === Preflight ===============================================================
 
 
-@contextlib.contextmanager
-def collecting(errors: list[TrainError]) -> Iterator[None]:
-    """Note an error and go on, so that the next check is made too."""
-    try:
-        yield
-    except TrainError as error:
-        errors.append(error)
-
-
 def check_paths(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
-    """Look at the three places the config names and list all that is wrong with them at once."""
+    """Look at the places the config names and list all that is wrong with them at once."""
+    checks: tuple[Callable[[], Any], ...] = (
+        lambda: check_images(config.dataset_path, "dataset_path"),
+        lambda: check_images(config.regularization_path, "regularization_path"),
+        lambda: check_output(config.output_path),
+        lambda: check_extras(config),
+        lambda: inspect_model(config),
+    )
     errors: list[TrainError] = []
-    for knob in ("dataset_path", "regularization_path"):
-        if folder := config.value(knob):
-            with collecting(errors):
-                check_dataset_folder(folder, knob)
-    with collecting(errors):
-        check_output(config.output_path)
-    with collecting(errors):
-        check_extras(config)
-    with collecting(errors):
-        model = inspect_model(config)
+    model: tuple[ModelFacts, BaseModel | None]
+    for check in checks:
+        try:
+            model = check()  # the last one's answer
+        except TrainError as error:
+            errors.append(error)
     if errors:
         problems = [problem for error in errors for problem in error.problems]
         raise TrainError.listing(errors[0].code, problems)
     return model
 
 
-def check_package(package: str, knob: str) -> None:
-    """Look for a package that only some configs need."""
-    if not importlib.util.find_spec(package):
-        name = package.replace("_", "-")
-        expected, hint = f"the package {name}", f"Run: pip install {name}"
-        raise TrainError.at(ErrorCode.PACKAGE_MISSING, knob, expected, "none", hint)
+def check_images(folder: Path | None, knob: str) -> None:
+    """Refuse a folder of images that is none or may not be read."""
+    try:
+        if not folder or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+            return
+        kind = "is no readable folder" if folder.exists() else "does not exist"
+        found = f"{folder}, which {kind}"
+    except OSError as error:
+        found = str(error)
+    raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, "a folder with images", found)
 
 
 def check_extras(config: TrainingConfig) -> None:
@@ -4771,17 +4702,12 @@ def check_extras(config: TrainingConfig) -> None:
         find_vae(config.vae)
 
 
-def check_dataset_folder(path: Path, knob: str) -> None:
-    """Refuse a folder of images that is none or may not be read."""
-    try:
-        if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
-            return
-        kind = "is no readable folder" if path.exists() else "does not exist"
-        found = f"{path}, which {kind}"
-    except OSError as error:
-        found = str(error)
-    expected = "a folder with images"
-    raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, expected, found)
+def check_package(package: str, knob: str) -> None:
+    """Look for a package that only some configs need."""
+    if not importlib.util.find_spec(package):
+        name = package.replace("_", "-")
+        expected, hint = f"the package {name}", f"Run: pip install {name}"
+        raise TrainError.at(ErrorCode.PACKAGE_MISSING, knob, expected, "none", hint)
 
 
 def adapter_numbers(config: TrainingConfig, structure: BaseModel) -> int:
@@ -4810,83 +4736,47 @@ def disk_needed(config: TrainingConfig, structure: BaseModel, steps: int) -> int
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Preflight:
     """Everything that is known before the first weight is loaded."""
 
-    dataset: Dataset
+    config: TrainingConfig
     model: ModelFacts
-    order: ImageOrder
-    disk_needed_bytes: int | None
-    disk_free_bytes: int
-    structure: BaseModel | None
-    # None until the device is looked at, and while the model is not downloaded.
-    memory: MemoryPlan | None = None
-    planned: Callable[[TrainingConfig], MemoryPlan] | None = None  # with other choices
+    structure: BaseModel | None  # None while the model is not downloaded
+    dataset: Dataset
+    done: int = 0  # updates that earlier starts made
 
-    @classmethod
-    def make(
-        cls,
-        config: TrainingConfig,
-        model: tuple[ModelFacts, BaseModel | None],
-        events: Emitter,
-        stop: StopRequest,
-        done: int | None = None,
-    ) -> Preflight:
-        """Look at everything and tell what there is; `done` updates where training follows."""
-        facts, structure = model
-        report_model(config, model, events)
-        # Who goes on has decoded every image before, and none may have changed.
-        dataset = scan_dataset(config, events, stop, thorough=done == 0)
-        order = ImageOrder(config, dataset.facts.images, dataset.facts.regularization_images)
-        left = order.total_steps - (done or 0)
-        needed = disk_needed(config, structure, left) if structure else None
-        free = shutil.disk_usage(nearest_folder(config.output_path)).free
-        return cls(
-            dataset=dataset,
-            model=facts,
-            order=order,
-            disk_needed_bytes=needed,
-            disk_free_bytes=free,
-            structure=structure,
-        )
+    def __post_init__(self) -> None:
+        """Count the updates, and what those that are left write at most."""
+        config, found = self.config, self.dataset.facts
+        self.order = ImageOrder(config, found.images, found.regularization_images)
+        self.disk_free_bytes = shutil.disk_usage(nearest_folder(config.output_path)).free
+        self.disk_needed_bytes: int | None = None
+        if self.structure:
+            left = self.order.total_steps - self.done
+            self.disk_needed_bytes = disk_needed(config, self.structure, left)
 
-    def on(self, device: DeviceFacts, config: TrainingConfig, events: Emitter) -> Preflight:
+    def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
         """Look at the device, plan what will lie there, and refuse a run that has no room."""
         events.info(device)
-        check_base_precision(config, device)
-        plan, structure, images = self, self.structure, len(self.dataset.pictures)
-        if structure:
-
-            def planned(config: TrainingConfig) -> MemoryPlan:
-                return MemoryPlan.make(config, structure, images, device)
-
-            plan = dataclasses.replace(self, memory=planned(config), planned=planned)
-            events.info(planned(config).facts())
-        plan.check_room(config)
+        check_base_precision(self.config, device)
+        plan, needed, free = None, self.disk_needed_bytes, self.disk_free_bytes
+        if self.structure:
+            images = len(self.dataset.pictures)
+            plan = MemoryPlan.make(self.config, self.structure, images, device)
+            events.info(plan.facts())
+        if needed is not None and needed > free:
+            expected, found = f"{needed:,} bytes free", f"{free:,}"
+            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, found)
+        if plan and plan.shortage:
+            raise TrainError(ErrorCode.OUT_OF_MEMORY, plan.shortage, plan.remedies())
         return plan
 
-    def check_room(self, config: TrainingConfig) -> None:
-        """Refuse a run that would end on a full disk, or for want of memory."""
-        needed, free = self.disk_needed_bytes, self.disk_free_bytes
-        if needed is not None and needed > free:
-            expected = f"{needed:,} bytes free"
-            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, f"{free:,}")
-        if self.memory and (message := self.memory.shortage):
-            raise TrainError(ErrorCode.OUT_OF_MEMORY, message, self.remedies(config))
-
-    def remedies(self, config: TrainingConfig, phase: str = "training") -> list[Problem]:
-        """Rank what would help when memory is short."""
-        phase = phase if phase in ("encoding", "loading") else "training"
-        return remedies(config, self.planned, phase) if self.planned else []
-
-    def report(
-        self, config: TrainingConfig, device: DeviceFacts, warnings_given: Mapping[str, int]
-    ) -> ValidFacts:
+    def report(self, device: DeviceFacts, warnings_given: Mapping[str, int]) -> ValidFacts:
         """Sum everything up for the last line of --validate-only."""
         return ValidFacts(
             **vars(self.dataset.facts),
-            effective_batch=config.effective_batch,
+            effective_batch=self.config.effective_batch,
             steps_per_epoch=self.order.steps(epochs=1),
             total_steps=self.order.total_steps,
             family=self.model.family,
@@ -4895,18 +4785,6 @@ class Preflight:
             disk_free_bytes=self.disk_free_bytes,
             warnings=dict(warnings_given),
         )
-
-
-def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
-    """Refuse a precision that the device cannot hold weights in."""
-    if config.base_precision not in QUANTISED:
-        return
-    if device.kind != "cuda":
-        expected, hint = "a CUDA device for it", "Set base_precision to auto."
-        found = f"{config.base_precision} on {device.kind}"
-        code = ErrorCode.DEVICE_UNAVAILABLE
-        raise TrainError.at(code, "base_precision", expected, found, hint)
-    check_package("bitsandbytes", "base_precision")
 
 
 def report_model(
@@ -4929,11 +4807,22 @@ def report_model(
         used = base.objective.prediction_type
         message = f"The file does not say what it predicts; {used} is assumed"
         events.warn(WarningCode.PREDICTION_ASSUMED, message, prediction_type=used)
-    native = facts.native_resolution
-    if native and not 0.75 <= config.resolution / native <= 1.5:
-        message = f"resolution {config.resolution} is far from the base model's {native}"
-        data = {"resolution": config.resolution, "native_resolution": native}
-        events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **data)
+    side, native = config.resolution, facts.native_resolution
+    if native and not 0.75 <= side / native <= 1.5:
+        message = f"resolution {side} is far from the base model's {native}"
+        told = {"resolution": side, "native_resolution": native}
+        events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **told)
+
+
+def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
+    """Refuse a precision that the device cannot hold weights in."""
+    precision = config.base_precision
+    if precision in QUANTISED:
+        if device.kind != "cuda":
+            code, found = ErrorCode.DEVICE_UNAVAILABLE, f"{precision} on {device.kind}"
+            hint = "Set base_precision to auto."
+            raise TrainError.at(code, "base_precision", "a CUDA device for it", found, hint)
+        check_package("bitsandbytes", "base_precision")
 
 
 # === Training ================================================================
@@ -4941,42 +4830,13 @@ def report_model(
 MOST_BAD_STEPS = 10  # updates in a row without a finite loss
 MOST_OVERFLOWS = 50  # updates in a row in which fp16's scaler found no factor that works
 COMPILE_STEPS = 1000  # fewer updates do not win back the minute that compiling takes
+C_COMPILERS = ("cc", "gcc", "clang")  # one of which triton needs
 TRIAL_SCALE = 1024.0  # lifts a trial's gradients above what fp16 loses
 TRIAL_NOISE = 0.02  # moves the adapter in a trial: at zero, half of its gradients are zero
 SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
 SPILL_SHARE = 0.03  # of a card's memory; what is free once it is full
 
-
-@dataclass(frozen=True)
-class Computed:
-    """What an update left on the device, to be read when somebody wants to know."""
-
-    step: int
-    learning_rate: float
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    scaled: bool  # fp16's scaler tries larger factors until a gradient overflows
-
-
-@dataclass
-class Pace:
-    """The speed from one progress line to the next, and the best there was."""
-
-    best: float = math.inf
-    latest: float = 0.0
-    slow_lines: int = 0  # in a row
-    seconds: float = 0.0
-    steps: int = 0
-
-    def slowed(self, seconds: float, steps: int) -> bool:
-        """Note the clock of a progress line; tell whether the speed fell, and stayed low."""
-        made = steps - self.steps
-        if made > 0:
-            self.latest = (seconds - self.seconds) / made
-            self.seconds, self.steps, self.best = seconds, steps, min(self.best, self.latest)
-            slow = self.latest > SPILL_FACTOR * self.best
-            self.slow_lines = self.slow_lines + 1 if slow else 0
-        return self.slow_lines > 1
+Ended = TrainingInterrupted | TrainError  # how a run ends that does not come to its end
 
 
 @dataclass
@@ -4985,30 +4845,28 @@ class TrainState:
 
     step: int = 0
     history: list[LossPoint] = field(default_factory=list)
-    unread: list[Computed] = field(default_factory=list)
-    bad_in_a_row: int = 0
-    overflows: int = 0  # in a row
+    # Loss and norm of each update since, on the device until somebody wants to know.
+    unread: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     reported: int = 0  # rows of the history that progress lines have summed up
     loss: float | None = None  # mean of the last progress line
     # A clock that stands still during previews and saving, and left out the first update.
     first_step: int = 1
     busy_seconds: float = 0.0
-    timed_steps: int = 0
+    marks: list[tuple[float, int]] = field(default_factory=list)  # it, at every progress line
+    spilled: bool = False
     preview_seconds: float = 0.0  # of the last round
     checkpoint_seconds: float = 0.0
-    pace: Pace = field(default_factory=Pace)
-    spilled: bool = False
 
     @property
     def seconds_per_step(self) -> float | None:
         """Tell the speed, once there is one."""
-        return self.busy_seconds / self.timed_steps if self.timed_steps else None
+        timed = self.step - self.first_step
+        return self.busy_seconds / timed if timed > 0 else None
 
     def to_json(self) -> Record:
         """Write down what a later start goes on with; speed is no part of it."""
         rows = [[p.step, p.loss, p.learning_rate, p.grad_norm] for p in self.history]
-        names = ("bad_in_a_row", "reported", "loss")
-        return {**{name: vars(self)[name] for name in names}, "history": plain(rows)}
+        return {"reported": self.reported, "loss": self.loss, "history": plain(rows)}
 
     def recall(self, record: Record) -> None:
         """Go on with what an earlier start wrote down; nonsense raises what converting raises."""
@@ -5020,8 +4878,7 @@ class TrainState:
             LossPoint(int(step), number(loss), float(learning_rate), number(norm))
             for step, loss, learning_rate, norm in record["history"]
         ]
-        self.bad_in_a_row, self.reported = int(record["bad_in_a_row"]), int(record["reported"])
-        self.loss = number(record["loss"])
+        self.reported, self.loss = int(record["reported"]), number(record["loss"])
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -5067,16 +4924,14 @@ class Run:
     def update(self) -> None:
         """Make one update from one window of images."""
         config, step, began = self.config, self.state.step + 1, time.monotonic()
-        loss, factor = self.collect_gradient(step), rate(config, step, self.total_steps)
+        loss = self.collect_gradient(step)
         with self.lock:
             self.torn = True
-            norm, scaled = self.learner.step(factor), self.learner.scaler.is_enabled()
-            learning_rate = config.learning_rate * factor
-            self.state.unread.append(Computed(step, learning_rate, loss, norm, scaled))
+            norm = self.learner.step(rate(config, step, self.total_steps))
+            self.state.unread.append((loss, norm))
             self.state.step, self.torn = step, False
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
-            self.state.timed_steps += 1
 
     def collect_gradient(self, step: int) -> torch.Tensor:
         """Go there and back; where memory runs out, once more with gradient checkpointing."""
@@ -5086,7 +4941,7 @@ class Run:
             may = self.config.may_checkpoint and not self.models.checkpointing
             if not (may and is_out_of_memory(error)):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         # Here, what the attempt held is gone with its frames; chance has no memory either.
         self.learner.forget()
         self.models.checkpoint_gradients()
@@ -5116,11 +4971,10 @@ class Run:
         wanted = self.events.wants_progress(state.step, self.total_steps)
         if not wanted and self.models.device.type != "cpu":
             return
-        began = time.monotonic()
-        self.read()
+        seconds = timed(self.read)
+        if state.step > state.first_step:
+            state.busy_seconds += seconds
         self.check_loss()
-        if state.timed_steps:
-            state.busy_seconds += time.monotonic() - began
         if not wanted:
             return
         self.watch_pace()
@@ -5154,57 +5008,61 @@ class Run:
         if not (pace := state.seconds_per_step):
             return None
         previews = left(config.validation_steps) + (not due(config.validation_steps, total))
-        beside = previews * state.preview_seconds
-        beside += left(config.checkpoint_steps) * state.checkpoint_seconds
+        checkpoints = left(config.checkpoint_steps)
+        beside = previews * state.preview_seconds + checkpoints * state.checkpoint_seconds
         return pace * (total - state.step) + beside
 
     def watch_pace(self) -> None:
         """Tell once that the driver swaps a card's memory, from the first update on or later."""
+        import torch
+
         state, device = self.state, self.models.device
-        slowed = state.pace.slowed(state.busy_seconds, state.timed_steps)
+        state.marks.append((state.busy_seconds, state.step))
+        if device.type != "cuda" or state.spilled or len(state.marks) < 2:
+            return
+        paces = [
+            (later - sooner) / (after - before)
+            for (sooner, before), (later, after) in itertools.pairwise(state.marks)
+        ]
+        free, total = torch.cuda.mem_get_info(device)
         # Some drivers give what was not free, and take it from main memory.
-        beyond = (memory_in_use(device) or 0) > (self.free_bytes or math.inf)
-        if (slowed or beyond) and not state.spilled and memory_full(device):
+        beyond = torch.cuda.memory_reserved(device) > (self.free_bytes or math.inf)
+        slowed = min(paces[-2:]) > SPILL_FACTOR * min(paces)  # the last two lines, both
+        if (slowed or beyond) and free < SPILL_SHARE * total:
             state.spilled = True
-            message = f"Updates take {state.pace.latest:.2f} s while the card's memory is full"
-            data = {
-                "step": state.step,
-                "seconds_per_step": state.pace.latest,
-                "best_seconds_per_step": state.pace.best,
-            }
-            self.events.warn(WarningCode.MEMORY_SPILLED, message, **data)
+            message = f"Updates take {paces[-1]:.2f} s while the card's memory is full"
+            told = {"seconds_per_step": paces[-1], "best_seconds_per_step": min(paces)}
+            self.events.warn(WarningCode.MEMORY_SPILLED, message, step=state.step, **told)
 
     def read(self) -> None:
         """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
         import torch
 
-        state = self.state
+        config, state, scales = self.config, self.state, self.learner.scaler.is_enabled()
         with self.lock:
-            values = [torch.stack([c.loss, c.grad_norm]) for c in state.unread]
-            numbers = torch.stack(values).tolist() if values else []
-            unread, state.unread = state.unread, []
-            for computed, (loss, norm) in zip(unread, numbers, strict=True):
-                overflow = computed.scaled and not math.isfinite(norm)
-                state.overflows = state.overflows + 1 if overflow else 0
-                finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
+            pairs = [torch.stack(pair) for pair in state.unread]
+            numbers = torch.stack(pairs).tolist() if pairs else []
+            state.unread = []
+            for step, (loss, norm) in enumerate(numbers, start=state.step - len(numbers) + 1):
+                # fp16's scaler tries larger factors until a gradient overflows.
+                finite = math.isfinite(loss) and (scales or math.isfinite(norm))
+                learning_rate = config.learning_rate * rate(config, step, self.total_steps)
                 kept = loss if finite else None
-                state.history.append(LossPoint(computed.step, kept, computed.learning_rate, norm))
-                state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+                state.history.append(LossPoint(step, kept, learning_rate, norm))
                 if not finite:
-                    self.warn_skipped(computed.step)
+                    window = self.order.window(step)
+                    names = [self.cache.images[index].name for index in window]
+                    message = f"Skipped update {step}: the loss is not finite"
+                    self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
     def check_loss(self) -> None:
         """End a run that learns nothing any more."""
-        allowed = min(MOST_BAD_STEPS, self.total_steps)
-        if self.state.bad_in_a_row >= allowed or self.state.overflows >= MOST_OVERFLOWS:
-            expected, found = "a finite loss", f"none in {allowed} updates"
+        history, most = self.state.history, min(MOST_BAD_STEPS, self.total_steps)
+        lost = [point.loss is None for point in history[-most:]]
+        norms = [plain(point.grad_norm) for point in history[-MOST_OVERFLOWS:]]
+        if sum(lost) == most or norms.count(None) == MOST_OVERFLOWS:
+            expected, found = "a finite loss", f"none in {most} updates"
             raise TrainError.at(ErrorCode.LOSS_NOT_FINITE, "learning_rate", expected, found)
-
-    def warn_skipped(self, step: int) -> None:
-        """Name the images of an update that was not made."""
-        names = [self.cache.images[index].name for index in self.order.window(step)]
-        message = f"Skipped update {step}: the loss is not finite"
-        self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
     def make_due(self) -> None:
         """Write and draw what this step asks for."""
@@ -5219,15 +5077,21 @@ class Run:
         """Tell whether a file of this step is to be made; after a restart, if it is not there."""
         return self.state.step >= self.state.first_step or not path.is_file()
 
-    def checkpoint(self) -> None:
-        """Write a usable LoRA file and a state. Where that fails, training goes on."""
+    def checkpoint(self, reason: CheckpointReason = "periodic") -> None:
+        """Write a state and a usable LoRA file. Where that fails, training or its end goes on."""
+        step = self.state.step
         try:
             with self.lock:
                 self.save_state()
-                if self.owes(self.lora_path()):
-                    self.save_lora("periodic")
-        except OSError as error:
-            self.warn_unsaved(error)
+                if reason == "interrupted":
+                    write_history(self.config.output_path, self.state.history)
+                self.save_lora(reason)
+        except Exception as error:
+            if reason == "periodic" and not isinstance(error, OSError):
+                raise
+            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            message = f"No checkpoint at step {step}: {error}"
+            self.events.warn(WarningCode.CHECKPOINT_FAILED, message, step=step, reason=why)
 
     def save_state(self) -> None:
         """Write what a restart continues from; only then let older states go."""
@@ -5246,16 +5110,13 @@ class Run:
             for folder in folders[self.config.keep_checkpoints :]:
                 discard(folder)
 
-    def lora_path(self) -> Path:
-        """Name the file for the adapter of this moment."""
-        name = f"lora_step_{self.state.step}.safetensors"
-        return self.config.output_path / "checkpoints" / name
-
     def save_lora(self, reason: CheckpointReason) -> None:
-        """Write the adapter of this moment as a file that can be used."""
-        step, path = self.state.step, self.lora_path()
-        size = self.write_lora(path)["bytes"]
-        self.events.emit(CheckpointEvent(step=step, path=str(path), bytes=size, reason=reason))
+        """Write the adapter of this moment as a file that can be used, unless it is there."""
+        step, folder = self.state.step, self.config.output_path / "checkpoints"
+        path = folder / f"lora_step_{step}.safetensors"
+        if self.written != step and self.owes(path):
+            size = self.write_lora(path)["bytes"]
+            self.events.emit(CheckpointEvent(step=step, path=str(path), bytes=size, reason=reason))
 
     def write_lora(self, path: Path) -> Record:
         """Write the adapter as it is; return the file's size and checksum."""
@@ -5265,22 +5126,14 @@ class Run:
         self.written = step
         return said
 
-    def warn_unsaved(self, error: Exception) -> None:
-        """Tell that a checkpoint is missing, and why."""
-        message = f"No checkpoint at step {self.state.step}: {error}"
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        data = {"step": self.state.step, "reason": reason}
-        self.events.warn(WarningCode.CHECKPOINT_FAILED, message, **data)
-
     def preview(self) -> None:
         """Draw one picture for every prompt. What goes wrong here does not end a run."""
         step, prompts = self.state.step, enumerate(preview_prompts(self.config), start=1)
         try:
             numbered = [p for p in prompts if not step or self.owes(self.sample_path(p[0]))]
-            while numbered:
-                at_once = self.models.previews_at_once
-                self.draw(numbered[:at_once])
-                del numbered[:at_once]
+            at_once = self.models.previews_at_once
+            for begin in range(0, len(numbered), at_once):
+                self.draw(numbered[begin : begin + at_once])
         except Exception as error:  # noqa: BLE001, whatever it is, training can go on
             if is_out_of_memory(error):  # the next ones take less
                 self.models.previews_at_once, self.models.tiling = 1, True
@@ -5304,19 +5157,13 @@ class Run:
             write_whole(path, content)
             self.events.emit(SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed))
 
-    def save_before_end(self, ended: TrainingInterrupted | TrainError) -> None:
+    def save_before_end(self, ended: Ended) -> None:
         """Save what was done, the most important first, and let the last line tell where."""
         # What is true already, in case saving does not end.
         ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
         with self.lock:
-            try:
-                if self.state.step >= self.state.first_step and not self.torn:
-                    self.save_state()
-                    write_history(self.config.output_path, self.state.history)
-                    if self.written != self.state.step:
-                        self.save_lora("interrupted")
-            except Exception as error:  # noqa: BLE001, the last line tells what came first
-                self.warn_unsaved(error)
+            if self.state.step >= self.state.first_step and not self.torn:
+                self.checkpoint("interrupted")
         ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
 
     def put_copies(self, final: Path) -> str | None:
@@ -5344,7 +5191,6 @@ class Run:
             self.preview()  # nothing is lost if that fails, hangs or is stopped
             done = CompleteEvent(
                 step=state.step,
-                percent=100,
                 final_path=str(path),
                 **written,
                 copy_path=self.put_copies(path),
@@ -5367,42 +5213,40 @@ class Run:
         return self.config.effective_batch / pace if pace else None
 
 
+@dataclass
 class LoRATrainer:
-    """One training, told as a story: look, load, encode, adapt, restore, step, save."""
+    """One training, told as a story: look, load, encode, adapt, restore, step, save.
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        events: Emitter | None = None,
-        stop: StopRequest | None = None,
-        *,
-        fresh: bool = False,
-    ) -> None:
-        """Take the config; from Python, `Emitter(callable)` passes every event to the callable."""
-        self.config = config
-        self.events = events or Emitter()
-        self.stop = stop or StopRequest()
-        self.fresh = fresh
-        self.earlier = Earlier(None, None, {})
-        self.run: Run | None = None
-        self.run_id = uuid.uuid4().hex
-        # For reports of what went wrong.
-        self.phase = "starting"
-        self.device: torch.device | None = None
-        self.plan: Preflight | None = None
+    From Python, `Emitter(callable)` passes every event to the callable.
+    """
+
+    config: TrainingConfig
+    events: Emitter = field(default_factory=Emitter)
+    stop: StopRequest = field(default_factory=StopRequest)
+    _: dataclasses.KW_ONLY
+    fresh: bool = False
+    # What comes to light on the way.
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    earlier: Earlier = field(default_factory=lambda: Earlier(None, None, {}))
+    phase: str = "starting"
+    device: torch.device | None = None
+    memory: MemoryPlan | None = None
+    run: Run | None = None
 
     def validate(self) -> ValidFacts:
         """Check all that can be checked without loading a model, and write nothing."""
         with reporting(self.events):
             model = check_paths(self.config)
-            self._start(0)
-            preflight = Preflight.make(self.config, model, self.events, self.stop)
+            self._start()
+            report_model(self.config, model, self.events)
+            dataset = scan_dataset(self.config, self.events, self.stop)
+            plan = Preflight(self.config, *model, dataset)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
-            preflight = preflight.on(device, self.config, self.events)
+            plan.on(device, self.events)
             check_copies(self.config)
             self.stop.check()
-            report = preflight.report(self.config, device, self.events.warnings)
+            report = plan.report(device, self.events.warnings)
             self.events.info(report)
         return report
 
@@ -5414,9 +5258,10 @@ class LoRATrainer:
             quiet_libraries()
             imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
             facts, base = download_model(config, events)
-            self.plan = plan = Preflight.make(
-                config, (facts, base), events, self.stop, earlier.step
-            )
+            report_model(config, (facts, base), events)
+            # Who goes on has decoded every image before, and none may have changed.
+            dataset = scan_dataset(config, events, self.stop, thorough=not earlier.step)
+            plan = Preflight(config, facts, base, dataset, earlier.step)
             identity = identify(config, plan, base)
             earlier.check(identity)
             if done := earlier.completion(plan.order.total_steps):
@@ -5428,8 +5273,8 @@ class LoRATrainer:
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
             self.stop.wait_for(imports)
-            models = self._load(base)
-            cache = self._encode(models, plan.dataset.pictures)
+            models = self._load(base, plan)
+            cache = self._encode(models, dataset.pictures)
 
             # Adapt, and restore what earlier starts learned.
             learner = self._adapt(models, facts)
@@ -5457,7 +5302,12 @@ class LoRATrainer:
         """Hold the folder and mirror the events into it, from the first line to the last."""
         config, output = self.config, self.config.output_path
         check_paths(config)
-        with claimed(output) as claim, self.stop.watching(self._causes()):
+        stop_file = functools.partial(take_stop_file, output / "stop")
+        causes: dict[StopReason, Callable[[], bool]] = {"stop_file": stop_file}
+        if config.stop_with_parent:
+            causes["host_gone"] = self.stop.parent_ended
+        with claimed(output) as claim:
+            stop_file()  # one that an earlier start left asks for nothing
             aside = set_aside(output) if self.fresh else None
             remove_leftovers(output)
             self.earlier = earlier = Earlier.find(output)
@@ -5466,49 +5316,45 @@ class LoRATrainer:
                 refuse_to_overwrite(output)
             self.run_id = earlier.run_id or self.run_id
             # A finished run that is asked for what it has done is left as it is, to the last byte.
-            again = earlier.complete and earlier.complete["asked"] == [config.steps, config.epochs]
-            if again and not mirror_ends_with(output, earlier.complete):
-                again = False  # the file lacks its last line
-            mirroring = mirrored(self.events, output, claim)
-            with contextlib.nullcontext() if again else mirroring, reporting(self.events):
-                self._start(earlier.step)
-                self._tell_circumstances(aside, earlier)
-                try:
-                    yield earlier
-                except TrainingInterrupted as stopped:
-                    self._save_before_end(stopped)
-                    raise
-                except Exception as error:  # noqa: BLE001, passed on with a code
-                    short = is_out_of_memory(error)
-                    failure = self._out_of_memory(error) if short else explain(error)
-                    traceback.clear_frames(error.__traceback__)  # they hold what is lacking
-                    self._save_before_end(failure)
-                    raise failure from (None if failure is error else error)
+            again = (
+                earlier.complete
+                and earlier.complete["asked"] == [config.steps, config.epochs]
+                and mirror_ends_with(output, earlier.complete)
+            )
+            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
+            watching = self.stop.watching(causes)
+            with mirroring, watching, reporting(self.events, self._rescue):
+                self._start(aside)
+                yield earlier
 
-    def _save_before_end(self, ended: TrainingInterrupted | TrainError) -> None:
+    def _rescue(self, error: Ended | Exception) -> Ended:
+        """Give what ends a run a code; of memory, say what would help; save what would be lost."""
+        ended = explain(error)
+        if is_out_of_memory(error):
+            peak = peak_memory(self.device) if self.device else None
+            held = f"{peak or 0:,} bytes in use at most"
+            message = f"Out of memory while {self.phase}, {held}: {first_line(error)}"
+            offers = self.memory.remedies(self.phase) if self.memory else []
+            ended = TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
+        traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
+        self._save_before_end(ended)
+        return ended
+
+    def _save_before_end(self, ended: Ended) -> None:
         """Save what would be lost, and let the last line tell what a restart continues from."""
         if self.run:
             self.run.save_before_end(ended)
         elif self.earlier.state:
             ended.step, ended.path = self.earlier.step, str(self.earlier.state.folder)
 
-    def _out_of_memory(self, error: Exception) -> TrainError:
-        """Say what ran out of memory, and what would help most."""
-        peak = peak_memory(self.device) if self.device else None
-        said = str(error).splitlines()[0]
-        message = f"Out of memory while {self.phase}, {peak or 0:,} bytes in use at most: {said}"
-        offers = self.plan.remedies(self.config, self.phase) if self.plan else []
-        return TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
-
-    def _load(self, base: BaseModel) -> Models:
+    def _load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
         import torch
 
         self.device = self.stop.wait_for(beside(lambda: choose_device(self.config)))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # what asks for no device by name gets this one
-        facts = device_facts(self.device)
-        self.plan = self.plan and self.plan.on(facts, self.config, self.events)
+        self.memory = plan.on(device_facts(self.device), self.events) if plan else None
         dtype = choose_precision(self.config, self.device, self.events)
         if self.device.type == "cuda" and dtype != torch.float32:
             # TF32: exacter than the rest of such a run, and far faster than full precision.
@@ -5523,9 +5369,8 @@ class LoRATrainer:
         config = self.config
         self.phase = "encoding"
         shelf = Shelf(config.cache_dir, models.device, self.events)
-        wanted = [p.caption for p in pictures]
-        wanted += [*preview_prompts(config), config.sample_negative_prompt]
-        tokens = tokenize(wanted, models, self.events)
+        prompts = [*preview_prompts(config), config.sample_negative_prompt]
+        tokens = tokenize([*(p.caption for p in pictures), *prompts], models, self.events)
         texts: dict[str, Conditioning] = {}
         if config.train_text_encoder:
             models.load_text_encoders(models.dtype)
@@ -5548,11 +5393,6 @@ class LoRATrainer:
             MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak, planned_bytes=planned)
         )
 
-    @property
-    def memory(self) -> MemoryPlan | None:
-        """Recall what was planned."""
-        return self.plan.memory if self.plan else None
-
     def _adapt(self, models: Models, facts: ModelFacts) -> Learner:
         """Load the denoiser and put the adapters in."""
         import torch
@@ -5571,13 +5411,9 @@ class LoRATrainer:
         for network in (models.denoiser, *models.text_encoders):
             network.train()
         self._tell_memory(models.device)
-        self.events.info(
-            dataclasses.replace(
-                facts,
-                precision=str(models.dtype).removeprefix("torch."),
-                trainable_parameters=sum(m.numel() for m in learner.matrices.values()),
-            )
-        )
+        precision, numbers = str(models.dtype).removeprefix("torch."), learner.learned.numel()
+        facts = dataclasses.replace(facts, precision=precision, trainable_parameters=numbers)
+        self.events.info(facts)
         return learner
 
     def _restore(self, learner: Learner) -> TrainState:
@@ -5614,39 +5450,32 @@ class LoRATrainer:
         """
         import torch
 
-        config = self.config
-        if config.compile == "off" or (
-            config.compile == "auto" and not worth_compiling(models.device, steps)
-        ):
-            return contextlib.nullcontext()
+        config, kind = self.config, self.config.compile
+        tools = importlib.util.find_spec("triton") and any(map(shutil.which, C_COMPILERS))
+        wins = models.device.type == "cuda" and steps >= COMPILE_STEPS and tools
+        held: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if kind == "off" or (kind == "auto" and not wins):
+            return held
         self.phase = "compiling"
-        self.events.info(PhaseFacts(name="compiling", done=0, total=1))
+        self.events.info(PhaseFacts(name=self.phase, done=0, total=1))
         try:
             self.stop.wait_for(beside(lambda: compile_blocks(models, cache, learner, config)))
+            held = torch.compiler.set_stance("eager_on_recompile")
         except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
             for module in models.denoiser.modules():
                 vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
             learner.forget()
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            self.events.warn(
-                WarningCode.COMPILE_FAILED,
-                f"Compiling failed: {reason}",
-                reason=type(error).__name__,
-            )
-            return contextlib.nullcontext()
-        stance: contextlib.AbstractContextManager[Any]
-        stance = torch.compiler.set_stance("eager_on_recompile")
-        return stance
+            message, reason = f"Compiling failed: {first_line(error)}", type(error).__name__
+            self.events.warn(WarningCode.COMPILE_FAILED, message, reason=reason)
+        return held
 
-    def _start(self, resumed_step: int) -> None:
-        """Send the first line, also of a run that is to stop, and what the loader had to say."""
+    def _start(self, aside: Path | None = None) -> None:
+        """Send the first line, also of a run that is to stop, and what happened before."""
+        step, state = self.earlier.step, self.earlier.state
         self.events.emit(
             StartEvent(
-                protocol=PROTOCOL,
-                version=__version__,
                 run_id=self.run_id,
-                pid=os.getpid(),
-                resumed_step=resumed_step,
+                resumed_step=step,
                 total_steps=self.config.steps,
                 config=self.config.as_record(),
             )
@@ -5654,36 +5483,17 @@ class LoRATrainer:
         for remark in self.config.remarks:
             self.events.emit(remark)
         self.stop.check()
-
-    def _tell_circumstances(self, aside: Path | None, earlier: Earlier) -> None:
-        """Tell what happened before the first line."""
-        self._tell_ignored(earlier.ignored)
-        if aside or earlier.step:
+        self._tell_ignored(self.earlier.ignored)
+        if aside or state:
+            aim = state.manifest.get("total_steps") if state else None
             moved = str(aside) if aside else None
-            aim = earlier.state.manifest.get("total_steps") if earlier.state else None
-            self.events.info(ResumeFacts(step=earlier.step, aimed_at=aim, set_aside=moved))
+            self.events.info(ResumeFacts(step=step, aimed_at=aim, set_aside=moved))
 
     def _tell_ignored(self, ignored: Mapping[Path, str]) -> None:
         """Name what was saved and cannot be used, and why."""
         for path, reason in ignored.items():
             message = f"{path.name} cannot be used: {reason}"
             self.events.warn(WarningCode.STATE_IGNORED, message, path=str(path), reason=reason)
-
-    def _causes(self) -> dict[StopReason, Callable[[], bool]]:
-        """List what asks for a stop besides signals; a stop file from an earlier run is none."""
-        stop_file = self.config.output_path / "stop"
-        take_stop_file(stop_file)
-        causes: dict[StopReason, Callable[[], bool]] = {}
-        causes["stop_file"] = lambda: take_stop_file(stop_file)
-        if self.config.stop_with_parent:
-            causes["host_gone"] = self.stop.parent_ended
-        return causes
-
-
-def worth_compiling(device: torch.device, steps: int) -> bool:
-    """Tell whether compiling is likely to work, and to win back its minute."""
-    tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
-    return device.type == "cuda" and steps >= COMPILE_STEPS and bool(tools)
 
 
 def compile_blocks(models: Models, cache: Cache, learner: Learner, config: TrainingConfig) -> None:
@@ -5694,11 +5504,23 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     """
     import torch
 
+    slots = [(slot, slot % len(cache.images)) for slot in range(config.batch_size)]
+
+    def gradients() -> list[torch.Tensor]:
+        """Compute where a first batch would move the adapter's matrices; move nothing."""
+        with torch.random.fork_rng():
+            (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
+        learner.collect()
+        # The device has no room for what is only looked at.
+        found = [gradient.to("cpu", copy=True) for gradient in learner.gradients.values()]
+        learner.forget()
+        return found
+
     with learner.moved(TRIAL_NOISE):
-        expected = trial_gradients(models, cache, learner, config)
+        expected = gradients()
         # With this option, dropout draws what it draws in blocks that are not compiled.
         models.denoiser.compile_repeated_blocks(dynamic=True, options={"fallback_random": True})
-        found = trial_gradients(models, cache, learner, config)
+        found = gradients()
     lengths = torch.stack([e.norm() for e in expected])
     errors = torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]) / lengths
     # Every matrix counts alike but for those that hardly move, as those only round.
@@ -5709,28 +5531,15 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
         raise ArithmeticError(f"compiled blocks have other gradients, {most:.0%} off")
 
 
-def trial_gradients(
-    models: Models, cache: Cache, learner: Learner, config: TrainingConfig
-) -> list[torch.Tensor]:
-    """Compute where a first batch would move the adapter's matrices; move nothing.
-
-    The device has no room for what is only looked at.
-    """
-    import torch
-
-    slots = [(slot, slot % len(cache.images)) for slot in range(config.batch_size)]
-    with torch.random.fork_rng():
-        (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
-    learner.collect()
-    gradients = [gradient.to("cpu", copy=True) for gradient in learner.gradients.values()]
-    learner.forget()
-    return gradients
-
-
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Recognise what the allocators of all devices say."""
     said = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
+def first_line(error: BaseException) -> str:
+    """Quote the sum of what an error says, or else its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def due(every: int, step: int) -> bool:
@@ -5762,22 +5571,28 @@ def import_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def mirror_ends_with(output: Path, complete: Record | None) -> bool:
+def mirror_ends_with(output: Path, complete: Record) -> bool:
     """Tell whether events.jsonl ends with the last line of a finished run, to its very end."""
     try:
         with os.fdopen(open_own(output / "events.jsonl"), "rb") as file:
             last = file.read().splitlines(keepends=True)[-1].decode()
-        sha256 = parse_json(last)[0].get("sha256")
+        return last.endswith("\n") and parse_json(last)[0]["sha256"] == complete["event"]["sha256"]
     except (OSError, LookupError, *NOT_JSON):
         return False
-    return bool(complete and complete["event"]["sha256"] == sha256 and last.endswith("\n"))
 
 
 @contextlib.contextmanager
 def mirrored(events: Emitter, output: Path, claim: Callable[[], None]) -> Iterator[None]:
     """Append all events to events.jsonl, from here to the last line."""
+
+    def warn(error: OSError) -> None:
+        reason = error.strerror or str(error)
+        events.warn(
+            WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason
+        )
+
     reopen = functools.partial(open_mirror, events, output, claim)
-    writer = LineWriter(NOT_OPEN, functools.partial(warn_mirror, events), reopen=reopen)
+    writer = LineWriter(NOT_OPEN, warn, reopen=reopen)
     try:
         with events.heard_by(writer):
             yield
@@ -5794,31 +5609,17 @@ def open_mirror(events: Emitter, output: Path, claim: Callable[[], None], held: 
         claim()
     except TrainError as error:
         raise OSError(str(error)) from error
-    drop_torn_end(path)
-    descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LINE_BYTES))
+        end = file.read(LINE_BYTES)
+        # What a crash or a full disk left of a last line goes.
+        file.truncate(size - len(end) + end.rfind(b"\n") + 1)
+    descriptor = open_own(path, os.O_WRONLY | os.O_APPEND)
     if held != NOT_OPEN:
         message = f"What was removed from {output} is made again"
         events.warn(WarningCode.OUTPUT_REMOVED, message, path=str(output))
     return descriptor
-
-
-def drop_torn_end(path: Path) -> None:
-    """Cut off what a crash or a full disk left of a last line."""
-    with (
-        contextlib.suppress(FileNotFoundError),
-        os.fdopen(open_own(path, os.O_RDWR), "r+b") as file,
-    ):
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - LINE_BYTES))
-        end = file.read(min(size, LINE_BYTES))
-        if torn := len(end) - (end.rfind(b"\n") + 1):
-            file.truncate(size - torn)
-
-
-def warn_mirror(events: Emitter, error: OSError) -> None:
-    """Tell that events.jsonl lacks lines until it can be written."""
-    reason = error.strerror or str(error)
-    events.warn(WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason)
 
 
 def deadline_in(seconds: float) -> Callable[[], bool]:
@@ -5827,50 +5628,35 @@ def deadline_in(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() < end
 
 
-@contextlib.contextmanager
-def reporting(events: Emitter) -> Iterator[None]:
-    """Let exactly one last line tell how the enclosed work ended; pass the exception on."""
-    try:
-        yield
-    except TrainingInterrupted as stopped:
-        tell_interruption(events, stopped)
-        raise
-    except Exception as error:
-        failure = explain(error)
-        events.emit(
-            ErrorEvent(
-                code=failure.code,
-                step=failure.step,
-                path=failure.path,
-                hint=failure.hint,
-                problems=failure.problems,
-                message=str(failure),
-            )
-        )
-        if failure is error:
-            raise
-        raise failure from error
-
-
-def tell_interruption(events: Emitter, stopped: TrainingInterrupted) -> None:
-    """Send the last line of a stopped run, unless a last line is out."""
-    events.emit(
-        InterruptedEvent(
-            step=stopped.step,
-            reason=stopped.reason,
-            path=stopped.path,
-            total_time=events.elapsed_seconds(),
-        )
-    )
-
-
-def explain(error: Exception) -> TrainError:
+def explain(error: Ended | Exception) -> Ended:
     """Give every exception a code."""
-    if isinstance(error, TrainError):
+    if isinstance(error, (TrainingInterrupted, TrainError)):
         return error
     if isinstance(error, ImportError):
         return TrainError(ErrorCode.PACKAGE_MISSING, f"Cannot import {error.name}: {error}")
     return TrainError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def reporting(
+    events: Emitter, explained: Callable[[Ended | Exception], Ended] = explain
+) -> Iterator[None]:
+    """Let exactly one last line tell how the enclosed work ended; pass the exception on."""
+    try:
+        yield
+    except (TrainingInterrupted, Exception) as error:
+        ended = explained(error)
+        events.emit(last_line(ended, events.elapsed_seconds()))
+        if ended is error:
+            raise
+        raise ended from error
+
+
+def last_line(ended: Ended, total_time: float) -> Event:
+    """Tell how a run ended that did not come to its end."""
+    if isinstance(ended, TrainingInterrupted):
+        return InterruptedEvent(**vars(ended), total_time=total_time)
+    return ErrorEvent(**vars(ended), message=str(ended))
 
 
 # === Command line ============================================================
@@ -6002,7 +5788,7 @@ def patience(stop: StopRequest) -> Callable[[], bool]:
 
 def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupted) -> None:
     """End the process in the main thread's place, with a last line unless that is out."""
-    tell_interruption(events, stopped)
+    events.emit(last_line(stopped, events.elapsed_seconds()))
     writer.close(deadline_in(0.5))
     time.sleep(0.1)  # for the thread that writes events.jsonl
     os._exit(exit_code(events))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +111,15 @@ def test_activations_are_what_torch_keeps_with_a_margin(
     """
     config, unet = load_config(**changes), on_meta(size)
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-    structure = structure_of(unet)
-    planned = train_lora.activation_bytes(config, structure, dtype.itemsize, checkpointing=False)
+    chosen = MemoryPlan.make(config, structure_of(unet), 1, with_free(80))
+    planned = chosen.parts["activations"]
+    assert not chosen.checkpointing
     assert 1.0 < planned / kept_by_torch(unet, config, dtype) < 1.4
 
 
-@pytest.mark.usefixtures("in_workspace")
-def test_a_file_in_the_original_layout_needs_what_its_folder_needs(built: Path) -> None:
+def test_a_file_in_the_original_layout_needs_what_its_folder_needs(
+    built: Path, in_workspace: Path
+) -> None:
     """Names differ, the network does not."""
     for family in ("sd1", "sd2", "sdxl"):
         forms = (str(built / family), str(built / f"{family}.safetensors"))
@@ -135,14 +136,12 @@ def test_a_file_in_the_original_layout_needs_what_its_folder_needs(built: Path) 
 
 def needs(structure: BaseModel) -> float:
     """Count activations at 512 pixels, with and without computing them twice."""
-    names = ["resolution", "batch_size", "base_precision", "mixed_precision", "lora_dropout"]
-    config: Any = dataclasses.make_dataclass("Asked", [*names, "train_text_encoder"])(
-        *(512, 1, "auto", "auto", 0.0), train_text_encoder=True
-    )
-    return sum(
-        train_lora.activation_bytes(config, structure, 4, checkpointing=checkpointing)
+    configs = [
+        load_config(train_text_encoder=True, gradient_checkpointing=checkpointing)
         for checkpointing in (False, True)
-    )
+    ]
+    plans = [MemoryPlan.make(config, structure, 1, CARD) for config in configs]
+    return sum(plan.parts["activations"] for plan in plans)
 
 
 def plan(device: DeviceFacts = CARD, images: int = 20, **changes: Any) -> MemoryPlan:
@@ -220,10 +219,7 @@ def test_images_that_do_not_fit_beside_a_card_are_refused_with_a_remedy(in_works
     assert chosen.fits
     assert chosen.shortage
     assert "main memory" in chosen.shortage
-    offers = train_lora.remedies(
-        config, lambda other: MemoryPlan.make(other, structure, 10**9, with_free(80))
-    )
-    assert offers[0].path == "cache_dir"
+    assert chosen.remedies()[0].path == "cache_dir"
 
 
 def test_unknown_memory_is_no_obstacle(in_workspace: Path) -> None:
@@ -236,18 +232,20 @@ def test_unknown_memory_is_no_obstacle(in_workspace: Path) -> None:
 
 def test_a_preview_that_does_not_fit_is_no_reason_to_refuse(in_workspace: Path) -> None:
     """Training goes on without it, as it does when a preview fails for another reason."""
-    tight = plan(with_free(7), resolution=1024, gradient_checkpointing=True)
-    assert tight.phases["previews"] > 0
-    large = dataclasses.replace(tight, parts=tight.parts | {"preview": 100 * GIB})
-    assert not large.fits
-    assert not large.shortage
+    wide: train_lora.Shapes = {"decoder.conv_out.weight": (3, 1024, 3, 3)}
+    structure, config = structure_of(on_meta("sdxl"), vae=wide), load_config(lora_rank=1)
+    tight = MemoryPlan.make(config, structure, 20, with_free(11))
+    assert tight.free
+    assert tight.phases["previews"] > train_lora.SLACK * tight.free
+    assert not tight.fits
+    assert not tight.shortage
 
 
 def test_remedies_are_ranked_by_what_they_save(in_workspace: Path) -> None:
     """What makes the run fit comes first; what is in force is not offered."""
     structure = structure_of(on_meta("sd15"))
     config = load_config(batch_size=8, resolution=896, gradient_checkpointing=False)
-    offers = train_lora.remedies(config, planned_for(structure, 8))
+    offers = MemoryPlan.make(config, structure, 10, with_free(8)).remedies()
     assert [offer.path for offer in offers[:2]] == ["gradient_checkpointing", "resolution"]
     assert {"batch_size", "base_precision"} <= {offer.path for offer in offers}
     saved = [
@@ -255,13 +253,8 @@ def test_remedies_are_ranked_by_what_they_save(in_workspace: Path) -> None:
     ]
     assert saved[1:] == sorted(saved[1:], reverse=True)
     better = dataclasses.replace(config, gradient_checkpointing=True, resolution=512)
-    left = [offer.path for offer in train_lora.remedies(better, planned_for(structure, 6))]
+    left = [offer.path for offer in MemoryPlan.make(better, structure, 10, with_free(6)).remedies()]
     assert not {"gradient_checkpointing", "resolution"} & set(left)
-
-
-def planned_for(structure: BaseModel, gib: float) -> Callable[[TrainingConfig], MemoryPlan]:
-    """Plan ten images on a card with so much free memory, for any config."""
-    return lambda config: MemoryPlan.make(config, structure, 10, with_free(gib))
 
 
 def test_int8_layers_are_never_checkpointed(in_workspace: Path) -> None:
@@ -371,6 +364,12 @@ def test_memory_that_is_still_short_ends_the_run(ground: Path, *, asked: bool) -
     assert train_lora.is_out_of_memory(failed.value)
     assert ready.state.step == 0
     assert "update_retried" not in ready.recorder.codes()
+
+
+def test_an_error_that_says_nothing_is_called_by_its_name() -> None:
+    """Python's own allocator raises without a word."""
+    assert train_lora.first_line(MemoryError()) == "MemoryError"
+    assert train_lora.first_line(RuntimeError("out of memory\nCall stack:")) == "out of memory"
 
 
 @pytest.mark.usefixtures("one_thread")

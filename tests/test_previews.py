@@ -57,7 +57,7 @@ def run(
 ) -> train_lora.CompleteEvent:
     """Train in the current folder."""
     config = load_config(base_model=str(folder), **{**SMALL, **changes})
-    return LoRATrainer(config, Emitter(listener), stop).train()
+    return LoRATrainer(config, Emitter(listener), stop or StopRequest()).train()
 
 
 def remarks(recorder: Recorder) -> list[str]:

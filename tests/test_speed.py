@@ -15,7 +15,6 @@ from tiny_runs import prepare, tiny_base, tiny_config
 from torch._inductor.output_code import CompiledFxGraph
 
 import train_lora
-from train_lora import Pace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,12 +22,26 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- Slow updates ---
 
 
-def test_a_pace_that_drops_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("clock", "told_at"),
+    [([1, 2, 4, 11, 19, 20], 5), ([1, 2, 4, 11, 12, 20], None), ([9, 19, 30, 50, 70], None)],
+)
+def test_a_pace_that_drops_and_stays_low_is_noticed(
+    ground: Path, monkeypatch: pytest.MonkeyPatch, clock: list[float], told_at: int | None
+) -> None:
     """Against the best between two progress lines, not against the mean."""
-    pace = Pace()
-    lines = [(1.0, 10), (3.0, 20), (10.0, 30), (10.0, 30), (18.0, 40), (19.0, 50)]
-    assert [pace.slowed(*line) for line in lines] == [False] * 4 + [True, False]
-    assert (pace.best, pace.latest) == (0.1, 0.1)
+    ready = prepare(tiny_config(ground))
+    ready.models.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**29)
+    for number, ready.state.busy_seconds in enumerate(clock, start=1):
+        ready.state.step = 10 * number
+        ready.watch_pace()
+        assert bool(ready.recorder.codes()) == (told_at is not None and number >= told_at)
+    for warning in ready.recorder.of_type("warning"):
+        best, latest = 0.1, (clock[4] - clock[3]) / 10
+        told = {"step": 50, "seconds_per_step": latest, "best_seconds_per_step": best}
+        assert warning["data"] == told
 
 
 @pytest.mark.parametrize("free", [0.01, 0.5])
@@ -41,7 +54,7 @@ def test_slow_updates_on_a_full_card_are_told_once(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * 2**30), 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**29)
     for seconds in (1.0, 2.0, 60.0, 120.0, 180.0):
-        ready.state.busy_seconds, ready.state.timed_steps = seconds, ready.state.timed_steps + 10
+        ready.state.busy_seconds, ready.state.step = seconds, ready.state.step + 10
         ready.watch_pace()
     assert ready.recorder.codes() == ["memory_spilled"] * (free < 0.03)
 
@@ -55,9 +68,9 @@ def test_a_card_that_swaps_from_the_first_update_is_told_of(
     ready.models.device, ready.free_bytes = torch.device("cuda"), int(0.8 * 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(held * 2**30))
-    ready.state.busy_seconds, ready.state.timed_steps = 1.0, 1
-    ready.watch_pace()
-    ready.watch_pace()
+    for ready.state.step in (1, 2, 3):
+        ready.state.busy_seconds = float(ready.state.step - 1)
+        ready.watch_pace()
     assert ready.recorder.codes() == ["memory_spilled"] * spills
 
 
@@ -72,11 +85,11 @@ def test_what_a_card_holds_is_what_its_driver_shows(monkeypatch: pytest.MonkeyPa
 def test_the_time_left_counts_previews_and_checkpoints(ground: Path) -> None:
     """Each as long as the last one took; what is due at this very step is still to come."""
     ready = prepare(tiny_config(ground, validation_steps=4, checkpoint_steps=5))
-    ready.total_steps = 10
-    ready.state.busy_seconds, ready.state.timed_steps = 6.0, 3
+    ready.total_steps, ready.state.first_step = 10, 0
     ready.state.preview_seconds, ready.state.checkpoint_seconds = 100.0, 1000.0
     left = []
     for ready.state.step in (1, 4, 5, 9, 10):
+        ready.state.busy_seconds = 2.0 * ready.state.step
         left.append(ready.eta_seconds())
     assert left == [18 + 300 + 2000, 12 + 300 + 2000, 10 + 200 + 2000, 2 + 100 + 1000, 100 + 1000]
 
@@ -90,9 +103,13 @@ def test_a_run_measures_what_its_previews_and_checkpoints_take(ground: Path) -> 
     assert ready.state.checkpoint_seconds > 0
 
 
-def test_main_memory_is_never_a_full_card() -> None:
+def test_main_memory_is_never_a_full_card(ground: Path) -> None:
     """On a CPU the system swaps, which its owner sees."""
-    assert not train_lora.memory_full(torch.device("cpu"))
+    ready = prepare(tiny_config(ground))
+    ready.free_bytes = 1
+    for ready.state.step, ready.state.busy_seconds in ((1, 0.0), (2, 1.0), (3, 90.0), (4, 180.0)):
+        ready.watch_pace()
+    assert ready.recorder.codes() == []
 
 
 # --- Compiled blocks ---
