@@ -3442,7 +3442,7 @@ def losses_of(
 
 
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
-    """Put LoRA layers into the networks that are trained; return their numbers by name."""
+    """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
     import torch
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -3467,9 +3467,9 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
             )
             # Adapters learn in full precision: half of it loses updates as small as theirs.
             cast_training_params(network, torch.float32)
-            named = network.named_parameters()
+            named = sorted(network.named_parameters())
             parameters |= {f"{part.folder}.{name}": p for name, p in named if p.requires_grad}
-    return dict(sorted(parameters.items()))
+    return parameters
 
 
 def unread_modules(part: Part, network: Any) -> str | None:
@@ -3542,16 +3542,14 @@ class Learner:
         """Adapt the networks and set the optimizer up."""
         import torch
 
-        adapted = add_adapters(models, config)
-        prefix = f"{models.base.family.denoiser.folder}."
-        denoiser = {name: p for name, p in adapted.items() if name.startswith(prefix)}
-        parameters = denoiser | adapted  # the denoiser's first
+        parameters = add_adapters(models, config)
         learned = torch.cat([p.detach().flatten() for p in parameters.values()])
         gradient = torch.zeros_like(learned)
-        share = sum(p.numel() for p in denoiser.values())
+        denoiser = sum(p.numel() for p in models.denoiser.parameters() if p.requires_grad)
         text_rate = config.text_encoder_learning_rate or config.learning_rate
+        spans = [(config.learning_rate, slice(denoiser)), (text_rate, slice(denoiser, None))]
         groups = []
-        for full, span in (config.learning_rate, slice(share)), (text_rate, slice(share, None)):
+        for full, span in spans:
             if len(learned[span]):
                 part = torch.nn.Parameter(learned[span])
                 part.grad = gradient[span]
@@ -3560,38 +3558,22 @@ class Learner:
         half = models.dtype == torch.float16
         scaler = torch.amp.GradScaler(models.device.type, enabled=half)
         used = learned.to(models.dtype)
-        learner = cls(parameters, learned, gradient, used, optimizer, scaler, config.max_grad_norm)
-        learner.connect()
-        return learner
+        return cls(parameters, learned, gradient, used, optimizer, scaler, config.max_grad_norm)
 
-    def connect(self) -> None:
+    def __post_init__(self) -> None:
         """Let the networks' parameters, and in full precision their gradients, be parts."""
-        used, gradients = self.parts(self.used), self.gradients
-        for name, parameter in self.parameters.items():
-            parameter.data = used[name]
+        self.in_half = self.used is not self.learned
+        self.matrices, self.gradients = self._parts(self.learned), self._parts(self.gradient)
+        for name, part in self._parts(self.used).items():
+            self.parameters[name].data = part
             if not self.in_half:  # a pass back adds to what it finds
-                parameter.grad = gradients[name]
+                self.parameters[name].grad = self.gradients[name]
 
-    @property
-    def in_half(self) -> bool:
-        """Tell whether the networks compute with a copy."""
-        return self.used is not self.learned
-
-    def parts(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _parts(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
         """Name the matrices' parts of a tensor that is as long as all of them."""
         pieces = whole.split([p.numel() for p in self.parameters.values()])
         named = zip(self.parameters.items(), pieces, strict=True)
         return {name: piece.view_as(p) for (name, p), piece in named}
-
-    @property
-    def matrices(self) -> dict[str, torch.Tensor]:
-        """Name the adapter's matrices, in full precision."""
-        return self.parts(self.learned)
-
-    @property
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Name the gradients, as far as they were collected."""
-        return self.parts(self.gradient)
 
     def collect(self) -> None:
         """Add what a pass back left in half; a matrix that it did not reach counts as zero."""
@@ -3601,12 +3583,8 @@ class Learner:
             used = self.parameters.values()
             passed = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
             self.gradient.add_(torch.cat([each.flatten() for each in passed]))
-            self._drop()
-
-    def _drop(self) -> None:
-        """Take the gradients in half from the networks."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+            for parameter in used:
+                parameter.grad = None
 
     def step(self, factor: float) -> torch.Tensor:
         """Make one update, unless the gradient is not finite; return the gradient's norm.
@@ -3639,7 +3617,8 @@ class Learner:
         """Drop all gradients, also what a pass back that failed left half done."""
         self.gradient.zero_()
         if self.in_half:
-            self._drop()
+            for parameter in self.parameters.values():
+                parameter.grad = None
 
     def refresh(self) -> None:
         """Let the networks have what was learned."""
