@@ -3931,6 +3931,7 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         "ss_steps": str(step),
         # Every caption holds every trigger word.
         "ss_tag_frequency": json.dumps({name: dict.fromkeys(config.trigger_words, images)}),
+        **({"ss_zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
         "train_lora_version": __version__,
     }
 
