@@ -6093,10 +6093,9 @@ def fill_closed_streams() -> set[int]:
     return closed
 
 
-def claim_stdout(closed: set[int] | None = None) -> int | None:
+def claim_stdout() -> int:
     """Keep standard output for events alone: whoever else writes to it reaches stderr instead."""
-    closed = fill_closed_streams() if closed is None else closed
-    events = None if 1 in closed else os.dup(1)
+    events = os.dup(1)
     os.dup2(2, 1)
     return events
 
@@ -6113,12 +6112,12 @@ def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> in
             loading = beside(lambda: TrainingConfig.from_json(arguments.config, overrides))
             config = stop.wait_for(loading)
             trainer = LoRATrainer(config, events, stop, fresh=arguments.fresh)
-            if arguments.validate_only:
-                trainer.validate()
-            else:
-                trainer.train()
-    except (TrainingInterrupted, TrainError) as ended:
-        if arguments.debug and isinstance(ended, TrainError):
+            work = trainer.validate if arguments.validate_only else trainer.train
+            work()
+    except TrainingInterrupted:
+        pass
+    except TrainError:
+        if arguments.debug:
             with contextlib.suppress(OSError):  # nobody may be reading stderr
                 traceback.print_exc()
     return exit_code(events)
@@ -6138,24 +6137,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(argv)
         if arguments.event_schema:
             return print_event_schema()
-        events, stdout = Emitter(), claim_stdout(closed)
-        if stdout is None:
+        if 1 in closed:
             stop.request("host_gone")
-            return run(arguments, events, stop)
-        writer = LineWriter(stdout, functools.partial(stop_for, stop))
-        stop.end = functools.partial(end_at_once, events, writer)
+        stdout = claim_stdout()
+        host = LineWriter(stdout, functools.partial(stop_for, stop))
+        people = [LineWriter(os.dup(2), lambda _: None, draw_bar)] if os.isatty(2) else []
+        events = Emitter(host, *people)
+        stop.end = functools.partial(end_at_once, events, host)
         stop.host_gone = functools.partial(reader_gone, stdout)
-        with contextlib.ExitStack() as audience:
-            audience.enter_context(events.heard_by(writer))
-            if os.isatty(2):
-                person = LineWriter(os.dup(2), lambda _: None, draw_bar)
-                audience.enter_context(events.heard_by(person))
-                audience.callback(lambda: person.close(deadline_in(0.5)))
-            try:
-                return run(arguments, events, stop)
-            finally:
-                stop.noticed, stop.save = True, lambda _: None  # the last line is out
-                writer.close(patience(stop))
+        try:
+            return run(arguments, events, stop)
+        finally:
+            stop.noticed, stop.save = True, lambda _: None  # the last line is out
+            host.close(patience(stop))
+            for person in people:
+                person.close(deadline_in(0.5))
 
 
 def stop_for(stop: StopRequest, error: OSError) -> None:

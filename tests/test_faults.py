@@ -625,9 +625,7 @@ def notice_in_time(trainer: LoRATrainer) -> None:
 
 def linger(run: Ready, pause: Pause) -> int:
     """Stand in for the program with a run under way, as main() and train() set it up."""
-    stop, descriptor = StopRequest(), train_lora.claim_stdout()
-    assert descriptor is not None
-    writer = LineWriter(descriptor, lambda _: None)
+    stop, writer = StopRequest(), LineWriter(train_lora.claim_stdout(), lambda _: None)
     events = Emitter(writer)
     trainer = LoRATrainer(run.config, events, stop)
     trainer.run = replace(run, events=events, stop=stop)
