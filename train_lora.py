@@ -3498,22 +3498,18 @@ def rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     return SCHEDULES[config.lr_scheduler]((step - peak) / (total_steps - peak + 1))
 
 
-# Who provides the optimizers that torch does not have; imported only when asked for.
-OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "lion": "lion_pytorch"}
+# The optimizers that torch does not have, by module and class; imported only when asked for.
+OPTIMIZERS = {"adamw8bit": ("bitsandbytes.optim", "AdamW8bit"), "lion": ("lion_pytorch", "Lion")}
 
 
 def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.device) -> Any:
     """Make the optimizer that was asked for."""
     import torch
 
-    if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, weight_decay=config.weight_decay)
-    if config.optimizer == "lion":
-        from lion_pytorch import Lion
-
-        return Lion(groups, weight_decay=config.weight_decay)
+    if config.optimizer in OPTIMIZERS:
+        module, name = OPTIMIZERS[config.optimizer]
+        cls = getattr(importlib.import_module(module), name)
+        return cls(groups, weight_decay=config.weight_decay)
     # The fused form is the fastest, and it skips a bad update without asking the host;
     # Apple's takes the request to skip and does not heed it.
     fused = device.type != "mps"
@@ -3563,17 +3559,17 @@ class Learner:
     def __post_init__(self) -> None:
         """Let the networks' parameters, and in full precision their gradients, be parts."""
         self.in_half = self.used is not self.learned
-        self.matrices, self.gradients = self._parts(self.learned), self._parts(self.gradient)
-        for name, part in self._parts(self.used).items():
-            self.parameters[name].data = part
+        self.matrices: dict[str, torch.Tensor] = {}  # in full precision
+        self.gradients: dict[str, torch.Tensor] = {}  # as far as they were collected
+        sizes = [p.numel() for p in self.parameters.values()]
+        pieces = (whole.split(sizes) for whole in (self.learned, self.gradient, self.used))
+        for (name, p), learned, gradient, used in zip(
+            self.parameters.items(), *pieces, strict=True
+        ):
+            self.matrices[name], self.gradients[name] = learned.view_as(p), gradient.view_as(p)
+            p.data = used.view_as(p)
             if not self.in_half:  # a pass back adds to what it finds
-                self.parameters[name].grad = self.gradients[name]
-
-    def _parts(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Name the matrices' parts of a tensor that is as long as all of them."""
-        pieces = whole.split([p.numel() for p in self.parameters.values()])
-        named = zip(self.parameters.items(), pieces, strict=True)
-        return {name: piece.view_as(p) for (name, p), piece in named}
+                p.grad = self.gradients[name]
 
     def collect(self) -> None:
         """Add what a pass back left in half; a matrix that it did not reach counts as zero."""
@@ -3621,9 +3617,8 @@ class Learner:
                 parameter.grad = None
 
     def refresh(self) -> None:
-        """Let the networks have what was learned."""
-        if self.in_half:
-            self.used.copy_(self.learned)
+        """Let the networks have what was learned, which they do where no copy is between."""
+        self.used.copy_(self.learned)
 
     @contextlib.contextmanager
     def moved(self, noise: float) -> Iterator[None]:
@@ -4935,7 +4930,8 @@ def check_package(package: str, knob: str) -> None:
 
 def check_extras(config: TrainingConfig) -> None:
     """Look for what only some configs need: another VAE, configs for a file, a package."""
-    if package := OPTIMIZER_PACKAGES.get(config.optimizer):
+    if config.optimizer in OPTIMIZERS:
+        package, _, _ = OPTIMIZERS[config.optimizer][0].partition(".")
         check_package(package, "optimizer")
     folder = config.model_config_path
     if folder and not any(config.is_file() for config in denoisers_in(folder)):
