@@ -3694,14 +3694,9 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
 
 def is_locked(path: Path) -> bool:
     """Tell whether a live run holds the lock."""
-    try:
-        descriptor = open_own(path)
-    except FileNotFoundError:
-        return False
-    try:
-        return not try_lock(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError), os.fdopen(open_own(path)) as file:
+        return not try_lock(file.fileno())
+    return False
 
 
 def try_lock(descriptor: int) -> bool:
@@ -3715,11 +3710,9 @@ def try_lock(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        # A file system without locks, such as some NFS: better to run than to refuse.
-        return True
+    except OSError as error:
+        # Others mean a file system without locks, such as some NFS: better to run than to refuse.
+        return not isinstance(error, (BlockingIOError, PermissionError))
     return True
 
 
@@ -3963,9 +3956,9 @@ def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str,
     digest = hashlib.sha256()
     for numbers in safetensors_pieces(tensors)[1:]:
         digest.update(numbers)
-    known = {"sshs_model_hash": digest.hexdigest()}
-    known["modelspec.hash_sha256"] = f"0x{digest.hexdigest()}"
-    return write_whole(path, *safetensors_pieces(tensors, {**header, **known}))
+    value = digest.hexdigest()
+    hashes = {"sshs_model_hash": value, "modelspec.hash_sha256": f"0x{value}"}
+    return write_whole(path, *safetensors_pieces(tensors, {**header, **hashes}))
 
 
 def copies_of(config: TrainingConfig) -> list[Path]:
@@ -3976,33 +3969,27 @@ def copies_of(config: TrainingConfig) -> list[Path]:
 
 def known_copies(config: TrainingConfig) -> set[str]:
     """Recall by their checksums what this run has put there, or was about to."""
-    try:
+    with contextlib.suppress(OSError, LookupError, *NOT_JSON):
         return set(unseal(config.output_path / "state" / "copies.json")["checksums"])
-    except (OSError, LookupError, *NOT_JSON):
-        return set()
+    return set()
 
 
-def foreign_copies(config: TrainingConfig, known: set[str]) -> list[Path]:
-    """List those of the files that are there and are none of this run's."""
-    there = (path for path in copies_of(config) if os.path.lexists(path))
-    return [
-        path for path in there if not path.is_file() or checksum(path.read_bytes()) not in known
-    ]
-
-
-def check_copies(config: TrainingConfig) -> None:
-    """Refuse a folder that cannot be written, and a name under which another LoRA is there."""
-    folder = config.loras_path
+def check_copies(config: TrainingConfig) -> list[Path]:
+    """Refuse a folder or a name that cannot be used; list what is there and stays as it is."""
+    folder, known = config.loras_path, known_copies(config)
     usable = folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)  # noqa: PTH112, takes long names
     if folder and not usable:
         expected = "a folder that this user may write"
         raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "loras_path", expected, str(folder))
-    foreign = foreign_copies(config, known_copies(config))
-    # Beside this run's own LoRA, they are what somebody edited, and stay as they are.
-    if foreign and (not (lora := copies_of(config)[0]).exists() or lora in foreign):
+    there = [path for path in copies_of(config) if os.path.lexists(path)]
+    own = [path for path in there if path.is_file() and checksum(path.read_bytes()) in known]
+    foreign = [path for path in there if path not in own]
+    # Beside this run's own LoRA, they are what somebody edited.
+    if foreign and copies_of(config)[0] not in own:
         expected, found = "a name that is free in loras_path", f"{foreign[0]}, of another run"
         hint = "Give another lora_name, or move that file away."
         raise TrainError.at(ErrorCode.RUN_EXISTS, "lora_name", expected, found, hint)
+    return foreign
 
 
 def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Path) -> Path:
@@ -4013,13 +4000,11 @@ def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Pat
     contents = {lora: final.read_bytes(), card: json.dumps(said, indent=1).encode()}
     if preview.is_file():
         contents[picture] = preview.read_bytes()
-    known = known_copies(config) | {checksum(content) for content in contents.values()}
-    foreign = foreign_copies(config, known)
-    if lora in foreign:
-        raise FileExistsError(errno.EEXIST, "another run's LoRA is there", str(lora))
     # First of all, so that the run knows its own, whatever happens.
+    known = known_copies(config).union(map(checksum, contents.values()))
     record = seal({"checksums": sorted(known)})
     write_whole(config.output_path / "state" / "copies.json", record)
+    foreign = check_copies(config)
     for path, content in contents.items():
         if path not in foreign:
             write_whole(path, content)
@@ -5494,8 +5479,9 @@ class Run:
         try:
             drawn = config.output_path / "samples" / preview
             return str(put_copies(config, self.models.base.family, final, drawn))
-        except OSError as error:
-            message, reason = f"No copy in loras_path: {error}", error.strerror or str(error)
+        except (OSError, TrainError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            message = f"No copy in loras_path: {error}"
             self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
             return None
 
