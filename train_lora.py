@@ -4040,7 +4040,8 @@ FIXED_KNOBS = (
 def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str]:
     """Sum up what makes a run this run and no other, in words that can be compared."""
     pictures = plan.dataset.pictures
-    weights = short_digest([sampled_digest(path) for path in weight_files(base)])
+    files = dict.fromkeys(file for part in base.family.networks for file in base.files(part))
+    weights = short_digest([sampled_digest(file) for file in files])
     images = short_digest([picture.digest for picture in pictures])
     others = plan.order.others
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
@@ -4056,11 +4057,6 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     }
 
 
-def weight_files(base: BaseModel) -> list[Path]:
-    """List the files that a run loads weights from."""
-    return list(dict.fromkeys(f for part in base.family.networks for f in base.files(part)))
-
-
 def short_digest(value: object) -> str:
     """Reduce anything to a few letters that change when it does."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
@@ -4074,19 +4070,6 @@ def sampled_digest(path: Path) -> list[object]:
             file.seek(begin)
             digest.update(file.read(PIECE_BYTES))
     return [size, digest.hexdigest()]
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """A state on disk whose files are as its manifest says."""
-
-    folder: Path
-    manifest: Record
-
-    @property
-    def step(self) -> int:
-        """Count the updates it holds."""
-        return int(self.manifest["step"])
 
 
 def write_state(
@@ -4109,14 +4092,14 @@ def write_state(
         staging.rename(target)
         sync_folder(target.parent)
     finally:
-        discard(staging)
+        shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
 def discard(folder: Path) -> None:
     """Remove a folder, under a name that nobody takes for a state from the first moment on."""
     if folder.exists():
-        doomed = folder.with_name(f".{folder.name.strip('.')}.{os.getpid()}.old.tmp")
+        doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
@@ -4144,7 +4127,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_state(folder: Path) -> SavedState:
+def read_state(folder: Path) -> Record:
     """Hold a state's files against its manifest; raise ValueError with what is wrong."""
     try:
         manifest = unseal(folder / "manifest.json")
@@ -4161,7 +4144,7 @@ def read_state(folder: Path) -> SavedState:
                 raise ValueError(f"{name} is not what was written")
     except (OSError, LookupError, *NOT_JSON) as error:
         raise ValueError(str(error)) from error
-    return SavedState(folder, manifest)
+    return manifest
 
 
 def state_folders(output: Path) -> list[Path]:
@@ -4174,20 +4157,20 @@ def state_folders(output: Path) -> list[Path]:
 class Earlier:
     """What earlier starts of the run left behind."""
 
-    state: SavedState | None  # the newest that can be used
-    complete: Record | None  # what was said when the run was complete
-    ignored: Mapping[Path, str]  # what cannot be used, and why
+    state: Path | None = None  # the newest that can be used
+    manifest: Record = field(default_factory=dict)  # of that state
+    complete: Record = field(default_factory=dict)  # what was said when the run was complete
+    ignored: Mapping[Path, str] = field(default_factory=dict)  # what cannot be used, and why
 
     @property
     def step(self) -> int:
         """Count the updates that need not be made again."""
-        return self.state.step if self.state else 0
+        return int(self.manifest.get("step", 0))
 
     @property
-    def run_id(self) -> str | None:
-        """Name the run, however often it was started."""
-        said = self.state.manifest if self.state else self.complete
-        return str(said["run_id"]) if said else None
+    def origin(self) -> Record:
+        """Recall what tells whose run it was; empty where nothing is left of one."""
+        return self.manifest or self.complete
 
     def completion(self, total_steps: int) -> CompleteEvent | None:
         """Recall the last line of a run that was finished with so many updates."""
@@ -4197,44 +4180,26 @@ class Earlier:
     @classmethod
     def find(cls, output: Path, refused: Mapping[Path, str] | None = None) -> Earlier:
         """Look for the newest state that is sound and was not refused, and for a finished run."""
-        ignored, state = dict(refused or {}), None
-        complete = cls._find_complete(output, ignored)
+        ignored, state, manifest = dict(refused or {}), None, Record()
         for folder in state_folders(output):
             try:
-                state = read_state(folder)
+                state, manifest = folder, read_state(folder)
                 break
             except ValueError as reason:
                 ignored[folder] = str(reason)
-        lost = [f"{p.name}: {reason}" for p, reason in ignored.items() if p.name != "complete.json"]
-        if lost and not state and (refused or not complete):
-            expected, found = "a state that can be used", "; ".join(lost)
-            raise TrainError.at(ErrorCode.STATE_DAMAGED, output / "state", expected, found)
-        return cls(state, complete, ignored)
-
-    @staticmethod
-    def _find_complete(output: Path, ignored: dict[Path, str]) -> Record | None:
-        """Read what a finished run said, if its file is still the one it spoke of."""
-        path = output / "state" / "complete.json"
-        try:
-            said = unseal(path)
-            done, _ = (
-                CompleteEvent(**said["event"]),
-                (said["asked"], said["run_id"], said["identity"]),
-            )
-            return said if file_digest(output / "lora_final.safetensors") == done.sha256 else None
-        except FileNotFoundError:
-            pass  # it has to be written again, from the state
-        except (OSError, LookupError, *NOT_JSON) as error:
-            ignored[path] = str(error)
-        return None
+        lost = "; ".join(f"{path.name}: {reason}" for path, reason in ignored.items())
+        complete = read_complete(output, ignored)
+        if lost and not manifest and (refused or not complete):
+            expected = "a state that can be used"
+            raise TrainError.at(ErrorCode.STATE_DAMAGED, output / "state", expected, lost)
+        return cls(state if manifest else None, manifest, complete, ignored)
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Refuse to go on with another run's state; list all that differs."""
-        known = self.state.manifest if self.state else self.complete
-        said = known["identity"] if known else identity
+        said = self.origin.get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
         problems = [
-            Problem(path=key, expected=str(said.get(key)), found=str(identity.get(key)), hint=hint)
+            Problem(key, str(said.get(key)), str(identity.get(key)), hint)
             for key in sorted(said.keys() | identity.keys())
             if said.get(key) != identity.get(key)
         ]
@@ -4242,15 +4207,27 @@ class Earlier:
             raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)
 
 
+def read_complete(output: Path, ignored: dict[Path, str]) -> Record:
+    """Read what a finished run said, if its file is still the one it spoke of."""
+    path = output / "state" / "complete.json"
+    try:
+        said = unseal(path)
+        done = CompleteEvent(**said["event"])
+        return said if file_digest(output / "lora_final.safetensors") == done.sha256 else {}
+    except FileNotFoundError:
+        pass  # it has to be written again, from the state
+    except (OSError, LookupError, *NOT_JSON) as error:
+        ignored[path] = str(error)
+    return {}
+
+
 def remove_leftovers(output: Path) -> None:
     """Remove what a killed run was writing; nothing under such a name is ever announced."""
-    for folder in (output, *(output / name for name in ("checkpoints", "samples", "state"))):
+    for folder in (output, *(output / name for name in OWN_FOLDERS)):
         for path in folder.glob(".*.[0-9]*.tmp"):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            with contextlib.suppress(OSError):  # it may be a folder
+                path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def pack_learner(learner: Learner) -> tuple[dict[str, dict[str, torch.Tensor]], Record]:
@@ -4282,18 +4259,18 @@ def leaves(tree: Mapping[Any, Any], way: str = "") -> Iterator[tuple[str, Any]]:
 DECIDED_ANEW = ("lr", "full_lr", "weight_decay", "fused")
 
 
-def unpack_learner(saved: SavedState, learner: Learner) -> None:
+def unpack_learner(folder: Path, manifest: Record, learner: Learner) -> None:
     """Put back what pack_learner took, exactly; raise ValueError before anything is changed."""
     from safetensors.torch import load_file
 
-    manifest, state = saved.manifest, dict[int, Record]()
-    adapter = load_file(saved.folder / "adapter.safetensors")
-    moments: Record = load_file(saved.folder / "optimizer.safetensors")
+    adapter = load_file(folder / "adapter.safetensors")
+    moments: Record = load_file(folder / "optimizer.safetensors")
     matrices, groups = learner.matrices, learner.optimizer.param_groups
     if {n: m.shape for n, m in adapter.items()} != {n: m.shape for n, m in matrices.items()}:
         raise ValueError("its adapter has other layers")
     if {place: [*value.shape] for place, value in moments.items()} != manifest["optimizer_shapes"]:
         raise ValueError("its optimizer lacks entries, or has others")
+    state = dict[int, Record]()
     for key, value in (moments | manifest["optimizer_numbers"]).items():
         place, *inner, name = key.split("/")
         kept = state.setdefault(int(place), {})
@@ -5536,7 +5513,7 @@ class LoRATrainer:
         self.events = events or Emitter()
         self.stop = stop or StopRequest()
         self.fresh = fresh
-        self.earlier = Earlier(None, None, {})
+        self.earlier = Earlier()
         self.run: Run | None = None
         self.run_id = uuid.uuid4().hex
         # For reports of what went wrong.
@@ -5595,7 +5572,7 @@ class LoRATrainer:
                 *(config, events, self.stop, models, cache, learner, state, plan.order.total_steps),
                 origin={"run_id": self.run_id, "identity": identity},
                 order=plan.order,
-                saved=self.earlier.state.folder if self.earlier.state else None,
+                saved=self.earlier.state,
                 free_bytes=self.memory.free if self.memory else None,
             )
             with stance:
@@ -5617,9 +5594,9 @@ class LoRATrainer:
             self.stop.save = self._save_before_end
             if config.resume == "never" or not (earlier.state or earlier.complete):
                 refuse_to_overwrite(output)
-            self.run_id = earlier.run_id or self.run_id
+            self.run_id = earlier.origin.get("run_id", self.run_id)
             # A finished run that is asked for what it has done is left as it is, to the last byte.
-            again = earlier.complete and earlier.complete["asked"] == [config.steps, config.epochs]
+            again = earlier.complete.get("asked") == [config.steps, config.epochs]
             if again and not mirror_ends_with(output, earlier.complete):
                 again = False  # the file lacks its last line
             mirroring = mirrored(self.events, output, claim)
@@ -5643,7 +5620,7 @@ class LoRATrainer:
         if self.run:
             self.run.save_before_end(ended)
         elif self.earlier.state:
-            ended.step, ended.path = self.earlier.step, str(self.earlier.state.folder)
+            ended.step, ended.path = self.earlier.step, str(self.earlier.state)
 
     def _out_of_memory(self, error: Exception) -> TrainError:
         """Say what ran out of memory, and what would help most."""
@@ -5740,11 +5717,11 @@ class LoRATrainer:
         nonsense = (SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
         while saved := self.earlier.state:
             try:
-                unpack_learner(saved, learner)
+                unpack_learner(saved, self.earlier.manifest, learner)
                 break
             except nonsense as error:
-                aside = free_name(saved.folder.with_name(f"ignored_{saved.folder.name}"))
-                saved.folder.rename(aside)
+                aside = free_name(saved.with_name(f"ignored_{saved.name}"))
+                saved.rename(aside)
                 told = self.earlier.ignored
                 self.earlier = Earlier.find(self.config.output_path, {**told, aside: str(error)})
                 self._tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
@@ -5752,9 +5729,9 @@ class LoRATrainer:
         state = TrainState(step=self.earlier.step, first_step=self.earlier.step + 1)
         if saved:
             try:
-                state.recall(saved.manifest["progress"])
+                state.recall(self.earlier.manifest["progress"])
             except nonsense as error:
-                self._tell_ignored({saved.folder / "manifest.json": f"its history: {error}"})
+                self._tell_ignored({saved / "manifest.json": f"its history: {error}"})
         return state
 
     def _compile(
@@ -5813,7 +5790,7 @@ class LoRATrainer:
         self._tell_ignored(earlier.ignored)
         if aside or earlier.step:
             moved = str(aside) if aside else None
-            aim = earlier.state.manifest.get("total_steps") if earlier.state else None
+            aim = earlier.manifest.get("total_steps")
             self.events.info(ResumeFacts(step=earlier.step, aimed_at=aim, set_aside=moved))
 
     def _tell_ignored(self, ignored: Mapping[Path, str]) -> None:
@@ -5915,7 +5892,7 @@ def import_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def mirror_ends_with(output: Path, complete: Record | None) -> bool:
+def mirror_ends_with(output: Path, complete: Record) -> bool:
     """Tell whether events.jsonl ends with the last line of a finished run, to its very end."""
     try:
         with os.fdopen(open_own(output / "events.jsonl"), "rb") as file:

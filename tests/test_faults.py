@@ -306,7 +306,7 @@ def check_sound(run: Ready, contents: Contents, steps: set[int]) -> None:
     earlier = Earlier.find(run.config.output_path)
     assert earlier.state
     assert (earlier.step in steps, earlier.ignored) == (True, {})
-    train_lora.unpack_learner(earlier.state, copy.deepcopy(run.learner))
+    train_lora.unpack_learner(earlier.state, earlier.manifest, copy.deepcopy(run.learner))
 
 
 def finish_again(run: Ready, contents: Contents) -> None:
