@@ -3440,6 +3440,8 @@ def losses_of(
 
 # === Adapter and optimizer ===================================================
 
+Tensors = dict[str, "torch.Tensor"]
+
 
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
@@ -3559,8 +3561,8 @@ class Learner:
     def __post_init__(self) -> None:
         """Let the networks' parameters, and in full precision their gradients, be parts."""
         self.in_half = self.used is not self.learned
-        self.matrices: dict[str, torch.Tensor] = {}  # in full precision
-        self.gradients: dict[str, torch.Tensor] = {}  # as far as they were collected
+        self.matrices: Tensors = {}  # in full precision
+        self.gradients: Tensors = {}  # as far as they were collected
         sizes = [p.numel() for p in self.parameters.values()]
         pieces = (whole.split(sizes) for whole in (self.learned, self.gradient, self.used))
         for (name, p), learned, gradient, used in zip(
@@ -3665,8 +3667,8 @@ def check_output(path: Path) -> None:
         for name in OWN_FOLDERS:
             if os.path.lexists(path / name) and not (path / name).is_dir():
                 raise unusable_output(f"{path / name}, which is no folder")
-        if is_locked(path / ".lock"):
-            raise busy_output(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.close(lock(path / ".lock"))
     except OSError as error:
         raise unusable_output(str(error)) from error
 
@@ -3677,10 +3679,17 @@ def unusable_output(found: str) -> TrainError:
     return TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "output_path", expected, found)
 
 
-def busy_output(path: Path) -> TrainError:
-    """Say that the folder is taken."""
-    found = f"{path}, which another run is writing to"
-    return TrainError.at(ErrorCode.OUTPUT_BUSY, "output_path", "a folder of its own", found)
+def lock(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a lock file and lock it, unless a live run keeps it."""
+    descriptor, in_time = open_own(path, flags), deadline_in(LOCK_SECONDS)
+    while not try_lock(descriptor):
+        if not in_time():
+            os.close(descriptor)
+            expected = "a folder of its own"
+            found = f"{path.parent}, which another run is writing to"
+            raise TrainError.at(ErrorCode.OUTPUT_BUSY, "output_path", expected, found)
+        time.sleep(0.05)
+    return descriptor
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -3690,13 +3699,6 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "no regular file", str(path))
     return descriptor
-
-
-def is_locked(path: Path) -> bool:
-    """Tell whether a live run holds the lock."""
-    with contextlib.suppress(FileNotFoundError), os.fdopen(open_own(path)) as file:
-        return not try_lock(file.fileno())
-    return False
 
 
 def try_lock(descriptor: int) -> bool:
@@ -3734,16 +3736,9 @@ def claimed(path: Path) -> Iterator[Callable[[], None]]:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            descriptor = open_own(path / ".lock", os.O_RDWR | os.O_CREAT)
+            held.append(lock(path / ".lock", os.O_RDWR | os.O_CREAT))
         except OSError as error:
             raise unusable_output(str(error)) from error
-        in_time = deadline_in(LOCK_SECONDS)
-        while not try_lock(descriptor):
-            if not in_time():
-                os.close(descriptor)
-                raise busy_output(path)
-            time.sleep(0.05)
-        held.append(descriptor)
 
     try:
         claim()
@@ -3878,15 +3873,13 @@ def kohya_name(name: str, family: Family) -> str:
     return f"{prefix}_{module.replace('.', '_')}.lora_{direction}.weight"
 
 
-def lora_tensors(
-    parameters: Mapping[str, torch.Tensor], config: TrainingConfig, family: Family
-) -> dict[str, torch.Tensor]:
+def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> Tensors:
     """Gather the adapter under its published names, with its strength beside every module."""
     import torch
 
     kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in parameters.items():
+    tensors: Tensors = {}
+    for name, value in matrices.items():
         key = kohya_name(name, family)
         tensors[key] = value.detach().to("cpu", kinds[config.save_precision]).contiguous()
         # One alpha for the whole file: diffusers applies unequal ones wrongly, without a word.
@@ -3925,7 +3918,7 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
 
 
 def safetensors_pieces(
-    tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None
+    tensors: Tensors, header: Mapping[str, str] | None = None
 ) -> list[bytes | memoryview]:
     """Lay a safetensors file out without copying a number; the same content gives the same bytes.
 
@@ -3949,7 +3942,7 @@ def safetensors_pieces(
     return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
-def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> Record:
+def save_lora(path: Path, tensors: Tensors, header: Mapping[str, str]) -> Record:
     """Write a LoRA file, and in it what programs know its numbers by; return size and checksum."""
     if not all(value.isfinite().all() for value in tensors.values()):
         raise OSError(errno.EDOM, "the adapter holds numbers that are too large for the format")
@@ -4072,9 +4065,7 @@ def sampled_digest(path: Path) -> list[object]:
     return [size, digest.hexdigest()]
 
 
-def write_state(
-    output: Path, contents: Mapping[str, Mapping[str, torch.Tensor]], manifest: Record
-) -> Path:
+def write_state(output: Path, contents: Mapping[str, Tensors], manifest: Record) -> Path:
     """Write a state that is there complete or not at all, whenever the power fails."""
     target = output / "state" / f"step_{manifest['step']}"
     with contextlib.suppress(ValueError):
@@ -4230,12 +4221,12 @@ def remove_leftovers(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def pack_learner(learner: Learner) -> tuple[dict[str, dict[str, torch.Tensor]], Record]:
+def pack_learner(learner: Learner) -> tuple[dict[str, Tensors], Record]:
     """Turn everything that learns into files of tensors, and what JSON can say beside them."""
     import torch
 
     optimizer, numbers = learner.optimizer.state_dict(), Record()
-    moments: dict[str, torch.Tensor] = {}
+    moments: Tensors = {}
     for place, value in leaves(optimizer["state"]):
         (moments if isinstance(value, torch.Tensor) else numbers)[place] = value
     return {"adapter.safetensors": learner.matrices, "optimizer.safetensors": moments}, {

@@ -583,8 +583,8 @@ def test_a_second_run_is_refused_until_the_first_is_gone(ground: Path, tmp_path:
     assert refused.value.code is ErrorCode.OUTPUT_BUSY
     assert time.monotonic() - began < 5
     assert (tmp_path / "out" / ".lock").exists()
-    with train_lora.claimed(tmp_path / "out"):
-        assert train_lora.is_locked(tmp_path / "out" / ".lock")
+    with train_lora.claimed(tmp_path / "out"), pytest.raises(TrainError, match="another run"):
+        train_lora.check_output(tmp_path / "out")
 
 
 # --- Stops that come late ----------------------------------------------------

@@ -639,7 +639,9 @@ class Remover(Recorder):
             shutil.rmtree(self.place.out)
             self.gone = True
         if record["type"] == "complete":
-            self.locked = train_lora.is_locked(self.place.out / ".lock")
+            with pytest.raises(TrainError, match="another run"):
+                train_lora.check_output(self.place.out)
+            self.locked = True
 
 
 def test_a_folder_that_another_run_has_taken_meanwhile_is_not_taken_back(tmp_path: Path) -> None:
@@ -651,7 +653,8 @@ def test_a_folder_that_another_run_has_taken_meanwhile_is_not_taken_back(tmp_pat
                 with pytest.raises(TrainError, match="another run"):
                     claim()
         claim()
-        assert train_lora.is_locked(tmp_path / "out" / ".lock")
+        with pytest.raises(TrainError, match="another run"):
+            train_lora.check_output(tmp_path / "out")
 
 
 def test_an_output_folder_removed_under_a_run_is_made_again(
