@@ -3453,19 +3453,15 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     trained = [(family.denoiser, models.denoiser)]
     if config.train_text_encoder:
         trained += zip(family.text_encoders, models.text_encoders, strict=True)
+    shape: Record = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
+    shape |= {"lora_dropout": config.lora_dropout, "init_lora_weights": "gaussian"}
     parameters: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         for part, network in trained:
             torch.manual_seed(seeded(config.seed, "adapter", part.folder).initial_seed())
+            unread = unread_modules(part, network)
             network.add_adapter(
-                LoraConfig(
-                    r=config.lora_rank,
-                    lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # floats are fine
-                    lora_dropout=config.lora_dropout,
-                    init_lora_weights="gaussian",
-                    target_modules=part.targets,
-                    exclude_modules=unread_modules(part, network),
-                )
+                LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
             )
             # Adapters learn in full precision: half of it loses updates as small as theirs.
             cast_training_params(network, torch.float32)
@@ -4183,7 +4179,7 @@ class Earlier:
         if lost and not manifest and (refused or not complete):
             expected = "a state that can be used"
             raise TrainError.at(ErrorCode.STATE_DAMAGED, output / "state", expected, lost)
-        return cls(state if manifest else None, manifest, complete, ignored)
+        return cls(state, manifest, complete, ignored)
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Refuse to go on with another run's state; list all that differs."""
