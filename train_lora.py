@@ -3440,8 +3440,6 @@ def losses_of(
 
 # === Adapter and optimizer ===================================================
 
-Tensors = dict[str, "torch.Tensor"]
-
 
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
@@ -3549,8 +3547,7 @@ class Learner:
                 part.grad = gradient[span]
                 groups.append({"params": [part], "lr": full, "full_lr": full})
         optimizer = build_optimizer(groups, config, models.device)
-        half = models.dtype == torch.float16
-        scaler = torch.amp.GradScaler(models.device.type, enabled=half)
+        scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
         used = learned.to(models.dtype)
         return cls(parameters, learned, gradient, used, optimizer, scaler, config.max_grad_norm)
 
@@ -3561,11 +3558,8 @@ class Learner:
         self.gradients: Tensors = {}  # as far as they were collected
         sizes = [p.numel() for p in self.parameters.values()]
         pieces = (whole.split(sizes) for whole in (self.learned, self.gradient, self.used))
-        for (name, p), learned, gradient, used in zip(
-            self.parameters.items(), *pieces, strict=True
-        ):
-            self.matrices[name], self.gradients[name] = learned.view_as(p), gradient.view_as(p)
-            p.data = used.view_as(p)
+        for (name, p), *parts in zip(self.parameters.items(), *pieces, strict=True):
+            self.matrices[name], self.gradients[name], p.data = (part.view_as(p) for part in parts)
             if not self.in_half:  # a pass back adds to what it finds
                 p.grad = self.gradients[name]
 
@@ -3681,9 +3675,8 @@ def lock(path: Path, flags: int = os.O_RDONLY) -> int:
     while not try_lock(descriptor):
         if not in_time():
             os.close(descriptor)
-            expected = "a folder of its own"
             found = f"{path.parent}, which another run is writing to"
-            raise TrainError.at(ErrorCode.OUTPUT_BUSY, "output_path", expected, found)
+            raise TrainError.at(ErrorCode.OUTPUT_BUSY, "output_path", "a folder of its own", found)
         time.sleep(0.05)
     return descriptor
 
@@ -3750,20 +3743,16 @@ OWN_FILES = (
     *(*OWN_FOLDERS, "events.jsonl", "loss_history.csv"),
     *("loss_curve.png", "lora_final.safetensors"),
 )
-
-
 # What nobody wants to lose.
 RESULTS = ("lora_final.safetensors", "checkpoints/*.safetensors", "state/step_*")
 
 
 def refuse_to_overwrite(output: Path) -> None:
     """Refuse a folder in which somebody trained something that this run will not continue."""
-    found = [path.name for pattern in RESULTS for path in output.glob(pattern)]
-    if found:
-        expected = "a folder without results"
-        raise TrainError.at(
-            ErrorCode.RUN_EXISTS, "output_path", expected, f"{output} with {found[0]}"
-        )
+    names = [path.name for pattern in RESULTS for path in output.glob(pattern)]
+    if names:
+        expected, found = "a folder without results", f"{output} with {names[0]}"
+        raise TrainError.at(ErrorCode.RUN_EXISTS, "output_path", expected, found)
 
 
 def set_aside(output: Path) -> Path | None:
@@ -3930,8 +3919,7 @@ def safetensors_pieces(
         tensor = tensors[name].detach().cpu()
         pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
         begin, end = end, end + len(pieces[-1])
-        kind = str(tensor.dtype).removeprefix("torch.")
-        kind = re.sub("[a-z]+", lambda word: SAFETENSORS_KINDS[word[0]], kind)
+        kind = re.sub(r"torch\.([a-z]+)", lambda m: SAFETENSORS_KINDS[m[1]], str(tensor.dtype))
         fields[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -5995,7 +5983,7 @@ def explain(error: Exception) -> TrainError:
 # How long a finished run waits for a host that does not read; a stopped one, from the request on;
 # and any, from its last line on.
 STALL_SECONDS = 300.0
-STOPPED_STALL_SECONDS = 6.0
+STOPPED_SECONDS = 6.0
 LAST_LINE_SECONDS = 1.0
 MIRROR_SECONDS = 2.0
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -6108,9 +6096,7 @@ def stop_for(stop: StopRequest, error: OSError) -> None:
 def patience(stop: StopRequest) -> Callable[[], bool]:
     """Wait long for a host that does not read, but not where somebody asked for a stop."""
     last, stall = deadline_in(LAST_LINE_SECONDS), deadline_in(STALL_SECONDS)
-    return lambda: (
-        last() or (stall() and time.monotonic() < stop.requested_at + STOPPED_STALL_SECONDS)
-    )
+    return lambda: last() or (stall() and time.monotonic() < stop.requested_at + STOPPED_SECONDS)
 
 
 def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupted) -> None:
