@@ -3588,15 +3588,13 @@ class Learner:
         limit = self.max_grad_norm or math.inf
         self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
         finite = norm.isfinite()
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif self.optimizer.defaults.get("fused"):
+        if self.optimizer.defaults.get("fused"):
             # What GradScaler sets too: the fused kernel does nothing where this is not 0.
             vars(self.optimizer)["found_inf"] = (~finite).float()
             self.optimizer.step()
         elif finite:  # waits for the device; the other optimizers know no better
             self.optimizer.step()
+        self.scaler.update()
         self.forget()
         self.refresh()
         return norm
