@@ -3847,13 +3847,12 @@ def kohya_name(name: str, family: Family) -> str:
     """Name a LoRA weight as ComfyUI, A1111, diffusers and kohya's own programs read it."""
     part, _, rest = name.partition(".")
     module, _, matrix = rest.partition(".lora_")
-    prefix = family.key_prefixes[part]
     if part == family.denoiser.folder:
         module = original_name(module) if family.original_names else module
     elif not module.startswith("text_model."):
         module = f"text_model.{module}"  # transformers 5 leaves this level out
     direction = {"A": "down", "B": "up"}[matrix[0]]
-    return f"{prefix}_{module.replace('.', '_')}.lora_{direction}.weight"
+    return f"{family.key_prefixes[part]}_{module.replace('.', '_')}.lora_{direction}.weight"
 
 
 def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> Tensors:
@@ -3873,9 +3872,7 @@ def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> T
 def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int) -> dict[str, str]:
     """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
     size, family, name = config.resolution, base.family, config.name
-    model, words = config.base_model, ", ".join(config.trigger_words)
-    if expand_home(model).exists():
-        model = expand_home(model).name  # not where it lies on somebody's disk
+    place, words = expand_home(config.base_model), ", ".join(config.trigger_words)
     return {
         "modelspec.prediction_type": base.prediction_type.removesuffix("_prediction"),
         "modelspec.resolution": f"{size}x{size}",
@@ -3890,7 +3887,8 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         "ss_num_train_images": str(images),
         "ss_output_name": name,
         "ss_resolution": f"({size}, {size})",
-        "ss_sd_model_name": model,
+        # Not where it lies on somebody's disk.
+        "ss_sd_model_name": place.name if place.exists() else config.base_model,
         "ss_seed": str(config.seed),
         "ss_steps": str(step),
         # Every caption holds every trigger word.
@@ -5423,12 +5421,11 @@ class Run:
 
     def put_copies(self, final: Path) -> str | None:
         """Put the final file where loras_path says; what goes wrong there does not end a run."""
-        config, preview = self.config, f"step_{self.state.step}.png"
-        if not config.loras_path:
+        if not self.config.loras_path:
             return None
         try:
-            drawn = config.output_path / "samples" / preview
-            return str(put_copies(config, self.models.base.family, final, drawn))
+            family, drawn = self.models.base.family, self.sample_path(1)
+            return str(put_copies(self.config, family, final, drawn))
         except (OSError, TrainError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             message = f"No copy in loras_path: {error}"
@@ -6130,18 +6127,16 @@ def draw_bar(record: Record) -> bytes:
 
 
 def settle_streams() -> None:
-    """Flush what libraries wrote; where nobody receives it, end quietly instead of with 120."""
+    """Flush what libraries wrote, if somebody receives it; a stream is None where it was closed."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream:
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with contextlib.suppress(AttributeError, OSError):
+            stream.flush()
 
 
 if __name__ == "__main__":
     try:
         status = main()
-    finally:
-        settle_streams()
+    except SystemExit as ended:  # argparse's
+        status = int(ended.code or 0)
+    settle_streams()
     os._exit(status)  # an orderly end could crash a thread that is importing, and takes longer
