@@ -4169,11 +4169,8 @@ class Earlier:
         """Refuse to go on with another run's state; list all that differs."""
         said = self.origin.get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
-        problems = [
-            Problem(key, str(said.get(key)), str(identity.get(key)), hint)
-            for key in sorted(said.keys() | identity.keys())
-            if said.get(key) != identity.get(key)
-        ]
+        keys = sorted(k for k in said.keys() | identity.keys() if said.get(k) != identity.get(k))
+        problems = [Problem(key, str(said.get(key)), str(identity.get(key)), hint) for key in keys]
         if problems:
             raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)
 
