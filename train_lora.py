@@ -4003,11 +4003,6 @@ PIECE_BYTES = 64 * 1024
 PIECES = 64  # a file of up to 4 MiB is read whole
 STATE_FILES = {"adapter.safetensors", "optimizer.safetensors"}
 MANIFEST_KEYS = {"step", "total_steps", "run_id", "identity", "progress", "files"}
-# What may not change between two starts of one run, besides the model and the data.
-FIXED_KNOBS = (
-    *("resolution", "lora_rank", "lora_alpha", "lora_dropout", "train_text_encoder"),
-    *("optimizer", "seed", "flip", "vae"),
-)
 
 
 def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str]:
@@ -4026,7 +4021,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         "captions": f"captions with fingerprint {short_digest([p.caption for p in pictures])}",
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
-        **{knob: str(config.value(knob)) for knob in FIXED_KNOBS},
+        **{name: str(config.value(name)) for name, knob in knobs().items() if "x-fixed" in knob},
     }
 
 
