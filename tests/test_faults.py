@@ -447,6 +447,36 @@ def test_death_at_every_call_of_the_end_leaves_a_state(
             finish_again(run, contents)
 
 
+def loras_of(run: Ready) -> Path:
+    """Let a run put its LoRA into a folder beside its output; return that."""
+    loras = run.config.output_path.with_name(f"{run.config.output_path.name}_loras")
+    run.config = replace(run.config, loras_path=loras)
+    return loras
+
+
+def finish_anew(run: Ready) -> None:
+    """Put the LoRA of the first update into another program's folder, and then that of the end."""
+    loras_of(run).mkdir()
+    run.put_copies(run.config.output_path / "checkpoints" / "lora_step_1.safetensors")
+    finish(run)
+
+
+@pytest.mark.slow
+def test_death_at_every_call_leaves_copies_that_the_run_knows(
+    before: Ready, contents: Contents, tmp_path: Path
+) -> None:
+    """The next start takes none of them for another run's, and replaces what is older."""
+    for number, run in enumerate(killed(before, tmp_path, finish_anew)):
+        loras = loras_of(run)
+        if loras.is_dir():
+            assert train_lora.check_copies(run.config) == []
+        if loras.is_dir() and number % 4 == 0:
+            finish(run)
+            assert run.recorder.codes() == []
+            found = (loras / "tiny.safetensors").read_bytes()
+            assert found == contents["lora_final.safetensors"]
+
+
 # --- Limits and obstacles ----------------------------------------------------
 
 
