@@ -3249,7 +3249,7 @@ def losses_of(
 
 
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
-    """Put LoRA layers into the networks that are trained; return their numbers by name."""
+    """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
     import torch
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -3258,25 +3258,21 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     trained = [(family.denoiser, models.denoiser)]
     if config.train_text_encoder:
         trained += zip(family.text_encoders, models.text_encoders, strict=True)
+    shape: Record = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
+    shape |= {"lora_dropout": config.lora_dropout, "init_lora_weights": "gaussian"}
     parameters: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         for part, network in trained:
             torch.manual_seed(seeded(config.seed, "adapter", part.folder).initial_seed())
+            unread = unread_modules(part, network)
             network.add_adapter(
-                LoraConfig(
-                    r=config.lora_rank,
-                    lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # floats are fine
-                    lora_dropout=config.lora_dropout,
-                    init_lora_weights="gaussian",
-                    target_modules=part.targets,
-                    exclude_modules=unread_modules(part, network),
-                )
+                LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
             )
             # Adapters learn in full precision: half of it loses updates as small as theirs.
             cast_training_params(network, torch.float32)
-            named = network.named_parameters()
+            named = sorted(network.named_parameters())
             parameters |= {f"{part.folder}.{name}": p for name, p in named if p.requires_grad}
-    return dict(sorted(parameters.items()))
+    return parameters
 
 
 def unread_modules(part: Part, network: Any) -> str | None:
@@ -3305,22 +3301,18 @@ def rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     return SCHEDULES[config.lr_scheduler]((step - peak) / (total_steps - peak + 1))
 
 
-# Who provides the optimizers that torch does not have; imported only when asked for.
-OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "lion": "lion_pytorch"}
+# The optimizers that torch does not have, by module and class; imported only when asked for.
+OPTIMIZERS = {"adamw8bit": ("bitsandbytes.optim", "AdamW8bit"), "lion": ("lion_pytorch", "Lion")}
 
 
 def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.device) -> Any:
     """Make the optimizer that was asked for."""
     import torch
 
-    if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, weight_decay=config.weight_decay)
-    if config.optimizer == "lion":
-        from lion_pytorch import Lion
-
-        return Lion(groups, weight_decay=config.weight_decay)
+    if config.optimizer in OPTIMIZERS:
+        module, name = OPTIMIZERS[config.optimizer]
+        cls = getattr(importlib.import_module(module), name)
+        return cls(groups, weight_decay=config.weight_decay)
     # The fused form is the fastest, and it skips a bad update without asking the host;
     # Apple's takes the request to skip and does not heed it.
     fused = device.type != "mps"
@@ -3349,56 +3341,34 @@ class Learner:
         """Adapt the networks and set the optimizer up."""
         import torch
 
-        adapted = add_adapters(models, config)
-        prefix = f"{models.base.family.denoiser.folder}."
-        denoiser = {name: p for name, p in adapted.items() if name.startswith(prefix)}
-        parameters = denoiser | adapted  # the denoiser's first
+        parameters = add_adapters(models, config)
         learned = torch.cat([p.detach().flatten() for p in parameters.values()])
         gradient = torch.zeros_like(learned)
-        share = sum(p.numel() for p in denoiser.values())
+        denoiser = sum(p.numel() for p in models.denoiser.parameters() if p.requires_grad)
         text_rate = config.text_encoder_learning_rate or config.learning_rate
+        spans = [(config.learning_rate, slice(denoiser)), (text_rate, slice(denoiser, None))]
         groups = []
-        for full, span in (config.learning_rate, slice(share)), (text_rate, slice(share, None)):
+        for full, span in spans:
             if len(learned[span]):
                 part = torch.nn.Parameter(learned[span])
                 part.grad = gradient[span]
                 groups.append({"params": [part], "lr": full, "full_lr": full})
         optimizer = build_optimizer(groups, config, models.device)
-        half = models.dtype == torch.float16
-        scaler = torch.amp.GradScaler(models.device.type, enabled=half)
+        scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
         used = learned.to(models.dtype)
-        learner = cls(parameters, learned, gradient, used, optimizer, scaler, config.max_grad_norm)
-        learner.connect()
-        return learner
+        return cls(parameters, learned, gradient, used, optimizer, scaler, config.max_grad_norm)
 
-    def connect(self) -> None:
+    def __post_init__(self) -> None:
         """Let the networks' parameters, and in full precision their gradients, be parts."""
-        used, gradients = self.parts(self.used), self.gradients
-        for name, parameter in self.parameters.items():
-            parameter.data = used[name]
+        self.in_half = self.used is not self.learned
+        self.matrices: Tensors = {}  # in full precision
+        self.gradients: Tensors = {}  # as far as they were collected
+        sizes = [p.numel() for p in self.parameters.values()]
+        pieces = (whole.split(sizes) for whole in (self.learned, self.gradient, self.used))
+        for (name, p), *parts in zip(self.parameters.items(), *pieces, strict=True):
+            self.matrices[name], self.gradients[name], p.data = (part.view_as(p) for part in parts)
             if not self.in_half:  # a pass back adds to what it finds
-                parameter.grad = gradients[name]
-
-    @property
-    def in_half(self) -> bool:
-        """Tell whether the networks compute with a copy."""
-        return self.used is not self.learned
-
-    def parts(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Name the matrices' parts of a tensor that is as long as all of them."""
-        pieces = whole.split([p.numel() for p in self.parameters.values()])
-        named = zip(self.parameters.items(), pieces, strict=True)
-        return {name: piece.view_as(p) for (name, p), piece in named}
-
-    @property
-    def matrices(self) -> dict[str, torch.Tensor]:
-        """Name the adapter's matrices, in full precision."""
-        return self.parts(self.learned)
-
-    @property
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Name the gradients, as far as they were collected."""
-        return self.parts(self.gradient)
+                p.grad = self.gradients[name]
 
     def collect(self) -> None:
         """Add what a pass back left in half; a matrix that it did not reach counts as zero."""
@@ -3408,12 +3378,8 @@ class Learner:
             used = self.parameters.values()
             passed = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
             self.gradient.add_(torch.cat([each.flatten() for each in passed]))
-            self._drop()
-
-    def _drop(self) -> None:
-        """Take the gradients in half from the networks."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+            for parameter in used:
+                parameter.grad = None
 
     def step(self, factor: float) -> torch.Tensor:
         """Make one update, unless the gradient is not finite; return the gradient's norm.
@@ -3429,15 +3395,13 @@ class Learner:
         limit = self.max_grad_norm or math.inf
         self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
         finite = norm.isfinite()
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif self.optimizer.defaults.get("fused"):
+        if self.optimizer.defaults.get("fused"):
             # What GradScaler sets too: the fused kernel does nothing where this is not 0.
             vars(self.optimizer)["found_inf"] = (~finite).float()
             self.optimizer.step()
         elif finite:  # waits for the device; the other optimizers know no better
             self.optimizer.step()
+        self.scaler.update()
         self.forget()
         self.refresh()
         return norm
@@ -3446,12 +3410,12 @@ class Learner:
         """Drop all gradients, also what a pass back that failed left half done."""
         self.gradient.zero_()
         if self.in_half:
-            self._drop()
+            for parameter in self.parameters.values():
+                parameter.grad = None
 
     def refresh(self) -> None:
-        """Let the networks have what was learned."""
-        if self.in_half:
-            self.used.copy_(self.learned)
+        """Let the networks have what was learned, which they do where no copy is between."""
+        self.used.copy_(self.learned)
 
     @contextlib.contextmanager
     def moved(self, noise: float) -> Iterator[None]:
@@ -3498,8 +3462,8 @@ def check_output(path: Path) -> None:
         for name in OWN_FOLDERS:
             if os.path.lexists(path / name) and not (path / name).is_dir():
                 raise unusable_output(f"{path / name}, which is no folder")
-        if is_locked(path / ".lock"):
-            raise busy_output(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.close(lock(path / ".lock"))
     except OSError as error:
         raise unusable_output(str(error)) from error
 
@@ -3510,10 +3474,16 @@ def unusable_output(found: str) -> TrainError:
     return TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "output_path", expected, found)
 
 
-def busy_output(path: Path) -> TrainError:
-    """Say that the folder is taken."""
-    found = f"{path}, which another run is writing to"
-    return TrainError.at(ErrorCode.OUTPUT_BUSY, "output_path", "a folder of its own", found)
+def lock(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a lock file and lock it, unless a live run keeps it."""
+    descriptor, in_time = open_own(path, flags), deadline_in(LOCK_SECONDS)
+    while not try_lock(descriptor):
+        if not in_time():
+            os.close(descriptor)
+            found = f"{path.parent}, which another run is writing to"
+            raise TrainError.at(ErrorCode.OUTPUT_BUSY, "output_path", "a folder of its own", found)
+        time.sleep(0.05)
+    return descriptor
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -3523,18 +3493,6 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "no regular file", str(path))
     return descriptor
-
-
-def is_locked(path: Path) -> bool:
-    """Tell whether a live run holds the lock."""
-    try:
-        descriptor = open_own(path)
-    except FileNotFoundError:
-        return False
-    try:
-        return not try_lock(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def try_lock(descriptor: int) -> bool:
@@ -3548,11 +3506,9 @@ def try_lock(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        # A file system without locks, such as some NFS: better to run than to refuse.
-        return True
+    except OSError as error:
+        # Others mean a file system without locks, such as some NFS: better to run than to refuse.
+        return not isinstance(error, (BlockingIOError, PermissionError))
     return True
 
 
@@ -3574,16 +3530,9 @@ def claimed(path: Path) -> Iterator[Callable[[], None]]:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            descriptor = open_own(path / ".lock", os.O_RDWR | os.O_CREAT)
+            held.append(lock(path / ".lock", os.O_RDWR | os.O_CREAT))
         except OSError as error:
             raise unusable_output(str(error)) from error
-        in_time = deadline_in(LOCK_SECONDS)
-        while not try_lock(descriptor):
-            if not in_time():
-                os.close(descriptor)
-                raise busy_output(path)
-            time.sleep(0.05)
-        held.append(descriptor)
 
     try:
         claim()
@@ -3599,20 +3548,16 @@ OWN_FILES = (
     *(*OWN_FOLDERS, "events.jsonl", "loss_history.csv"),
     *("loss_curve.png", "lora_final.safetensors"),
 )
-
-
 # What nobody wants to lose.
 RESULTS = ("lora_final.safetensors", "checkpoints/*.safetensors", "state/step_*")
 
 
 def refuse_to_overwrite(output: Path) -> None:
     """Refuse a folder in which somebody trained something that this run will not continue."""
-    found = [path.name for pattern in RESULTS for path in output.glob(pattern)]
-    if found:
-        expected = "a folder without results"
-        raise TrainError.at(
-            ErrorCode.RUN_EXISTS, "output_path", expected, f"{output} with {found[0]}"
-        )
+    names = [path.name for pattern in RESULTS for path in output.glob(pattern)]
+    if names:
+        expected, found = "a folder without results", f"{output} with {names[0]}"
+        raise TrainError.at(ErrorCode.RUN_EXISTS, "output_path", expected, found)
 
 
 def set_aside(output: Path) -> Path | None:
@@ -3718,15 +3663,13 @@ def kohya_name(name: str, family: Family) -> str:
     return f"{prefix}_{module.replace('.', '_')}.lora_{direction}.weight"
 
 
-def lora_tensors(
-    parameters: Mapping[str, torch.Tensor], config: TrainingConfig, family: Family
-) -> dict[str, torch.Tensor]:
+def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> Tensors:
     """Gather the adapter under its published names, with its strength beside every module."""
     import torch
 
     kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in parameters.items():
+    tensors: Tensors = {}
+    for name, value in matrices.items():
         key = kohya_name(name, family)
         tensors[key] = value.detach().to("cpu", kinds[config.save_precision]).contiguous()
         # One alpha for the whole file: diffusers applies unequal ones wrongly, without a word.
@@ -3737,9 +3680,7 @@ def lora_tensors(
 def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int) -> dict[str, str]:
     """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
     size, family, name = config.resolution, base.family, config.name
-    model, words = config.base_model, ", ".join(config.trigger_words)
-    if expand_home(model).exists():
-        model = expand_home(model).name  # not where it lies on somebody's disk
+    place, words = expand_home(config.base_model), ", ".join(config.trigger_words)
     return {
         "modelspec.prediction_type": base.objective.prediction_type.removesuffix("_prediction"),
         "modelspec.resolution": f"{size}x{size}",
@@ -3754,17 +3695,19 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         "ss_num_train_images": str(images),
         "ss_output_name": name,
         "ss_resolution": f"({size}, {size})",
-        "ss_sd_model_name": model,
+        # Not where it lies on somebody's disk.
+        "ss_sd_model_name": place.name if place.exists() else config.base_model,
         "ss_seed": str(config.seed),
         "ss_steps": str(step),
         # Every caption holds every trigger word.
         "ss_tag_frequency": json.dumps({name: dict.fromkeys(config.trigger_words, images)}),
+        **({"ss_zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
         "train_lora_version": __version__,
     }
 
 
 def safetensors_pieces(
-    tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None
+    tensors: Tensors, header: Mapping[str, str] | None = None
 ) -> list[bytes | memoryview]:
     """Lay a safetensors file out without copying a number; the same content gives the same bytes.
 
@@ -3780,24 +3723,23 @@ def safetensors_pieces(
         tensor = tensors[name].detach().cpu()
         pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
         begin, end = end, end + len(pieces[-1])
-        kind = str(tensor.dtype).removeprefix("torch.")
-        kind = re.sub("[a-z]+", lambda word: SAFETENSORS_KINDS[word[0]], kind)
+        kind = re.sub(r"torch\.([a-z]+)", lambda m: SAFETENSORS_KINDS[m[1]], str(tensor.dtype))
         fields[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
-def save_lora(path: Path, tensors: dict[str, torch.Tensor], header: Mapping[str, str]) -> Record:
+def save_lora(path: Path, tensors: Tensors, header: Mapping[str, str]) -> Record:
     """Write a LoRA file, and in it what programs know its numbers by; return size and checksum."""
     if not all(value.isfinite().all() for value in tensors.values()):
         raise OSError(errno.EDOM, "the adapter holds numbers that are too large for the format")
     digest = hashlib.sha256()
     for numbers in safetensors_pieces(tensors)[1:]:
         digest.update(numbers)
-    known = {"sshs_model_hash": digest.hexdigest()}
-    known["modelspec.hash_sha256"] = f"0x{digest.hexdigest()}"
-    return write_whole(path, *safetensors_pieces(tensors, {**header, **known}))
+    value = digest.hexdigest()
+    hashes = {"sshs_model_hash": value, "modelspec.hash_sha256": f"0x{value}"}
+    return write_whole(path, *safetensors_pieces(tensors, {**header, **hashes}))
 
 
 def copies_of(config: TrainingConfig) -> list[Path]:
@@ -3808,33 +3750,27 @@ def copies_of(config: TrainingConfig) -> list[Path]:
 
 def known_copies(config: TrainingConfig) -> set[str]:
     """Recall by their checksums what this run has put there, or was about to."""
-    try:
+    with contextlib.suppress(OSError, LookupError, *NOT_JSON):
         return set(unseal(config.output_path / "state" / "copies.json")["checksums"])
-    except (OSError, LookupError, *NOT_JSON):
-        return set()
+    return set()
 
 
-def foreign_copies(config: TrainingConfig, known: set[str]) -> list[Path]:
-    """List those of the files that are there and are none of this run's."""
-    there = (path for path in copies_of(config) if os.path.lexists(path))
-    return [
-        path for path in there if not path.is_file() or checksum(path.read_bytes()) not in known
-    ]
-
-
-def check_copies(config: TrainingConfig) -> None:
-    """Refuse a folder that cannot be written, and a name under which another LoRA is there."""
-    folder = config.loras_path
+def check_copies(config: TrainingConfig) -> list[Path]:
+    """Refuse a folder or a name that cannot be used; list what is there and stays as it is."""
+    folder, known = config.loras_path, known_copies(config)
     usable = folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)  # noqa: PTH112, takes long names
     if folder and not usable:
         expected = "a folder that this user may write"
         raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "loras_path", expected, str(folder))
-    foreign = foreign_copies(config, known_copies(config))
-    # Beside this run's own LoRA, they are what somebody edited, and stay as they are.
-    if foreign and (not (lora := copies_of(config)[0]).exists() or lora in foreign):
+    there = [path for path in copies_of(config) if os.path.lexists(path)]
+    own = [path for path in there if path.is_file() and checksum(path.read_bytes()) in known]
+    foreign = [path for path in there if path not in own]
+    # Beside this run's own LoRA, they are what somebody edited.
+    if foreign and copies_of(config)[0] not in own:
         expected, found = "a name that is free in loras_path", f"{foreign[0]}, of another run"
         hint = "Give another lora_name, or move that file away."
         raise TrainError.at(ErrorCode.RUN_EXISTS, "lora_name", expected, found, hint)
+    return foreign
 
 
 def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Path) -> Path:
@@ -3845,13 +3781,11 @@ def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Pat
     contents = {lora: final.read_bytes(), card: json.dumps(said, indent=1).encode()}
     if preview.is_file():
         contents[picture] = preview.read_bytes()
-    known = known_copies(config) | {checksum(content) for content in contents.values()}
-    foreign = foreign_copies(config, known)
-    if lora in foreign:
-        raise FileExistsError(errno.EEXIST, "another run's LoRA is there", str(lora))
     # First of all, so that the run knows its own, whatever happens.
+    known = known_copies(config).union(map(checksum, contents.values()))
     record = seal({"checksums": sorted(known)})
     write_whole(config.output_path / "state" / "copies.json", record)
+    foreign = check_copies(config)
     for path, content in contents.items():
         if path not in foreign:
             write_whole(path, content)
@@ -3877,17 +3811,13 @@ PIECE_BYTES = 64 * 1024
 PIECES = 64  # a file of up to 4 MiB is read whole
 STATE_FILES = {"adapter.safetensors", "optimizer.safetensors"}
 MANIFEST_KEYS = {"step", "total_steps", "run_id", "identity", "progress", "files"}
-# What may not change between two starts of one run, besides the model and the data.
-FIXED_KNOBS = (
-    *("resolution", "lora_rank", "lora_alpha", "lora_dropout", "train_text_encoder"),
-    *("optimizer", "seed", "flip", "vae"),
-)
 
 
 def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str]:
     """Sum up what makes a run this run and no other, in words that can be compared."""
     pictures = plan.dataset.pictures
-    weights = short_digest([sampled_digest(path) for path in weight_files(base)])
+    files = dict.fromkeys(file for each in base.parts.values() for file in each.files)
+    weights = short_digest([sampled_digest(file) for file in files])
     images = short_digest([picture.digest for picture in pictures])
     others = plan.order.others
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
@@ -3899,13 +3829,8 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         "captions": f"captions with fingerprint {short_digest([p.caption for p in pictures])}",
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
-        **{knob: str(config.value(knob)) for knob in FIXED_KNOBS},
+        **{name: str(config.value(name)) for name, knob in knobs().items() if "x-fixed" in knob},
     }
-
-
-def weight_files(base: BaseModel) -> list[Path]:
-    """List the files that a run loads weights from."""
-    return list(dict.fromkeys(f for located in base.parts.values() for f in located.files))
 
 
 def short_digest(value: object) -> str:
@@ -3923,22 +3848,7 @@ def sampled_digest(path: Path) -> list[object]:
     return [size, digest.hexdigest()]
 
 
-@dataclass(frozen=True)
-class SavedState:
-    """A state on disk whose files are as its manifest says."""
-
-    folder: Path
-    manifest: Record
-
-    @property
-    def step(self) -> int:
-        """Count the updates it holds."""
-        return int(self.manifest["step"])
-
-
-def write_state(
-    output: Path, contents: Mapping[str, Mapping[str, torch.Tensor]], manifest: Record
-) -> Path:
+def write_state(output: Path, contents: Mapping[str, Tensors], manifest: Record) -> Path:
     """Write a state that is there complete or not at all, whenever the power fails."""
     target = output / "state" / f"step_{manifest['step']}"
     with contextlib.suppress(ValueError):
@@ -3956,14 +3866,14 @@ def write_state(
         staging.rename(target)
         sync_folder(target.parent)
     finally:
-        discard(staging)
+        shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
 def discard(folder: Path) -> None:
     """Remove a folder, under a name that nobody takes for a state from the first moment on."""
     if folder.exists():
-        doomed = folder.with_name(f".{folder.name.strip('.')}.{os.getpid()}.old.tmp")
+        doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
@@ -3991,7 +3901,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_state(folder: Path) -> SavedState:
+def read_state(folder: Path) -> Record:
     """Hold a state's files against its manifest; raise ValueError with what is wrong."""
     try:
         manifest = unseal(folder / "manifest.json")
@@ -4008,7 +3918,7 @@ def read_state(folder: Path) -> SavedState:
                 raise ValueError(f"{name} is not what was written")
     except (OSError, LookupError, *NOT_JSON) as error:
         raise ValueError(str(error)) from error
-    return SavedState(folder, manifest)
+    return manifest
 
 
 def state_folders(output: Path) -> list[Path]:
@@ -4021,20 +3931,20 @@ def state_folders(output: Path) -> list[Path]:
 class Earlier:
     """What earlier starts of the run left behind."""
 
-    state: SavedState | None  # the newest that can be used
-    complete: Record | None  # what was said when the run was complete
-    ignored: Mapping[Path, str]  # what cannot be used, and why
+    state: Path | None = None  # the newest that can be used
+    manifest: Record = field(default_factory=dict)  # of that state
+    complete: Record = field(default_factory=dict)  # what was said when the run was complete
+    ignored: Mapping[Path, str] = field(default_factory=dict)  # what cannot be used, and why
 
     @property
     def step(self) -> int:
         """Count the updates that need not be made again."""
-        return self.state.step if self.state else 0
+        return int(self.manifest.get("step", 0))
 
     @property
-    def run_id(self) -> str | None:
-        """Name the run, however often it was started."""
-        said = self.state.manifest if self.state else self.complete
-        return str(said["run_id"]) if said else None
+    def origin(self) -> Record:
+        """Recall what tells whose run it was; empty where nothing is left of one."""
+        return self.manifest or self.complete
 
     def completion(self, total_steps: int) -> CompleteEvent | None:
         """Recall the last line of a run that was finished with so many updates."""
@@ -4044,68 +3954,59 @@ class Earlier:
     @classmethod
     def find(cls, output: Path, refused: Mapping[Path, str] | None = None) -> Earlier:
         """Look for the newest state that is sound and was not refused, and for a finished run."""
-        ignored, state = dict(refused or {}), None
-        complete = cls._find_complete(output, ignored)
+        ignored, state, manifest = dict(refused or {}), None, Record()
         for folder in state_folders(output):
             try:
-                state = read_state(folder)
+                state, manifest = folder, read_state(folder)
                 break
             except ValueError as reason:
                 ignored[folder] = str(reason)
-        lost = [f"{p.name}: {reason}" for p, reason in ignored.items() if p.name != "complete.json"]
-        if lost and not state and (refused or not complete):
-            expected, found = "a state that can be used", "; ".join(lost)
-            raise TrainError.at(ErrorCode.STATE_DAMAGED, output / "state", expected, found)
-        return cls(state, complete, ignored)
-
-    @staticmethod
-    def _find_complete(output: Path, ignored: dict[Path, str]) -> Record | None:
-        """Read what a finished run said, if its file is still the one it spoke of."""
-        path = output / "state" / "complete.json"
-        try:
-            said = unseal(path)
-            done, _ = (
-                CompleteEvent(**said["event"]),
-                (said["asked"], said["run_id"], said["identity"]),
-            )
-            return said if file_digest(output / "lora_final.safetensors") == done.sha256 else None
-        except FileNotFoundError:
-            pass  # it has to be written again, from the state
-        except (OSError, LookupError, *NOT_JSON) as error:
-            ignored[path] = str(error)
-        return None
+        lost = "; ".join(f"{path.name}: {reason}" for path, reason in ignored.items())
+        complete = read_complete(output, ignored)
+        if lost and not manifest and (refused or not complete):
+            expected = "a state that can be used"
+            raise TrainError.at(ErrorCode.STATE_DAMAGED, output / "state", expected, lost)
+        return cls(state, manifest, complete, ignored)
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Refuse to go on with another run's state; list all that differs."""
-        known = self.state.manifest if self.state else self.complete
-        said = known["identity"] if known else identity
+        said = self.origin.get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
-        problems = [
-            Problem(path=key, expected=str(said.get(key)), found=str(identity.get(key)), hint=hint)
-            for key in sorted(said.keys() | identity.keys())
-            if said.get(key) != identity.get(key)
-        ]
+        keys = sorted(k for k in said.keys() | identity.keys() if said.get(k) != identity.get(k))
+        problems = [Problem(key, str(said.get(key)), str(identity.get(key)), hint) for key in keys]
         if problems:
             raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)
 
 
+def read_complete(output: Path, ignored: dict[Path, str]) -> Record:
+    """Read what a finished run said, if its file is still the one it spoke of."""
+    path = output / "state" / "complete.json"
+    try:
+        said = unseal(path)
+        done = CompleteEvent(**said["event"])
+        return said if file_digest(output / "lora_final.safetensors") == done.sha256 else {}
+    except FileNotFoundError:
+        pass  # it has to be written again, from the state
+    except (OSError, LookupError, *NOT_JSON) as error:
+        ignored[path] = str(error)
+    return {}
+
+
 def remove_leftovers(output: Path) -> None:
     """Remove what a killed run was writing; nothing under such a name is ever announced."""
-    for folder in (output, *(output / name for name in ("checkpoints", "samples", "state"))):
+    for folder in (output, *(output / name for name in OWN_FOLDERS)):
         for path in folder.glob(".*.[0-9]*.tmp"):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            with contextlib.suppress(OSError):  # it may be a folder
+                path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def pack_learner(learner: Learner) -> tuple[dict[str, dict[str, torch.Tensor]], Record]:
+def pack_learner(learner: Learner) -> tuple[dict[str, Tensors], Record]:
     """Turn everything that learns into files of tensors, and what JSON can say beside them."""
     import torch
 
     optimizer, numbers = learner.optimizer.state_dict(), Record()
-    moments: dict[str, torch.Tensor] = {}
+    moments: Tensors = {}
     for place, value in leaves(optimizer["state"]):
         (moments if isinstance(value, torch.Tensor) else numbers)[place] = value
     return {"adapter.safetensors": learner.matrices, "optimizer.safetensors": moments}, {
@@ -4129,18 +4030,18 @@ def leaves(tree: Mapping[Any, Any], way: str = "") -> Iterator[tuple[str, Any]]:
 DECIDED_ANEW = ("lr", "full_lr", "weight_decay", "fused")
 
 
-def unpack_learner(saved: SavedState, learner: Learner) -> None:
+def unpack_learner(folder: Path, manifest: Record, learner: Learner) -> None:
     """Put back what pack_learner took, exactly; raise ValueError before anything is changed."""
     from safetensors.torch import load_file
 
-    manifest, state = saved.manifest, dict[int, Record]()
-    adapter = load_file(saved.folder / "adapter.safetensors")
-    moments: Record = load_file(saved.folder / "optimizer.safetensors")
+    adapter = load_file(folder / "adapter.safetensors")
+    moments: Record = load_file(folder / "optimizer.safetensors")
     matrices, groups = learner.matrices, learner.optimizer.param_groups
     if {n: m.shape for n, m in adapter.items()} != {n: m.shape for n, m in matrices.items()}:
         raise ValueError("its adapter has other layers")
     if {place: [*value.shape] for place, value in moments.items()} != manifest["optimizer_shapes"]:
         raise ValueError("its optimizer lacks entries, or has others")
+    state = dict[int, Record]()
     for key, value in (moments | manifest["optimizer_numbers"]).items():
         place, *inner, name = key.split("/")
         kept = state.setdefault(int(place), {})
@@ -4692,7 +4593,8 @@ def check_images(folder: Path | None, knob: str) -> None:
 
 def check_extras(config: TrainingConfig) -> None:
     """Look for what only some configs need: another VAE, configs for a file, a package."""
-    if package := OPTIMIZER_PACKAGES.get(config.optimizer):
+    if config.optimizer in OPTIMIZERS:
+        package, _, _ = OPTIMIZERS[config.optimizer][0].partition(".")
         check_package(package, "optimizer")
     folder = config.model_config_path
     if folder and not any(config.is_file() for config in denoisers_in(folder)):
@@ -5168,14 +5070,14 @@ class Run:
 
     def put_copies(self, final: Path) -> str | None:
         """Put the final file where loras_path says; what goes wrong there does not end a run."""
-        config, preview = self.config, f"step_{self.state.step}.png"
-        if not config.loras_path:
+        if not self.config.loras_path:
             return None
         try:
-            drawn = config.output_path / "samples" / preview
-            return str(put_copies(config, self.models.base.family, final, drawn))
-        except OSError as error:
-            message, reason = f"No copy in loras_path: {error}", error.strerror or str(error)
+            family, drawn = self.models.base.family, self.sample_path(1)
+            return str(put_copies(self.config, family, final, drawn))
+        except (OSError, TrainError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            message = f"No copy in loras_path: {error}"
             self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
             return None
 
@@ -5227,7 +5129,7 @@ class LoRATrainer:
     fresh: bool = False
     # What comes to light on the way.
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    earlier: Earlier = field(default_factory=lambda: Earlier(None, None, {}))
+    earlier: Earlier = field(default_factory=Earlier)
     phase: str = "starting"
     device: torch.device | None = None
     memory: MemoryPlan | None = None
@@ -5287,7 +5189,7 @@ class LoRATrainer:
                 *(config, events, self.stop, models, cache, learner, state, plan.order.total_steps),
                 origin={"run_id": self.run_id, "identity": identity},
                 order=plan.order,
-                saved=self.earlier.state.folder if self.earlier.state else None,
+                saved=self.earlier.state,
                 free_bytes=self.memory.free if self.memory else None,
             )
             with stance:
@@ -5314,13 +5216,10 @@ class LoRATrainer:
             self.stop.save = self._save_before_end
             if config.resume == "never" or not (earlier.state or earlier.complete):
                 refuse_to_overwrite(output)
-            self.run_id = earlier.run_id or self.run_id
+            self.run_id = earlier.origin.get("run_id", self.run_id)
             # A finished run that is asked for what it has done is left as it is, to the last byte.
-            again = (
-                earlier.complete
-                and earlier.complete["asked"] == [config.steps, config.epochs]
-                and mirror_ends_with(output, earlier.complete)
-            )
+            again = earlier.complete.get("asked") == [config.steps, config.epochs]
+            again = again and mirror_ends_with(output, earlier.complete)
             mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
             watching = self.stop.watching(causes)
             with mirroring, watching, reporting(self.events, self._rescue):
@@ -5345,7 +5244,7 @@ class LoRATrainer:
         if self.run:
             self.run.save_before_end(ended)
         elif self.earlier.state:
-            ended.step, ended.path = self.earlier.step, str(self.earlier.state.folder)
+            ended.step, ended.path = self.earlier.step, str(self.earlier.state)
 
     def _load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
@@ -5423,11 +5322,11 @@ class LoRATrainer:
         nonsense = (SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
         while saved := self.earlier.state:
             try:
-                unpack_learner(saved, learner)
+                unpack_learner(saved, self.earlier.manifest, learner)
                 break
             except nonsense as error:
-                aside = free_name(saved.folder.with_name(f"ignored_{saved.folder.name}"))
-                saved.folder.rename(aside)
+                aside = free_name(saved.with_name(f"ignored_{saved.name}"))
+                saved.rename(aside)
                 told = self.earlier.ignored
                 self.earlier = Earlier.find(self.config.output_path, {**told, aside: str(error)})
                 self._tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
@@ -5435,9 +5334,9 @@ class LoRATrainer:
         state = TrainState(step=self.earlier.step, first_step=self.earlier.step + 1)
         if saved:
             try:
-                state.recall(saved.manifest["progress"])
+                state.recall(self.earlier.manifest["progress"])
             except nonsense as error:
-                self._tell_ignored({saved.folder / "manifest.json": f"its history: {error}"})
+                self._tell_ignored({saved / "manifest.json": f"its history: {error}"})
         return state
 
     def _compile(
@@ -5485,7 +5384,7 @@ class LoRATrainer:
         self.stop.check()
         self._tell_ignored(self.earlier.ignored)
         if aside or state:
-            aim = state.manifest.get("total_steps") if state else None
+            aim = self.earlier.manifest.get("total_steps")
             moved = str(aside) if aside else None
             self.events.info(ResumeFacts(step=step, aimed_at=aim, set_aside=moved))
 
@@ -5664,7 +5563,7 @@ def last_line(ended: Ended, total_time: float) -> Event:
 # How long a finished run waits for a host that does not read; a stopped one, from the request on;
 # and any, from its last line on.
 STALL_SECONDS = 300.0
-STOPPED_STALL_SECONDS = 6.0
+STOPPED_SECONDS = 6.0
 LAST_LINE_SECONDS = 1.0
 MIRROR_SECONDS = 2.0
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -5708,10 +5607,9 @@ def fill_closed_streams() -> set[int]:
     return closed
 
 
-def claim_stdout(closed: set[int] | None = None) -> int | None:
+def claim_stdout() -> int:
     """Keep standard output for events alone: whoever else writes to it reaches stderr instead."""
-    closed = fill_closed_streams() if closed is None else closed
-    events = None if 1 in closed else os.dup(1)
+    events = os.dup(1)
     os.dup2(2, 1)
     return events
 
@@ -5728,12 +5626,12 @@ def run(arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> in
             loading = beside(lambda: TrainingConfig.from_json(arguments.config, overrides))
             config = stop.wait_for(loading)
             trainer = LoRATrainer(config, events, stop, fresh=arguments.fresh)
-            if arguments.validate_only:
-                trainer.validate()
-            else:
-                trainer.train()
-    except (TrainingInterrupted, TrainError) as ended:
-        if arguments.debug and isinstance(ended, TrainError):
+            work = trainer.validate if arguments.validate_only else trainer.train
+            work()
+    except TrainingInterrupted:
+        pass
+    except TrainError:
+        if arguments.debug:
             with contextlib.suppress(OSError):  # nobody may be reading stderr
                 traceback.print_exc()
     return exit_code(events)
@@ -5753,24 +5651,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(argv)
         if arguments.event_schema:
             return print_event_schema()
-        events, stdout = Emitter(), claim_stdout(closed)
-        if stdout is None:
+        if 1 in closed:
             stop.request("host_gone")
-            return run(arguments, events, stop)
-        writer = LineWriter(stdout, functools.partial(stop_for, stop))
-        stop.end = functools.partial(end_at_once, events, writer)
+        stdout = claim_stdout()
+        host = LineWriter(stdout, functools.partial(stop_for, stop))
+        people = [LineWriter(os.dup(2), lambda _: None, draw_bar)] if os.isatty(2) else []
+        events = Emitter(host, *people)
+        stop.end = functools.partial(end_at_once, events, host)
         stop.host_gone = functools.partial(reader_gone, stdout)
-        with contextlib.ExitStack() as audience:
-            audience.enter_context(events.heard_by(writer))
-            if os.isatty(2):
-                person = LineWriter(os.dup(2), lambda _: None, draw_bar)
-                audience.enter_context(events.heard_by(person))
-                audience.callback(lambda: person.close(deadline_in(0.5)))
-            try:
-                return run(arguments, events, stop)
-            finally:
-                stop.noticed, stop.save = True, lambda _: None  # the last line is out
-                writer.close(patience(stop))
+        try:
+            return run(arguments, events, stop)
+        finally:
+            stop.noticed, stop.save = True, lambda _: None  # the last line is out
+            host.close(patience(stop))
+            for person in people:
+                person.close(deadline_in(0.5))
 
 
 def stop_for(stop: StopRequest, error: OSError) -> None:
@@ -5781,9 +5676,7 @@ def stop_for(stop: StopRequest, error: OSError) -> None:
 def patience(stop: StopRequest) -> Callable[[], bool]:
     """Wait long for a host that does not read, but not where somebody asked for a stop."""
     last, stall = deadline_in(LAST_LINE_SECONDS), deadline_in(STALL_SECONDS)
-    return lambda: (
-        last() or (stall() and time.monotonic() < stop.requested_at + STOPPED_STALL_SECONDS)
-    )
+    return lambda: last() or (stall() and time.monotonic() < stop.requested_at + STOPPED_SECONDS)
 
 
 def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupted) -> None:
@@ -5819,18 +5712,16 @@ def draw_bar(record: Record) -> bytes:
 
 
 def settle_streams() -> None:
-    """Flush what libraries wrote; where nobody receives it, end quietly instead of with 120."""
+    """Flush what libraries wrote, if somebody receives it; a stream is None where it was closed."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream:
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with contextlib.suppress(AttributeError, OSError):
+            stream.flush()
 
 
 if __name__ == "__main__":
     try:
         status = main()
-    finally:
-        settle_streams()
+    except SystemExit as ended:  # argparse's
+        status = int(ended.code or 0)
+    settle_streams()
     os._exit(status)  # an orderly end could crash a thread that is importing, and takes longer

@@ -111,7 +111,6 @@ def ours(size: str) -> Counter[str]:
     full = torch.cat([p.detach().flatten() for p in parameters.values()])
     gradient, half = torch.zeros_like(full), full.to(torch.bfloat16)
     learner = Learner(parameters, full, gradient, half, None, None, 1.0)
-    learner.connect()
     calls = Calls()
     with calls:
         passes(unet, torch.bfloat16)

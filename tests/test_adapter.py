@@ -598,9 +598,9 @@ def test_a_restart_takes_rate_and_decay_from_the_config(ground: Path, tmp_path: 
     train_in(tmp_path / "out", ground, 2, weight_decay=0.5)
     changes: Any = {"learning_rate": 0.03, "weight_decay": 0.25}
     ready = prepare(tiny_config(ground, output_path=str(tmp_path / "out"), **changes))
-    saved = train_lora.Earlier.find(tmp_path / "out").state
-    assert saved
-    train_lora.unpack_learner(saved, ready.learner)
+    earlier = train_lora.Earlier.find(tmp_path / "out")
+    assert earlier.state
+    train_lora.unpack_learner(earlier.state, earlier.manifest, ready.learner)
     (group,) = ready.learner.optimizer.param_groups
     assert (group["full_lr"], group["weight_decay"]) == (0.03, 0.25)
     assert ready.learner.optimizer.state[group["params"][0]]["step"] == 2

@@ -306,7 +306,7 @@ def check_sound(run: Ready, contents: Contents, steps: set[int]) -> None:
     earlier = Earlier.find(run.config.output_path)
     assert earlier.state
     assert (earlier.step in steps, earlier.ignored) == (True, {})
-    train_lora.unpack_learner(earlier.state, copy.deepcopy(run.learner))
+    train_lora.unpack_learner(earlier.state, earlier.manifest, copy.deepcopy(run.learner))
 
 
 def finish_again(run: Ready, contents: Contents) -> None:
@@ -447,6 +447,36 @@ def test_death_at_every_call_of_the_end_leaves_a_state(
             finish_again(run, contents)
 
 
+def loras_of(run: Ready) -> Path:
+    """Let a run put its LoRA into a folder beside its output; return that."""
+    loras = run.config.output_path.with_name(f"{run.config.output_path.name}_loras")
+    run.config = replace(run.config, loras_path=loras)
+    return loras
+
+
+def finish_anew(run: Ready) -> None:
+    """Put the LoRA of the first update into another program's folder, and then that of the end."""
+    loras_of(run).mkdir()
+    run.put_copies(run.config.output_path / "checkpoints" / "lora_step_1.safetensors")
+    finish(run)
+
+
+@pytest.mark.slow
+def test_death_at_every_call_leaves_copies_that_the_run_knows(
+    before: Ready, contents: Contents, tmp_path: Path
+) -> None:
+    """The next start takes none of them for another run's, and replaces what is older."""
+    for number, run in enumerate(killed(before, tmp_path, finish_anew)):
+        loras = loras_of(run)
+        if loras.is_dir():
+            assert train_lora.check_copies(run.config) == []
+        if loras.is_dir() and number % 4 == 0:
+            finish(run)
+            assert run.recorder.codes() == []
+            found = (loras / "tiny.safetensors").read_bytes()
+            assert found == contents["lora_final.safetensors"]
+
+
 # --- Limits and obstacles ----------------------------------------------------
 
 
@@ -583,8 +613,8 @@ def test_a_second_run_is_refused_until_the_first_is_gone(ground: Path, tmp_path:
     assert refused.value.code is ErrorCode.OUTPUT_BUSY
     assert time.monotonic() - began < 5
     assert (tmp_path / "out" / ".lock").exists()
-    with train_lora.claimed(tmp_path / "out"):
-        assert train_lora.is_locked(tmp_path / "out" / ".lock")
+    with train_lora.claimed(tmp_path / "out"), pytest.raises(TrainError, match="another run"):
+        train_lora.check_output(tmp_path / "out")
 
 
 # --- Stops that come late ----------------------------------------------------
@@ -625,9 +655,7 @@ def notice_in_time(trainer: LoRATrainer) -> None:
 
 def linger(run: Ready, pause: Pause) -> int:
     """Stand in for the program with a run under way, as main() and train() set it up."""
-    stop, descriptor = StopRequest(), train_lora.claim_stdout()
-    assert descriptor is not None
-    writer = LineWriter(descriptor, lambda _: None)
+    stop, writer = StopRequest(), LineWriter(train_lora.claim_stdout(), lambda _: None)
     events = Emitter(writer)
     trainer = LoRATrainer(run.config, events, stop)
     trainer.run = replace(run, events=events, stop=stop)

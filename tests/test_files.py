@@ -320,6 +320,18 @@ def test_the_header_tells_the_two_kinds_of_sd2_apart(
     assert header["modelspec.architecture"] == said
 
 
+@pytest.mark.parametrize(
+    ("knob", "said"), [(True, {"ss_zero_terminal_snr": "True"}), (False, {}), ("auto", {})]
+)
+def test_the_header_tells_of_zero_terminal_snr_where_it_was_trained_with(
+    knob: bool | str, said: dict[str, str], ground: Path
+) -> None:
+    """In kohya's word; files of other runs have no such field."""
+    config = tiny_config(ground, prediction_type="v_prediction", zero_terminal_snr=knob)
+    header = train_lora.lora_header(config, prepare(config).models.base, 1, 6)
+    assert {key: header[key] for key in header if "snr" in key} == said
+
+
 @pytest.mark.parametrize("alpha", [1e-05, 0.3333333333, 12345.678, 65504.0])
 def test_the_header_tells_alpha_as_the_tensors_do(alpha: float, ground: Path) -> None:
     """No digit of it is lost."""

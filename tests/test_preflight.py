@@ -310,6 +310,13 @@ def test_a_preflight_in_passing_does_not_stop_a_run_from_starting(in_workspace: 
         assert process.poll() is None
 
 
+def test_two_preflights_at_once_do_not_refuse_each_other(tmp_path: Path) -> None:
+    """The lock that one of them holds for an instant is no run."""
+    descriptor = train_lora.lock(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    threading.Timer(0.2, os.close, [descriptor]).start()
+    train_lora.check_output(tmp_path)
+
+
 # --- space ---
 
 

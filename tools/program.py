@@ -23,6 +23,7 @@ from train_lora import (
     claim_stdout,
     deadline_in,
     exit_code,
+    fill_closed_streams,
     reporting,
     stop_for,
 )
@@ -107,12 +108,13 @@ def take_events(parser: argparse.ArgumentParser) -> None:
 
 def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None = None) -> int:
     """Do the work and tell how it ended; return the exit code."""
-    stop = StopRequest()
+    closed, stop = fill_closed_streams(), StopRequest()
     with stop.on_signals(), contextlib.ExitStack() as audience:
         arguments = parser.parse_args(argv)
         events = Emitter()
         if arguments.events:
-            writer = LineWriter(claim_stdout() or 2, functools.partial(stop_for, stop))
+            stdout = 2 if 1 in closed else claim_stdout()
+            writer = LineWriter(stdout, functools.partial(stop_for, stop))
             audience.enter_context(events.heard_by(writer))
             audience.callback(lambda: writer.close(deadline_in(PATIENCE_SECONDS)))
         else:
