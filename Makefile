@@ -26,7 +26,7 @@ test-slow: $(READY)
 	$(PYTEST) -m slow
 
 docs: $(READY)
-	$(BIN)/python -m tools.docs
+	$(BIN)/python tests/docs.py
 
 demo: $(READY)
 	$(BIN)/python train_lora.py --config example_config.json

@@ -7,11 +7,11 @@ import json
 import re
 from pathlib import Path
 
+import docs
 import pytest
 from conftest import ROOT
 
 import train_lora
-from tools import docs
 
 PAGES = sorted(path for path in ROOT.glob("*.md") if path.is_file())
 

@@ -1,7 +1,7 @@
 """Rewrite event_schema.json and REFERENCE.md from the code and the config schema.
 
-python -m tools.docs            write them
-python -m tools.docs --check    only tell whether they are up to date
+python tests/docs.py            write them
+python tests/docs.py --check    only tell whether they are up to date
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_lora
 
