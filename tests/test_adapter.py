@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers.optimization
-import peft  # noqa: F401, looks for bitsandbytes on import, before a test provides a fake one
 import pytest
 import torch
 from conftest import Recorder
-from peft.import_utils import is_bnb_available
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny
 from tiny_runs import FAMILIES, Ready, one_of, prepare, tiny_base, tiny_config
@@ -501,6 +500,8 @@ def test_other_optimizers_come_from_their_packages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A package that is there is used, with the config's rate and weight decay."""
+    # PEFT looks once whether the real one is there; the fake one shall not be what it finds.
+    assert is_bnb_4bit_available() == is_bnb_available()
     file = tmp_path / module
     file.parent.mkdir()
     (file.parent / "__init__.py").touch()

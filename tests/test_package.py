@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -117,3 +118,20 @@ def test_packages_are_installed_before_the_program_is_copied() -> None:
 
     assert arguments("COPY")[0] == "requirements.txt ./"
     assert text.index("pip install") < text.rindex("COPY")
+
+
+def imported(path: Path) -> set[str]:
+    """List the packages that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_imports_go_one_way() -> None:
+    """The program knows nothing of what is around it; the tools know it, and nobody else."""
+    around = {"tools", "studio", "families", "examples", "benchmarks", "tests", "conftest"}
+    assert imported(ROOT / "train_lora.py").isdisjoint(around)
+    tools = set.union(*(imported(path) for path in (ROOT / "tools").glob("*.py")))
+    assert {"tools", "train_lora"} <= tools
+    assert tools.isdisjoint(around - {"tools"})
