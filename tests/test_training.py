@@ -211,7 +211,9 @@ def test_the_last_line_describes_the_final_file(trained: Trained) -> None:
     assert last["sha256"] == hashlib.sha256(content).hexdigest()
     assert (last["bytes"], last["step"]) == (len(content), 4)
     assert last["final_loss"] == trained.events.of_type("progress")[-1]["loss"]
-    assert last["peak_memory_bytes"] >= trained.events.of_type("progress")[-1]["memory_bytes"] > 0
+    # Linux counts pages for each thread and adds them up late: the peak may lack a few of them.
+    held = trained.events.of_type("progress")[-1]["memory_bytes"]
+    assert last["peak_memory_bytes"] >= 0.99 * held > 0
 
 
 def test_only_promised_files_are_left(trained: Trained) -> None:
