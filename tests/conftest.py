@@ -249,3 +249,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_tiny(family, root / family)
         write_single_file(root / family, root / f"{family}.safetensors", family)
     return root
+
+
+@pytest.fixture(scope="session")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Provide a tiny DINOv2 and a tiny CLIP; nobody may change them."""
+    from tiny_eyes import make_clip, make_vision
+
+    root = tmp_path_factory.mktemp("eyes")
+    make_vision(root / "dino")
+    make_clip(root / "clip")
+    return root

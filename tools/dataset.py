@@ -113,14 +113,20 @@ def find_pictures(source: Path, wishes: Wishes, events: Emitter, stop: StopReque
         raise refuse(source, "a folder with pictures", "no folder")
     config = wishes.config(source)
     folder = train_lora.ImageFolder(config.dataset_path, config, events, stop)
-    folder.scan(thorough=True)
+    folder.scan(thorough=False)  # what is broken further in is found when it is measured
     given = captions_of(wishes, folder.images, events) if wishes.captions_from else {}
     phase = Phase("measuring pictures", len(folder.images), events, stop)
     look = functools.partial(look_at, folder=folder, side=wishes.resolution)
+    looked = train_lora.ahead(look, [name for name, usable in folder.images.items() if usable])
     found = []
-    for done, (name, outcome) in enumerate(train_lora.ahead(look, folder.images)):
+    for done, (name, usable) in enumerate(folder.images.items()):
         phase.at(done)
-        picture = outcome.result()
+        picture = Found(name=name, path=folder.files[name], flags=["broken"])
+        picture.excluded = {"reason": "broken"}
+        if usable:
+            _, outcome = next(looked)
+            with folder.leaving_out(train_lora.WarningCode.IMAGE_SKIPPED, name, "Skipped"):
+                picture = outcome.result()
         own = name in folder.captions
         picture.caption = given.get(name) or folder.captions.get(name, "")
         where = "metadata" if own and not has_sidecar(name, folder.files) else "txt"
@@ -133,9 +139,7 @@ def find_pictures(source: Path, wishes: Wishes, events: Emitter, stop: StopReque
 
 def look_at(name: str, folder: train_lora.ImageFolder, side: int) -> Found:
     """Measure one picture of the folder."""
-    path, usable = folder.files[name], folder.images[name]
-    if usable is None:
-        return Found(name=name, path=path, flags=["broken"], excluded={"reason": "broken"})
+    path = folder.files[name]
     picture = train_lora.load_picture(path)
     found = Found(name=name, path=path, width=picture.width, height=picture.height)
     found.bytes, found.measures = path.stat().st_size, measure(picture, side)

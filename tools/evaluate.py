@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.program import refuse, remark, run, table, take_events
+from tools.program import as_json, command_line, refuse, remark, run, table, take_events
 from train_lora import Emitter, Phase, Record, StopRequest, write_whole
 
 if TYPE_CHECKING:
@@ -334,9 +334,7 @@ def as_record(found: Estimate) -> Record:
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     from_train = "the pictures that were trained on"
-    whole = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    whole = command_line(__doc__)
     whole.add_argument("folder", type=Path, metavar="GRID_DIR")
     whole.add_argument("--train", type=Path, required=True, metavar="DATASET", help=from_train)
     whole.add_argument(
@@ -378,7 +376,7 @@ def work(
         names["clip"] = reader.name
     result = verdict_on(judge, fits) | {"features": names, "training_images": len(training)}
     out = arguments.out or arguments.folder / "eval.json"
-    write_whole(out, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(out, as_json(result))
     if not arguments.events:
         table([HEAD, *map(row, result["arms"])])
     return conclusion(result), [str(out)]

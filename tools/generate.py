@@ -9,6 +9,7 @@ RUN_DIR stands for all LoRAs of a run. What is drawn already is not drawn again.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_lora
-from tools.program import refuse, remark, run, take_events
+from tools.program import as_json, command_line, refuse, remark, run, take_events
 from train_lora import Emitter, Phase, Record, StopRequest, TrainingConfig
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Source:
         found = re.search(r"step_(\d+)", self.file.stem) if self.file else None
         return int(found[1]) if found else None
 
+    @functools.cached_property
     def digest(self) -> str | None:
         """Tell the file by its bytes."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest() if self.file else None
@@ -314,8 +316,7 @@ def draw_all(
     """Draw what is missing, LoRA after LoRA and strength after strength."""
     from tools.lora_file import read_lora
 
-    digests = {cell.source: cell.source.digest() for cell in cells}
-    keys = {cell.name: key_of(cell, digests[cell.source], config) for cell in cells}
+    keys = {cell.name: key_of(cell, config) for cell in cells}
     missing = [c for c in cells if not is_drawn(arguments.out / c.name, keys[c.name])]
     phase = Phase("drawing", len(cells), events, stop)
     if not missing:
@@ -342,11 +343,11 @@ def draw_all(
             attached.remove()
 
 
-def key_of(cell: Cell, digest: str | None, config: TrainingConfig) -> str:
+def key_of(cell: Cell, config: TrainingConfig) -> str:
     """Sum up what a picture depends on."""
     knobs = ("base_model", "resolution", "sample_steps", "sample_guidance")
     asked = [str(config.value(knob)) for knob in (*knobs, "sample_negative_prompt")]
-    what = [asked, digest, cell.strength, cell.prompt["text"], cell.seed]
+    what = [asked, cell.source.digest, cell.strength, cell.prompt["text"], cell.seed]
     return train_lora.short_digest(what)
 
 
@@ -406,9 +407,7 @@ def sheet(rows: dict[str, list[Cell]], prompt: Record, out: Path, edge: int) -> 
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    whole = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    whole = command_line(__doc__)
     add = whole.add_argument
     add("--base", required=True, help="the model: a folder, a file or an id")
     add("--lora", type=Path, action="append", default=[], metavar="RUN_DIR|FILE")
@@ -452,8 +451,7 @@ def work(
     draw_all(cells, config, arguments, events, stop)
     sheets = write_sheets(cells, arguments.out, config.resolution)
     grid = grid_record(cells, sources, prompts, config)
-    content = json.dumps(grid, indent=1, ensure_ascii=False) + "\n"
-    train_lora.write_whole(arguments.out / "grid.json", content.encode())
+    train_lora.write_whole(arguments.out / "grid.json", as_json(grid))
     files = [arguments.out / "grid.json", *sheets]
     return f"{len(cells)} pictures in {arguments.out.name}", list(map(str, files))
 
@@ -466,7 +464,7 @@ def grid_record(
     for source in sources:
         file = source.file.name if source.file else None
         loras.append(
-            {"id": source.name, "file": file, "step": source.step, "sha256": source.digest()}
+            {"id": source.name, "file": file, "step": source.step, "sha256": source.digest}
         )
     return {
         "format": "lora-grid",

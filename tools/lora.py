@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.program import refuse, run, table, take_events
+from tools.program import command_line, refuse, run, table, take_events
 from train_lora import Emitter, Phase, StopRequest
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ def parse_energy(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    whole = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    whole = command_line(__doc__)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="say what is in LoRA files")
     info.add_argument("files", nargs="+", type=Path, metavar="FILE")

@@ -21,9 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 import train_lora
 from tools.program import refuse
-from train_lora import Phase, TrainError
-
-Tensors = dict[str, torch.Tensor]
+from train_lora import Phase, Tensors, TrainError
 
 
 class Module(NamedTuple):
@@ -100,10 +98,9 @@ WORDS = (
 )
 ONE_WORD = re.compile(rf"(?:{'|'.join(WORDS)})(?=_|$)|[A-Za-z0-9]+")
 PREFIXES = {
-    "lora_unet": "unet",
-    "lora_te": "text_encoder",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
+    part.lora_prefix: part.folder
+    for family in train_lora.FAMILIES.values()
+    for part in (family.denoiser, *family.text_encoders)
 }
 # Inside a block of SDXL's original code, and outside of all blocks.
 INNER = {
@@ -354,28 +351,21 @@ def same_alpha(lora: LoRA) -> tuple[LoRA, float]:
 def named(lora: LoRA, naming: str) -> Tensors:
     """Give every tensor the name that a kind of reader knows."""
     even, alpha = same_alpha(lora)
+    family = train_lora.SDXL if lora.is_sdxl else train_lora.SD1
     tensors: Tensors = {}
     for module, layer in even.layers.items():
         if naming == "kohya":
-            name = kohya_name(module, sdxl=lora.is_sdxl)
-            tensors |= {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
-            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+            for side, matrix in (("A", layer.down), ("B", layer.up)):
+                place = f"{module.network}.{module.name}.lora_{side}"
+                key = train_lora.kohya_name(place, family)
+                tensors[key] = matrix
+                tensors[f"{key.partition('.')[0]}.alpha"] = torch.tensor(alpha)
         else:  # their readers take no alpha for strength 1
             level = "text_model." if module.network != "unet" else ""
             name = f"{module.network}.{level}{module.name}"
             up = (layer.up.double() * layer.scale).to(layer.up.dtype)
             tensors |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": up}
     return tensors
-
-
-def kohya_name(module: Module, *, sdxl: bool) -> str:
-    """Name a module as kohya's programs, ComfyUI and A1111 read it."""
-    if module.network == "unet":
-        name = train_lora.original_name(module.name) if sdxl else module.name
-        return f"lora_unet_{name.replace('.', '_')}"
-    first = "lora_te1" if sdxl else "lora_te"
-    prefix = first if module.network == "text_encoder" else "lora_te2"
-    return f"{prefix}_text_model_{module.name.replace('.', '_')}"
 
 
 def ranks_of(lora: LoRA) -> Iterator[int]:

@@ -7,7 +7,6 @@ python tools/prepare.py build SRC DST --trigger zkb      train and validation fo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.program import refuse, remark, run, table, take_events
+from tools.program import as_json, command_line, refuse, remark, run, table, take_events
 from train_lora import Emitter, Record, StopRequest, write_whole
 
 if TYPE_CHECKING:
@@ -43,9 +42,7 @@ def parse_share(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    whole = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    whole = command_line(__doc__)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="judge the pictures and their captions")
     build = commands.add_parser("build", help="make folders to train on and to validate with")
@@ -155,11 +152,6 @@ def check_target(target: Path, manifest: Record) -> None:
         raise refuse(target, "an empty folder, or this very dataset", foreign[0], hint)
     target.mkdir(parents=True, exist_ok=True)
     write_whole(target / ".building", b"")
-
-
-def as_json(document: Record) -> bytes:
-    """Write JSON for people and for comparing: the same content gives the same bytes."""
-    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

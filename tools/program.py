@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, cast
@@ -24,6 +25,7 @@ from train_lora import (
     deadline_in,
     exit_code,
     fill_closed_streams,
+    reason_of,
     reporting,
     stop_for,
 )
@@ -93,10 +95,21 @@ def naming_the_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path, reason = error.filename or "the result", error.strerror or str(error)
+        path, reason = error.filename or "the result", reason_of(error)
         raise TrainError.at(
             ErrorCode.SAVE_FAILED, path, "a file that can be used", reason
         ) from error
+
+
+def command_line(about: str | None) -> argparse.ArgumentParser:
+    """Begin a command line with what a program says of itself, laid out as it stands there."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=about, formatter_class=layout)
+
+
+def as_json(document: Record) -> bytes:
+    """Write JSON for people and for comparing: the same content gives the same bytes."""
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def take_events(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_lora
-from tools.program import refuse, run, take_events
+from tools.program import command_line, refuse, run, take_events
 from train_lora import Emitter, Phase, Record, StopRequest
 
 POINTS = 1000  # of a curve; a screen has no more
@@ -368,9 +368,7 @@ def page(folder: Path, story: Story, arguments: argparse.Namespace, phase: Phase
 
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    whole = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    whole = command_line(__doc__)
     whole.add_argument("folder", type=Path, metavar="RUN_DIR", help="the run's output_path")
     whole.add_argument("--out", type=Path, help="the page; RUN_DIR/report.html unless given")
     whole.add_argument("--max-mb", type=float, default=10, help="most that previews may take")

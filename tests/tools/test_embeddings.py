@@ -3,62 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_json
 from scenes import scene
-from tiny_models import write_tokenizer
-from transformers import (
-    BitImageProcessorPil,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    Dinov2Config,
-    Dinov2Model,
-)
 
 from tools.embeddings import Eye
 from train_lora import Emitter, Phase, StopRequest, TrainError
-
-SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def make_vision(folder: Path) -> Path:
-    """Make a DINOv2 that has learned nothing."""
-    torch.manual_seed(0)
-    config = Dinov2Config(**SIZES, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(folder)
-    size, crop = {"shortest_edge": 28}, {"height": 28, "width": 28}
-    BitImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder)
-    return folder
-
-
-def make_clip(folder: Path) -> Path:
-    """Make a CLIP that has learned nothing, with a real tokenizer."""
-    torch.manual_seed(0)
-    write_tokenizer(folder, "<|endoftext|>")
-    sizes = SIZES | {"intermediate_size": 32, "projection_dim": 8}
-    text = CLIPTextConfig(**sizes, vocab_size=1000).to_dict()
-    seen = CLIPVisionConfig(**sizes, image_size=32, patch_size=16).to_dict()
-    config = CLIPConfig(text_config=text, vision_config=seen, projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    size, crop = {"shortest_edge": 32}, {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size=size, crop_size=crop).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Provide both."""
-    root = tmp_path_factory.mktemp("eyes")
-    make_vision(root / "dino")
-    make_clip(root / "clip")
-    return root
 
 
 @pytest.fixture
@@ -76,9 +29,9 @@ def phase() -> Phase:
 
 
 @pytest.mark.parametrize("name", ["dino", "clip"])
-def test_pictures_become_rows_of_length_one(name: str, models: Path, files: list[Path]) -> None:
+def test_pictures_become_rows_of_length_one(name: str, eyes: Path, files: list[Path]) -> None:
     """Each the same whether seen alone or among others."""
-    eye = Eye(str(models / name))
+    eye = Eye(str(eyes / name))
     rows = eye.see(files, phase())
     assert rows.shape == (18, 8 if name == "clip" else 16)
     assert np.allclose(np.linalg.norm(rows, axis=1), 1)
@@ -86,9 +39,9 @@ def test_pictures_become_rows_of_length_one(name: str, models: Path, files: list
     assert not np.allclose(rows[0], rows[1])
 
 
-def test_clip_sees_and_reads_as_it_does_itself(models: Path, files: list[Path]) -> None:
+def test_clip_sees_and_reads_as_it_does_itself(eyes: Path, files: list[Path]) -> None:
     """Held against what the whole model says of picture and text together."""
-    eye = Eye(str(models / "clip"))
+    eye = Eye(str(eyes / "clip"))
     tokens = eye.tokenizer(["a cat"], return_tensors="pt")  # type: ignore[misc]  # CLIP has one
     pixels = eye.processor(images=[scene(0, 64)], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -97,18 +50,18 @@ def test_clip_sees_and_reads_as_it_does_itself(models: Path, files: list[Path]) 
     assert np.allclose(eye.read(["a cat"]), both.text_embeds.numpy(), atol=1e-6)
 
 
-def test_a_transparent_picture_is_seen_on_white(models: Path, tmp_path: Path) -> None:
+def test_a_transparent_picture_is_seen_on_white(eyes: Path, tmp_path: Path) -> None:
     """As the trainer sees it, and not with what lies hidden under it."""
     hidden = scene(1, 64).convert("RGBA")
     hidden.putalpha(0)
     hidden.save(tmp_path / "a.png")
     scene(1, 64).point(lambda _: 255).save(tmp_path / "b.png")
-    rows = Eye(str(models / "dino")).see([tmp_path / "a.png", tmp_path / "b.png"], phase())
+    rows = Eye(str(eyes / "dino")).see([tmp_path / "a.png", tmp_path / "b.png"], phase())
     assert np.allclose(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("what", ["nothing", "another kind", "no weights", "an id"])
-def test_a_model_that_cannot_be_used_is_named(what: str, models: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_used_is_named(what: str, eyes: Path, tmp_path: Path) -> None:
     """With what to do; the network is never asked."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -120,7 +73,7 @@ def test_a_model_that_cannot_be_used_is_named(what: str, models: Path, tmp_path:
     assert caught.value.problems[0].hint or caught.value.hint
 
 
-def test_a_model_that_only_sees_does_not_read(models: Path) -> None:
+def test_a_model_that_only_sees_does_not_read(eyes: Path) -> None:
     """Which is told, and not guessed."""
     with pytest.raises(TrainError, match="only sees"):
-        Eye(str(models / "dino")).read(["a cat"])
+        Eye(str(eyes / "dino")).read(["a cat"])

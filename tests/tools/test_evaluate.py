@@ -12,7 +12,6 @@ import pytest
 from conftest import write_json
 from PIL import Image
 from scenes import scene
-from test_embeddings import make_clip, make_vision
 
 from tools import evaluate
 from tools.evaluate import Arm, Grid, Judge, conclusion, quality, read_grid, verdict_on
@@ -126,15 +125,6 @@ def write_grid(folder: Path, **changes: Any) -> Path:
     document = {"format": "lora-grid", "prompts": prompts, "loras": loras, "images": images}
     write_json(folder / "grid.json", document | changes)
     return folder
-
-
-@pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Provide tiny models."""
-    root = tmp_path_factory.mktemp("eyes")
-    make_vision(root / "dino")
-    make_clip(root / "clip")
-    return root
 
 
 @pytest.fixture
