@@ -130,7 +130,7 @@ class ErrorCode(Code):
     MODEL_DAMAGED = "The base model is incomplete or broken.", "Download it again."
     OUTPUT_UNUSABLE = "output_path cannot be written.", "Choose a folder this user may write."
     OUTPUT_BUSY = "Another run uses output_path.", "Wait for it, stop it, or choose another folder."
-    DISK_FULL = "The run needs more space than is free.", "Free some, or save less often."
+    DISK_FULL = "The run needs more space than is free.", "Free some; save and sample less often."
     RUN_CHANGED = "The config or the data is not the earlier start's.", "Undo it, or use --fresh."
     RUN_EXISTS = "output_path holds another run.", "Use --fresh, or another output_path."
     STATE_DAMAGED = "No saved state can be used.", "Use --fresh, or restore output_path."
@@ -147,7 +147,10 @@ class ErrorCode(Code):
 class WarningCode(Code):
     """What is worth knowing although the run goes on."""
 
-    CONFIG_VALUE_TWICE = "A knob stands twice, with two values.", "training_params wins."
+    CONFIG_VALUE_TWICE = (
+        "A knob stands twice with two values.",
+        "Remove one; training_params wins.",
+    )
     KNOB_WITHOUT_EFFECT = "A knob has no effect beside another.", "Remove it, or change the other."
     LEARNING_RATE_LOW = "Little will be learned at this rate.", "1e-4 suits most runs."
     RESOLUTION_UNUSUAL = "The base was made for another size.", "Use the model's own size."
@@ -161,15 +164,18 @@ class WarningCode(Code):
     CAPTION_TRUNCATED = "A caption is longer than is read.", "Put what matters first."
     PREDICTION_ASSUMED = "An SD 2 file does not say what it predicts.", "Give prediction_type."
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
-    UPDATE_RETRIED = "An update ran out of memory and is made again.", "Set gradient_checkpointing."
+    UPDATE_RETRIED = (
+        "An update ran out of memory; it is made again with gradient checkpointing.",
+        "Set gradient_checkpointing to true.",
+    )
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
     STATE_IGNORED = "Something saved cannot be used and is left out.", "Look at the disk."
     COMPILE_FAILED = "The denoiser cannot be compiled; it runs as it is.", "Set compile to off."
     MEMORY_SPILLED = (
-        "The card is full and slow: the driver swaps.",
-        "Lower batch_size or resolution.",
+        "The card's memory is full and updates are slow: the driver swaps.",
+        "Lower batch_size or resolution, or close other programs.",
     )
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
     COPY_FAILED = "The LoRA is not in loras_path.", "Copy lora_final.safetensors there."
@@ -2950,7 +2956,7 @@ class Shelf:
             place.replace(section / f"{written['sha256']}.safetensors")
             loose.clear()
         except OSError as error:
-            self.folder, reason = None, error.strerror or str(error)
+            self.folder, reason = None, reason_of(error)
             message = f"Nothing more is kept in cache_dir: {reason}"
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
 
@@ -4991,7 +4997,7 @@ class Run:
         except Exception as error:
             if reason == "periodic" and not isinstance(error, OSError):
                 raise
-            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            why = reason_of(error)
             message = f"No checkpoint at step {step}: {error}"
             self.events.warn(WarningCode.CHECKPOINT_FAILED, message, step=step, reason=why)
 
@@ -5076,7 +5082,7 @@ class Run:
             family, drawn = self.models.base.family, self.sample_path(1)
             return str(put_copies(self.config, family, final, drawn))
         except (OSError, TrainError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            reason = reason_of(error)
             message = f"No copy in loras_path: {error}"
             self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
             return None
@@ -5436,6 +5442,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
+def reason_of(error: Exception) -> str:
+    """Say in a few words why something failed; of a disk, without the path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def first_line(error: BaseException) -> str:
     """Quote the sum of what an error says, or else its name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -5485,7 +5496,7 @@ def mirrored(events: Emitter, output: Path, claim: Callable[[], None]) -> Iterat
     """Append all events to events.jsonl, from here to the last line."""
 
     def warn(error: OSError) -> None:
-        reason = error.strerror or str(error)
+        reason = reason_of(error)
         events.warn(
             WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason
         )
