@@ -76,7 +76,7 @@ def main() -> None:
         tell(step=number, seconds=time.monotonic() - began)
     with FlopCounterMode(display=False) as counter:
         step()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
     tell(peak_bytes=peak, operations=counter.get_total_flops(), rate=rate)
 
 

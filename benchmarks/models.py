@@ -49,6 +49,7 @@ def build(size: str, root: Path) -> Path:
     if size == "tiny" or (folder / "model_index.json").is_file():
         return BUNDLED if size == "tiny" else folder
     torch.manual_seed(0)
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")  # to draw fast
     unet: Any = UNet2DConditionModel(**DENOISERS[size])
     unet.half().save_pretrained(folder / "unet")
     vae: Any = AutoencoderKL(

@@ -180,7 +180,7 @@ def main() -> None:
             step, now = step + 1, time.monotonic()
             tell(step=step, loss=mean, seconds=now - began)
             began = now
-    tell(peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
+    tell(peak_bytes=torch.cuda.max_memory_reserved() if device.type == "cuda" else None)
 
 
 if __name__ == "__main__":

@@ -221,8 +221,7 @@ def test_a_short_window_follows_the_mean_of_its_own_images(ground: Path) -> None
     restore(ready, before)
     slots = [(0, ImageOrder(ready.config, 5).window(2)[0])]
     batch = train_lora.draw_batch(ready.cache, ready.config, 2, slots, one_of(1000))
-    text = ready.cache.read(ready.models, batch.captions)
-    torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())
+    torch.autograd.backward(train_lora.batch_losses(ready.models, batch).mean())
     ready.learner.collect()
     assert largest_difference(found, ready.learner.gradients) < 1e-6
 
@@ -285,10 +284,9 @@ def test_one_image_is_learned_by_heart(ground: Path) -> None:
     ready = prepare(tiny_config(ground, learning_rate=0.02, lora_rank=16, lora_alpha=16))
     models, cache, learner = ready.models, ready.cache, ready.learner
     batch = train_lora.draw_batch(cache, ready.config, 1, [(0, 0)], one_of(1000))
-    text = cache.read(models, batch.captions)
     losses = []
     for _ in range(80):
-        loss = train_lora.batch_losses(models, batch, text).mean()
+        loss = train_lora.batch_losses(models, batch).mean()
         torch.autograd.backward(loss)
         learner.step(1.0)
         losses.append(loss.item())
@@ -626,8 +624,7 @@ def gradient_of(ready: Ready) -> Tensors:
     config, step = ready.config, ready.state.step + 1
     slots = list(enumerate(ready.order.window(step)))
     batch = train_lora.draw_batch(ready.cache, config, step, slots, one_of(1000))
-    text = ready.cache.read(ready.models, batch.captions)
-    torch.autograd.backward(train_lora.batch_losses(ready.models, batch, text).mean())
+    torch.autograd.backward(train_lora.batch_losses(ready.models, batch).mean())
     ready.learner.collect()
     found = {name: value.clone() for name, value in ready.learner.gradients.items()}
     ready.learner.forget()

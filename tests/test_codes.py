@@ -300,8 +300,8 @@ def compile_without_compiler(folder: Path) -> list[Record]:
     return play_it(folder, "--debug", CXX="/nowhere/c++", **cache)
 
 
-# A card that swaps cannot be had in a test; tests/test_speed.py reaches this code by its parts.
-BY_HARDWARE = {WarningCode.MEMORY_SPILLED}
+# These take a card; tests/test_speed.py reaches them by their parts.
+BY_HARDWARE = {WarningCode.MEMORY_SPILLED, WarningCode.CUDA_GRAPH_FAILED}
 
 ERRORS: dict[ErrorCode, Scene] = {
     ErrorCode.CONFIG_NOT_FOUND: lambda folder: play_it(folder, "--config", "gone.json"),

@@ -134,7 +134,7 @@ def answer(ready: Ready, pipe: Any = None) -> torch.Tensor:
     with torch.no_grad():
         for network in networks:
             network.eval()
-        text = ready.cache.read(models, [ready.cache.images[0].caption])
+        text = models.read_text(ready.cache.read([ready.cache.images[0].caption]))
         sizes = ready.cache.images[0].time_ids[None]
         return models.predict(latents, torch.tensor([500]), text, sizes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import Recorder
 from safetensors.torch import load_file
-from tiny_runs import FAMILIES, prepare, tiny_config
+from tiny_runs import FAMILIES, Ready, prepare, tiny_config
 
 import train_lora
 from train_lora import LoRATrainer
@@ -66,18 +67,52 @@ def test_a_stopped_run_goes_on_with_scaler_and_moments(
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("learns_text", [False, True])
+def test_a_recorded_update_learns_what_its_calls_learn(
+    ground: Path, tmp_path: Path, precision: str, *, learns_text: bool
+) -> None:
+    """But for the last bits, with dropout, and without a warning."""
+    choices: dict[str, Any] = {"device": "cuda", "mixed_precision": precision, "steps": 6}
+    choices |= {"train_text_encoder": learns_text, "lora_dropout": 0.1, "compile": "off"}
+    choices |= {"gradient_accumulation_steps": 2}
+    learned, recorder = [], Recorder()
+    for recording in ("auto", "off"):
+        output = str(tmp_path / recording)
+        config = tiny_config(ground, "sdxl", cuda_graph=recording, output_path=output, **choices)
+        trainer = LoRATrainer(config, train_lora.Emitter(recorder))
+        learned.append(load_file(trainer.train().final_path))
+        assert trainer.run
+        assert bool(trainer.run.replay) == (recording == "auto")
+    assert set(recorder.codes()) == {"resolution_unusual"}
+    for name, value in learned[1].items():
+        torch.testing.assert_close(learned[0][name], value, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("learns_text", [False, True])
+@pytest.mark.parametrize("recording", [False, True])
 def test_an_update_never_waits_for_the_device(
-    ground: Path, precision: str, *, learns_text: bool
+    ground: Path, precision: str, *, learns_text: bool, recording: bool
 ) -> None:
     """Nothing in an update reads a number back; the first ones warm the libraries up."""
     choices: dict[str, Any] = {"train_text_encoder": learns_text, "lora_dropout": 0.1}
     ready = prepare(tiny_config(ground, device="cuda", mixed_precision=precision, **choices))
+    if recording:
+        ready.replay = recorded(ready)
     ready.update()
     ready.update()
     torch.cuda.set_sync_debug_mode("error")
     ready.update()
     torch.cuda.set_sync_debug_mode("default")
     assert ready.state.step == 3
+
+
+def recorded(ready: Ready) -> train_lora.Replay:
+    """Record a run's update."""
+    slots = list(enumerate(ready.order.window(1)))
+    draw = functools.partial(
+        train_lora.draw_part, ready.models, ready.cache, ready.config, slots=slots
+    )
+    return train_lora.record_replay(ready.models, ready.learner, draw, len(slots))
 
 
 @pytest.mark.parametrize(("precision", "matmuls"), [("no", "highest"), ("bf16", "high")])

@@ -277,6 +277,22 @@ def test_previews_are_drawn_together_where_an_update_takes_as_much(in_workspace:
     assert plan(dataclasses.replace(CARD, kind="cpu"), batch_size=8).previews_at_once == 1
 
 
+def test_an_update_is_recorded_where_previews_have_room_beside_it(in_workspace: Path) -> None:
+    """The recording keeps what is kept for the way back, also while pictures are drawn."""
+    roomy, tight = plan(with_free(80), resolution=1024), plan(with_free(14), resolution=1024)
+    assert (roomy.recording, tight.recording) == (True, False)
+    assert not tight.checkpointing
+    more = roomy.phases["previews"] - tight.phases["previews"]
+    assert more == roomy.parts["activations"]
+    assert (roomy.facts().choices or {})["cuda_graph"].startswith("on: ")
+    off: list[dict[str, Any]] = [{"cuda_graph": "off"}, {"base_precision": "int8"}]
+    off += [{"gradient_checkpointing": True}]
+    assert not any(plan(with_free(80), resolution=1024, **each).recording for each in off)
+    cpu = plan(dataclasses.replace(CARD, kind="cpu"))
+    assert not cpu.recording
+    assert "cuda_graph" not in (cpu.facts().choices or {})
+
+
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(workspace: Path) -> None:
     """Preflight and training say the same, and name what would help."""
     for number in range(3):

@@ -39,13 +39,13 @@ def synthetic_cache(images: int = 4, forms: int = 1, side: int = 16) -> Cache:
             moments[number, form, 0] = 10 * number + 100 * form
     time_ids = torch.zeros(6)
     items = [CachedImage(f"{n}.png", f"caption {n}", moments[n], time_ids) for n in range(images)]
-    return Cache(tuple(items), {}, {})
+    texts = {f"caption {n}": Conditioning(number=torch.tensor([[n]])) for n in range(images)}
+    return Cache(tuple(items), texts)
 
 
 def same_draws(one: Batch, other: Batch) -> bool:
     """Tell whether two batches are the same, bit for bit."""
-    pairs = [(vars(one)[name], vars(other)[name]) for name in ("latents", "noise", "timesteps")]
-    return one.captions == other.captions and all(torch.equal(a, b) for a, b in pairs)
+    return all(map(torch.equal, one.tensors(), other.tensors()))
 
 
 # --- the forward process ---
@@ -80,9 +80,8 @@ def exchange(ready: Ready) -> tuple[Batch, Overheard, torch.Tensor]:
     )
     batch = replace(batch, timesteps=torch.tensor([0, 1, 500, 999]))
     overheard = Overheard(ready.models.denoiser)
-    text = ready.cache.read(ready.models, batch.captions)
     with torch.no_grad():
-        losses = train_lora.batch_losses(ready.models, batch, text)
+        losses = train_lora.batch_losses(ready.models, batch)
     return batch, overheard, losses
 
 
@@ -163,9 +162,8 @@ def test_draws_do_not_depend_on_batches_or_order(
     together = train_lora.draw_batch(cache, config, 7, SLOTS, one_of(1000))
     for part in parts:
         batch = train_lora.draw_batch(cache, config, 7, [SLOTS[n] for n in part], one_of(1000))
-        assert batch.captions == tuple(together.captions[n] for n in part)
-        for name in ("latents", "noise", "timesteps"):
-            assert torch.equal(vars(batch)[name], vars(together)[name][part])
+        for one, all_ in zip(batch.tensors(), together.tensors(), strict=True):
+            assert torch.equal(one, all_[part])
 
 
 def test_draws_neither_use_nor_move_the_global_source_of_chance(config: TrainingConfig) -> None:
@@ -201,7 +199,7 @@ import train_lora as t
 torch.manual_seed(int(sys.argv[2])); torch.rand(3)
 config = t.TrainingConfig.from_json(sys.argv[1])
 image = t.CachedImage("a", "a", torch.ones(2, 2, 4, 8, 8), torch.zeros(6))
-cache = t.Cache((image,) * 5, {}, {})
+cache = t.Cache((image,) * 5, {"a": t.Conditioning()})
 draw = functools.partial(t.draw_step, DDPMScheduler())
 drawn = [t.draw_batch(cache, config, step, [(0, 1), (1, 4)], draw) for step in (5, 6)]
 numbers = [[b.latents.tolist(), b.noise.tolist(), b.timesteps.tolist()] for b in drawn]

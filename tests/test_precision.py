@@ -37,8 +37,7 @@ def gradients(ready: Ready, strength: float = 1.0, slots: int = 4) -> Tensors:
     ready.learner.refresh()
     for slot in range(slots):
         batch = train_lora.draw_batch(ready.cache, ready.config, 1, [(slot, slot)], one_of(1000))
-        text = ready.cache.read(ready.models, batch.captions)
-        (train_lora.batch_losses(ready.models, batch, text).sum() * strength).backward()
+        (train_lora.batch_losses(ready.models, batch).sum() * strength).backward()
         ready.learner.collect()
     return {name: g.clone() / strength for name, g in ready.learner.gradients.items()}
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import Ended, run_program, write_config
 from safetensors.torch import load_file
-from tiny_runs import prepare, tiny_base, tiny_config
+from tiny_runs import Ready, prepare, tiny_base, tiny_config
 from torch._inductor.output_code import CompiledFxGraph
 
 import train_lora
+from train_lora import Batch, DeviceFacts, ImageOrder, MemoryPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,6 +111,87 @@ def test_main_memory_is_never_a_full_card(ground: Path) -> None:
     for ready.state.step, ready.state.busy_seconds in ((1, 0.0), (2, 1.0), (3, 90.0), (4, 180.0)):
         ready.watch_pace()
     assert ready.recorder.codes() == []
+
+
+# --- Recorded updates ---
+
+
+class Graph:
+    """What a card would repeat: the calls of an update, which read where they read before."""
+
+    def __init__(self, ready: Ready, batch: Batch, count: int) -> None:
+        """Note where the numbers lie, and make room for the loss."""
+        self.ready, self.batch, self.count = ready, batch, count
+        self.loss, self.replays = torch.zeros(()), 0
+
+    def replay(self) -> None:
+        """Make the calls."""
+        models, learner = self.ready.models, self.ready.learner
+        self.loss.copy_(train_lora.there_and_back(models, learner, self.batch, self.count))
+        self.replays += 1
+
+
+def recorded(ready: Ready) -> Graph:
+    """Let a run have a recording of its first update."""
+    slots = list(enumerate(ready.order.window(1)))
+    part = slots[: ready.config.batch_size]
+    batch = train_lora.draw_part(ready.models, ready.cache, ready.config, 1, part)
+    graph = Graph(ready, batch, len(slots))
+    ready.replay = train_lora.Replay(batch, len(slots), graph, graph.loss)
+    return graph
+
+
+@pytest.mark.parametrize("learns_text", [False, True])
+def test_a_recording_is_given_the_numbers_of_each_update(ground: Path, learns_text: bool) -> None:
+    """Pictures, noise, times and texts; what is learned is the same, dropout included."""
+    choices = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2}
+    config = tiny_config(ground, "sdxl", train_text_encoder=learns_text, **choices)
+    plain, fast = prepare(config), prepare(config)
+    graph = recorded(fast)
+    for ready in (plain, fast):
+        ready.make_updates(3)
+    assert graph.replays == 6
+    assert torch.equal(plain.learner.learned, fast.learner.learned)
+    losses = [[point.loss for point in ready.state.history] for ready in (plain, fast)]
+    assert losses[0] == losses[1]
+
+
+def test_what_a_recording_does_not_fit_is_done_call_by_call(ground: Path) -> None:
+    """The last update of an epoch can have fewer images, and none counts more for it."""
+    changes: dict[str, Any] = {"batch_size": 2, "steps": None, "epochs": 1}
+    ready = prepare(tiny_config(ground, **changes))
+    ready.order = ImageOrder(ready.config, 3)
+    graph = recorded(ready)
+    ready.make_updates(2, total_steps=2)
+    assert (len(ready.order.window(2)), graph.replays) == (1, 1)
+
+
+def test_memory_that_runs_out_ends_a_recording(ground: Path) -> None:
+    """It holds what an update kept, which gradient checkpointing is to do without."""
+    ready = prepare(tiny_config(ground))
+    graph = recorded(ready)
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graph.replay = full  # type: ignore[method-assign]  # what a card without room does
+    ready.make_updates(1)
+    assert ready.recorder.codes() == ["update_retried"]
+    assert ready.replay is None
+
+
+def test_an_update_that_cannot_be_recorded_is_made_call_by_call(ground: Path) -> None:
+    """Without a card, a recording fails in earnest; it is told, and nothing is left of it."""
+    ready = prepare(tiny_config(ground))
+    trainer = train_lora.LoRATrainer(ready.config, ready.events)
+    before = ready.learner.learned.clone()
+    card = DeviceFacts(kind="cuda", name="A card", memory_free_bytes=2**36)
+    trainer.memory = MemoryPlan.make(ready.config, ready.models.base, 3, card)
+    assert trainer.memory.recording
+    assert trainer._record(ready.models, ready.cache, ready.learner, ready.order) is None
+    assert ready.recorder.codes() == ["cuda_graph_failed"]
+    assert torch.equal(ready.learner.learned, before)
+    assert not ready.learner.gradient.any()
 
 
 # --- Compiled blocks ---

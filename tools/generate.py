@@ -324,7 +324,7 @@ def draw_all(
     models = load_models(config, events)
     texts = [cell.prompt["text"] for cell in missing]
     tokens = train_lora.tokenize([*texts, config.sample_negative_prompt], models, events)
-    cache, done = train_lora.Cache((), tokens, {}), len(cells) - len(missing)
+    cache, done = train_lora.Cache((), tokens), len(cells) - len(missing)
     for source in dict.fromkeys(cell.source for cell in missing):
         attached = Attached(models, read_lora(source.file)) if source.file else None
         if attached and attached.unknown:
