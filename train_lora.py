@@ -157,7 +157,19 @@ class WarningCode(Code):
     TRIGGER_WORDS_EMPTY = "Only captions call the concept.", "Give a word unless this is a style."
     IMAGE_SKIPPED = "An image is not used.", "Convert or remove it."
     FOLDER_SKIPPED = "A folder in the dataset is not read.", "Copy its images into the dataset."
+    FILES_UNREAD = (
+        "Files look like images or captions and are of a kind that is not read.",
+        "Convert images to png or jpeg; write captions to image.txt.",
+    )
+    REPEATS_IGNORED = (
+        "A folder is named for repeats, as in 10_zkb; each of its images counts once.",
+        "Give more steps or epochs; captions hold the words.",
+    )
     IMAGES_SMALL = "Images will be enlarged.", "Use larger images or a lower resolution."
+    IMAGES_CROPPED = (
+        "Images are far from square and lose more than a fifth at their edges.",
+        "Crop them to what matters: tools/prepare.py build does.",
+    )
     CAPTION_UNUSABLE = "A caption file is empty or unreadable.", "Save it as UTF-8 text."
     METADATA_LINE_REFUSED = "A line of metadata.jsonl is not used.", "Give file_name and text."
     MODEL_NOT_CACHED = "The base model is not on this machine yet.", "None when online."
@@ -383,6 +395,7 @@ class DatasetFacts(
     captions_found: Annotated[int, "images of dataset_path with a caption of their own"]
     captions_missing: Annotated[int, "images of dataset_path described by the trigger words alone"]
     resolutions: Annotated[dict[str, int], "images of dataset_path per size, the ten most frequent"]
+    cropped: Annotated[int, "images of both folders that lose more than a fifth by cropping"]
     regularization_images: Annotated[int, "usable images in regularization_path"]
 
 
@@ -1426,8 +1439,12 @@ def reader_gone(descriptor: int) -> bool:
 
 # === Dataset =================================================================
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # no other decoder ever sees a user's bytes
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP")  # no other decoder sees a user's bytes
+# What people have beside them, and expect to be read.
+UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".psd", ".svg", ".caption")
+REPEATS = re.compile(r"\d+_\S")  # how kohya's trainer has a folder named
+CROP_LOSS = 0.2  # of an image; who loses more may lose a head
 EXIF_ORIENTATION = 0x0112
 CAPTION_BYTES = 64 * 1024  # a text encoder reads a few hundred of them
 METADATA_BYTES = 64 * 2**20
@@ -1450,6 +1467,11 @@ class Picture:
     height: int
     caption: str
     packed_bytes: int = 0  # of a PNG, whose pixels a first look does not unpack
+
+    @property
+    def crop_loss(self) -> float:
+        """Tell which part of it a square leaves out."""
+        return 1 - min(self.width, self.height) / max(self.width, self.height)
 
     @functools.cached_property
     def digest(self) -> list[object]:
@@ -1478,6 +1500,8 @@ def entries_of(folder: Path, root: Path) -> list[os.DirEntry[str]]:
     if folder != root and folder.name.lower().endswith(IMAGE_SUFFIXES):
         raise Unusable("named like an image")
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    if {"events.jsonl", "state"} <= {entry.name for entry in entries}:
+        raise Unusable("the output of a run, whose previews are no images to learn from")
     return [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
 
 
@@ -1524,7 +1548,7 @@ def explain_unusable(error: Exception) -> str:
     if isinstance(error, Unusable):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
-        return "not a png, jpeg, webp or bmp image"
+        return "not a png, jpeg, webp, avif or bmp image"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
     if isinstance(error, OSError) and error.strerror:
@@ -1571,6 +1595,7 @@ class ImageFolder:
         self.find_files()
         images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
         self.images = dict.fromkeys(sorted(images, key=natural_key))
+        self.name_unread()
         self.read_captions()
         self.inspect("checking", list(self.images))
         most_pixels = math.inf if thorough else QUICK_PIXELS
@@ -1606,6 +1631,21 @@ class ImageFolder:
         except Exception as error:  # noqa: BLE001, hostile bytes make decoders raise anything
             reason = explain_unusable(error)
             self.events.warn(code, f"{verb} {name}: {reason}", file=name, reason=reason)
+
+    def name_unread(self) -> None:
+        """Tell of what its owner may think is used: other kinds of files, kohya's repeats."""
+        paths = [PurePosixPath(name) for name in self.files]
+        unread = [path for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]
+        if unread:
+            kinds = Counter(path.suffix.lower() for path in unread)
+            counts = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
+            message = f"Files that are not read: {counts}, such as {unread[0]}"
+            self.events.warn(WarningCode.FILES_UNREAD, message, kinds=kinds, first=str(unread[0]))
+        parents = dict.fromkeys(parent for path in paths for parent in path.parents)
+        named = [str(folder) for folder in parents if REPEATS.match(folder.name)]
+        if named:
+            message = f"{named[0]} is no number of repeats here: each image counts once"
+            self.events.warn(WarningCode.REPEATS_IGNORED, message, folders=named[:10])
 
     def read_captions(self) -> None:
         """Read every metadata.jsonl, and image.txt beside an image, which counts for more."""
@@ -1694,7 +1734,7 @@ class ImageFolder:
                 raise Image.DecompressionBombError
             # Phones write JPEGs with further pictures behind the first; only that one counts.
             # Single pictures of some formats do not have the attribute at all.
-            if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
+            if image.format not in ("JPEG", "MPO") and getattr(image, "n_frames", 1) > 1:
                 raise Unusable("an animation")
             # A PNG's orientation may stand behind the pixels; looking there would decode them.
             packed = image.format == "PNG"
@@ -1741,6 +1781,18 @@ class ImageFolder:
             count = len(small)
             message = f"{count} images are smaller than {resolution} pixels, such as {small[0]}"
             self.events.warn(WarningCode.IMAGES_SMALL, message, images=count, file=small[0])
+        worst = self.cropped
+        if worst:
+            lost = [{"file": p.name, "share": round(p.crop_loss, 2)} for p in worst[:10]]
+            message = f"{len(worst)} images lose more than a fifth by cropping to a square: "
+            message += f"{worst[0].name} loses {worst[0].crop_loss:.0%}"
+            self.events.warn(WarningCode.IMAGES_CROPPED, message, images=len(worst), lost=lost)
+
+    @property
+    def cropped(self) -> list[Picture]:
+        """List the images that lose much of themselves, those that lose most first."""
+        losing = [picture for picture in self.pictures if picture.crop_loss > CROP_LOSS]
+        return sorted(losing, key=lambda picture: picture.crop_loss, reverse=True)
 
 
 def scan_dataset(
@@ -1761,6 +1813,7 @@ def scan_dataset(
         captions_found=captions,
         captions_missing=len(own) - captions,
         resolutions=dict(counts.most_common(10)),
+        cropped=sum(len(folder.cropped) for folder in folders),
         regularization_images=sum(map(len, others)),
     )
     events.info(facts)

@@ -122,7 +122,7 @@ def stop() -> train_lora.StopRequest:
     return train_lora.StopRequest()
 
 
-def write_image(path: Path, size: tuple[int, int] = (64, 48), **options: Any) -> Path:
+def write_image(path: Path, size: tuple[int, int] = (64, 52), **options: Any) -> Path:
     """Write a picture that is not of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.linear_gradient("L").resize(size).convert("RGB").save(path, **options)

@@ -21,6 +21,7 @@ from conftest import (
     check_stream,
     run_program,
     write_config,
+    write_image,
     write_model,
     write_safetensors,
 )
@@ -59,7 +60,12 @@ def prepared(prepare: Callable[[Path], object], *arguments: str, **changes: Any)
 
 def write_text(name: str, text: str) -> Callable[[Path], object]:
     """Put a text file into the workspace."""
-    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+    return write
 
 
 def truncate_config(folder: Path) -> list[Record]:
@@ -105,6 +111,11 @@ def take_schema_away(folder: Path) -> list[Record]:
     done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=False)
     check_stream(done.stdout)
     return [train_lora.parse_json(line)[0] for line in done.stdout.decode().splitlines()]
+
+
+def write_wide_image(folder: Path) -> None:
+    """Add an image of which a square keeps half."""
+    write_image(folder / "data" / "wide.png", (128, 64))
 
 
 def name_folder_like_image(folder: Path) -> None:
@@ -340,7 +351,10 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.TRIGGER_WORDS_EMPTY: configured(trigger_words=[]),
     WarningCode.IMAGE_SKIPPED: prepared(write_text("data/x.png", "no image")),
     WarningCode.FOLDER_SKIPPED: prepared(name_folder_like_image),
+    WarningCode.FILES_UNREAD: prepared(write_text("data/image1.caption", "a cat")),
+    WarningCode.REPEATS_IGNORED: prepared(write_text("data/10_zkb/a.txt", "a cat")),
     WarningCode.IMAGES_SMALL: configured(resolution=512),
+    WarningCode.IMAGES_CROPPED: prepared(write_wide_image),
     WarningCode.CAPTION_UNUSABLE: prepared(write_text("data/image1.txt", "")),
     WarningCode.METADATA_LINE_REFUSED: prepared(write_text("data/metadata.jsonl", "no JSON")),
     WarningCode.MODEL_NOT_CACHED: configured(base_model="some-body/that-is-not-cached"),

@@ -84,11 +84,12 @@ def reasons(recorder: Recorder, code: str) -> dict[str, str]:
 def test_images_are_found_in_all_folders_and_whatever_the_case_of_their_suffix(
     data: Path, scan: Scanner
 ) -> None:
-    """All five suffixes count, at any depth, in any case."""
-    for name in ("a.PNG", "b/c.Jpg", "b/d/e.jpeg", "f.WEBP", "g.bmp"):
+    """All suffixes count, at any depth, in any case."""
+    for name in ("a.PNG", "b/c.Jpg", "b/d/e.jpeg", "f.WEBP", "g.bmp", "h.jfif", "i.avif"):
         write_image(data / name)
     (data / "notes.md").write_text("no image", encoding="utf-8")
-    assert names(scan()) == ["a.PNG", "b/c.Jpg", "b/d/e.jpeg", "f.WEBP", "g.bmp"]
+    seven = ["a.PNG", "b/c.Jpg", "b/d/e.jpeg", "f.WEBP", "g.bmp", "h.jfif", "i.avif"]
+    assert names(scan()) == seven
 
 
 def test_hidden_files_and_archive_debris_are_ignored_without_a_word(
@@ -100,6 +101,66 @@ def test_hidden_files_and_archive_debris_are_ignored_without_a_word(
         write_image(data / name)
     assert names(scan()) == ["good.png"]
     assert recorder.codes() == []
+
+
+def test_files_of_other_kinds_are_counted_by_kind(
+    data: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """Whoever has photographs of a phone and kohya's captions learns why they are not used."""
+    write_image(data / "good.png", (600, 600))
+    for name in ("a.HEIC", "b.heic", "old/c.tif", "good.caption", "notes.md"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_bytes(b"something")
+    scan()
+    (told,) = recorder.of_type("warning")
+    assert told["code"] == "files_unread"
+    assert told["data"]["kinds"] == {".heic": 2, ".tif": 1, ".caption": 1}
+    assert "2 .heic" in told["message"]
+
+
+def test_folders_named_for_repeats_are_read_once_and_named(
+    data: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """In kohya's trainer, 10_zkb has each of its images ten times in an epoch."""
+    for name in ("10_zkb dog/a.png", "3_other/deep/b.png", "2024/c.png", "v1/d.png"):
+        write_image(data / name, (600, 600))
+    assert len(names(scan())) == 4
+    (told,) = recorder.of_type("warning")
+    assert told["code"] == "repeats_ignored"
+    assert set(told["data"]["folders"]) == {"10_zkb dog", "3_other"}
+
+
+@pytest.mark.parametrize("place", ["v1", "."])
+def test_the_output_of_another_run_is_no_dataset(
+    data: Path, scan: Scanner, recorder: Recorder, place: str
+) -> None:
+    """Its previews would be learned as if they were photographs."""
+    write_image(data / "good.png", (600, 600))
+    write_image(data / place / "samples" / "step_100.png", (600, 600))
+    (data / place / "state").mkdir()
+    (data / place / "events.jsonl").write_bytes(b"")
+    if place == ".":
+        with pytest.raises(train_lora.TrainError) as refused:
+            scan()
+        assert refused.value.code is train_lora.ErrorCode.DATASET_EMPTY
+    else:
+        assert names(scan()) == ["good.png"]
+    (reason,) = reasons(recorder, "folder_skipped").values()
+    assert reason.startswith("the output of a run")
+
+
+def test_images_that_lose_much_by_cropping_are_counted_and_named(
+    data: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """More than a fifth: a portrait loses its head. The worst comes first."""
+    sizes = {"a.png": (800, 640), "b.png": (600, 1200), "c.png": (512, 768), "d.png": (600, 600)}
+    for name, size in sizes.items():
+        write_image(data / name, size)
+    assert scan().facts.cropped == 2
+    (told,) = recorder.of_type("warning")
+    assert (told["code"], told["data"]["images"]) == ("images_cropped", 2)
+    lost = told["data"]["lost"]
+    assert lost == [{"file": "b.png", "share": 0.5}, {"file": "c.png", "share": 0.33}]
 
 
 def test_images_come_in_natural_order(data: Path, scan: Scanner) -> None:
@@ -759,7 +820,7 @@ def test_an_unusual_but_sound_image_is_used(
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize(
-    ("orientation", "size"), [(1, (64, 48)), (3, (64, 48)), (6, (48, 64)), (8, (48, 64))]
+    ("orientation", "size"), [(1, (64, 52)), (3, (64, 52)), (6, (52, 64)), (8, (52, 64))]
 )
 def test_an_image_lying_on_its_side_is_measured_upright(
     data: Path, scan: Scanner, suffix: str, orientation: int, size: tuple[int, int]
@@ -901,7 +962,7 @@ def test_images_smaller_than_the_resolution_are_counted(
     data: Path, scan: Scanner, recorder: Recorder
 ) -> None:
     """The shorter side decides."""
-    for name, size in (("a", (256, 900)), ("b", (900, 255)), ("c", (300, 300))):
+    for name, size in (("a", (256, 300)), ("b", (300, 255)), ("c", (300, 300))):
         write_image(data / f"{name}.png", size)
     scan(resolution=256)
     (warning,) = recorder.of_type("warning")
