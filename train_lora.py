@@ -77,14 +77,30 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from jsonschema import ValidationError
     from PIL import Image
+    from torch import Tensor
+else:
+
+    class Lazy:
+        """A module that is imported when something of it is first asked for."""
+
+        def __init__(self, name: str) -> None:
+            """Remember which."""
+            self.name = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            """Take something of it."""
+            return getattr(importlib.import_module(self.name), attribute)
+
+    torch = Lazy("torch")  # takes seconds, and no check of a config needs it
 
 __version__ = "0.1.0"
 
@@ -229,10 +245,7 @@ CheckpointReason = Literal["periodic", "interrupted"]
 
 
 class TrainingInterrupted(BaseException):
-    """A stop request on its way out of the depths.
-
-    Like KeyboardInterrupt it is no Exception, so that no library swallows it by accident.
-    """
+    """A stop request on its way out; no Exception, so that no library swallows it."""
 
     def __init__(self, reason: StopReason, step: int = 0, path: str | None = None) -> None:
         """Remember why, after which update, and what a restart continues from."""
@@ -317,15 +330,16 @@ class Event:
     says: ClassVar[str] = "{message}"  # to be filled with its fields
     ends_run: ClassVar[bool]
 
-    def __init_subclass__(cls, says: str = "", ends_run: bool = False, **wire: str) -> None:
+    def __init_subclass__(cls, ends_run: bool = False, **wire: str) -> None:
         """Make it a record; what its class is called does not matter to hosts."""
-        cls.wire, cls.says, cls.ends_run = {**cls.wire, **wire}, says or cls.says, ends_run
+        cls.wire, cls.ends_run = {**cls.wire, **wire}, ends_run
         dataclass(frozen=True, kw_only=True)(cls)
 
 
-class StartEvent(Event, type="start", says="train_lora {version}, protocol {protocol}"):
+class StartEvent(Event, type="start"):
     """First line once the config is valid."""
 
+    says = "train_lora {version}, protocol {protocol}"
     protocol: Annotated[str, "version of this event protocol"] = PROTOCOL
     version: Annotated[str, "version of the program"] = __version__
     run_id: Annotated[str, "names the run, over all its starts"]
@@ -339,9 +353,10 @@ class Facts(Event, type="info"):
     """A fact worth showing."""
 
 
-class DeviceFacts(Facts, topic="device", says="Device: {name} ({kind})"):
+class DeviceFacts(Facts, topic="device"):
     """The processor that will train: in a preflight by the system's word, else by torch's."""
 
+    says = "Device: {name} ({kind})"
     kind: Annotated[str, "`cuda`, `mps` or `cpu`"]
     name: Annotated[str, "as its maker calls it"]
     memory_total_bytes: Annotated[int | None, "memory of the device"] = None
@@ -349,11 +364,10 @@ class DeviceFacts(Facts, topic="device", says="Device: {name} ({kind})"):
     driver: Annotated[str | None, "driver version, where nvidia-smi was asked"] = None
 
 
-class ModelFacts(
-    Facts, topic="model", says="Base model: {source}, family {family}, {parameters} parameters"
-):
+class ModelFacts(Facts, topic="model"):
     """The base model, as far as its headers tell; null while it is not downloaded."""
 
+    says = "Base model: {source}, family {family}, {parameters} parameters"
     source: Annotated[str, "`folder`, `file` or `hub`"]
     cached: Annotated[bool, "whether the weights are on this machine"]
     family: Annotated[str | None, "`sd1`, `sd2` or `sdxl`"] = None
@@ -367,13 +381,10 @@ class ModelFacts(
     trainable_parameters: Annotated[int | None, "numbers that learn, once known"] = None
 
 
-class DatasetFacts(
-    Facts,
-    topic="dataset",
-    says="Dataset: {images} images, {captions_found} captions, {skipped} skipped",
-):
+class DatasetFacts(Facts, topic="dataset"):
     """The training images and their captions."""
 
+    says = "Dataset: {images} images, {captions_found} captions, {skipped} skipped"
     images: Annotated[int, "usable images in dataset_path"]
     skipped: Annotated[int, "images left out in both folders, each named in a warning"]
     captions_found: Annotated[int, "images of dataset_path with a caption of their own"]
@@ -382,21 +393,19 @@ class DatasetFacts(
     regularization_images: Annotated[int, "usable images in regularization_path"]
 
 
-class PhaseFacts(Facts, topic="phase", says="{name}: {done} of {total}"):
+class PhaseFacts(Facts, topic="phase"):
     """How far a longer preparation has come."""
 
+    says = "{name}: {done} of {total}"
     name: Annotated[str, "what is done: `checking images`, …"]
     done: Annotated[int, "items done"]
     total: Annotated[int | None, "items in all"]
 
 
-class MemoryFacts(
-    Facts,
-    topic="memory",
-    says="Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured",
-):
+class MemoryFacts(Facts, topic="memory"):
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
+    says = "Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured"
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
     in_use_bytes: Annotated[int | None, "held by training at the end of the phase"] = None
     peak_bytes: Annotated[int | None, "most that was ever held"] = None
@@ -406,22 +415,19 @@ class MemoryFacts(
     choices: Annotated[dict[str, str] | None, "what was chosen and why, in planning"] = None
 
 
-class ResumeFacts(Facts, topic="resume", says="The run begins after step {step}"):
+class ResumeFacts(Facts, topic="resume"):
     """Where the run begins."""
 
+    says = "The run begins after step {step}"
     step: Annotated[int, "updates done by earlier starts"]
     aimed_at: Annotated[int | None, "updates that the earlier start was to make in all"]
     set_aside: Annotated[str | None, "where `--fresh` moved the earlier run"]
 
 
-class ValidFacts(
-    DatasetFacts,
-    topic="valid",
-    says="Valid: {images} images, {total_steps} steps on {device}",
-    ends_run=True,
-):
+class ValidFacts(DatasetFacts, topic="valid", ends_run=True):
     """The whole report of a preflight that found nothing wrong. Always the last line."""
 
+    says = "Valid: {images} images, {total_steps} steps on {device}"
     effective_batch: Annotated[int, "images per update"]
     steps_per_epoch: Annotated[int, "updates in which every image of dataset_path is seen once"]
     total_steps: Annotated[int, "updates in all"]
@@ -443,9 +449,10 @@ class WarningEvent(Event, type="warning"):
     message: str
 
 
-class ProgressEvent(Event, type="progress", says="Step {step} of {total_steps}, loss {loss}"):
+class ProgressEvent(Event, type="progress"):
     """At most 2 per second and about 1,000 per run; always the first and the last step."""
 
+    says = "Step {step} of {total_steps}, loss {loss}"
     step: Annotated[int, "updates done"]
     total_steps: Annotated[int, "updates in all"]
     percent: Annotated[int, "0 … 99; 100 stands in `complete` alone"]
@@ -460,29 +467,30 @@ class ProgressEvent(Event, type="progress", says="Step {step} of {total_steps}, 
     memory_bytes: Annotated[int | None, "memory held, also what is kept for later use"]
 
 
-class SampleEvent(Event, type="sample", says="Sample at step {step}: {prompt}"):
+class SampleEvent(Event, type="sample"):
     """A preview image is complete on disk."""
 
+    says = "Sample at step {step}: {prompt}"
     step: Annotated[int, "updates done"]
     image_path: Annotated[str, "the picture"]
     prompt: Annotated[str, "what it was asked to show"]
     seed: Annotated[int, "of its noise"]
 
 
-class CheckpointEvent(Event, type="checkpoint", says="Checkpoint at step {step}"):
+class CheckpointEvent(Event, type="checkpoint"):
     """A checkpoint is complete on disk."""
 
+    says = "Checkpoint at step {step}"
     step: Annotated[int, "updates done"]
     path: Annotated[str, "the usable LoRA file"]
     bytes: Annotated[int, "its size"]
     reason: Annotated[CheckpointReason, "why it was written"]
 
 
-class CompleteEvent(
-    Event, type="complete", says="Complete: {step} steps in {total_time} s", ends_run=True
-):
+class CompleteEvent(Event, type="complete", ends_run=True):
     """Last line of a finished run."""
 
+    says = "Complete: {step} steps in {total_time} s"
     step: Annotated[int, "updates done"]
     percent: Annotated[int, "100"] = 100
     final_path: Annotated[str, "lora_final.safetensors"]
@@ -495,11 +503,10 @@ class CompleteEvent(
     peak_memory_bytes: Annotated[int | None, "most memory that was ever held"]
 
 
-class InterruptedEvent(
-    Event, type="interrupted", says="Interrupted by {reason} at step {step}", ends_run=True
-):
+class InterruptedEvent(Event, type="interrupted", ends_run=True):
     """Last line of a stopped run."""
 
+    says = "Interrupted by {reason} at step {step}"
     step: Annotated[int, "updates done"]
     reason: Annotated[StopReason, "who asked"]
     path: Annotated[str | None, "what a restart continues from; null when nothing was done"]
@@ -610,7 +617,7 @@ class Emitter:
 
     def __init__(self, *listeners: Callable[[Record], None]) -> None:
         """Start counting lines and time."""
-        self._listeners = list(listeners)
+        self.listeners = list(listeners)  # others may join
         self.warnings: Counter[str] = Counter()
         self.last: Event | None = None  # the line that ended the run
         self._seq = 0
@@ -650,24 +657,9 @@ class Emitter:
             head = {"type": event.wire["type"], "seq": self._seq, "timestamp": now}
             head |= {"message": message} | event.wire
             record = head | ({"data": fields} if isinstance(event, Facts) else fields)
-            for listener in self._listeners:
+            for listener in self.listeners:
                 listener(record)
             return True
-
-    @contextlib.contextmanager
-    def heard_by(self, listener: Callable[[Record], None]) -> Iterator[None]:
-        """Let somebody else listen too."""
-        with self._lock:
-            self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._listeners.remove(listener)
-
-    def info(self, facts: Facts) -> None:
-        """Send facts worth showing."""
-        self.emit(facts)
 
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
@@ -708,6 +700,7 @@ def encode_line(record: Record) -> bytes:
         short, limit = shorten(record, limit), limit // 2
 
 
+@dataclass(eq=False)
 class LineWriter:
     """Write lines to a file from a thread of its own, which alone holds the descriptor.
 
@@ -715,20 +708,17 @@ class LineWriter:
     all others wait here. They also wait for a full disk, which is tried again now and then.
     """
 
-    BACKLOG_LINES = 256
-    MOST_LINES = 2**16  # that are no progress, for a disk that stays full
-    RETRY_SECONDS = 1.0
+    BACKLOG_LINES: ClassVar = 256
+    MOST_LINES: ClassVar = 2**16  # that are no progress, for a disk that stays full
+    RETRY_SECONDS: ClassVar = 1.0
 
-    def __init__(
-        self,
-        descriptor: int,
-        on_failure: Callable[[OSError], None],
-        encode: Callable[[Record], bytes] = encode_line,
-        reopen: Callable[[int], int | None] = lambda _: None,
-    ) -> None:
-        """Take the descriptor over and start the thread; `reopen` may give it another one."""
-        self._descriptor, self._encode, self._reopen = descriptor, encode, reopen
-        self._on_failure = on_failure
+    descriptor: int
+    on_failure: Callable[[OSError], None]
+    encode: Callable[[Record], bytes] = encode_line
+    reopen: Callable[[int], int | None] = lambda _: None  # may give another descriptor
+
+    def __post_init__(self) -> None:
+        """Start the thread."""
         self._lines: SimpleQueue[bytes] = SimpleQueue()
         self._closing = threading.Event()
         self._ended = beside(self._drain)
@@ -737,7 +727,7 @@ class LineWriter:
         """Queue one record; never wait."""
         most = self.BACKLOG_LINES if record["type"] == "progress" else self.MOST_LINES
         if not self._closing.is_set() and self._lines.qsize() < most:
-            self._lines.put(self._encode(record))
+            self._lines.put(self.encode(record))
 
     def close(self, patient: Callable[[], bool]) -> None:
         """Take no more lines; wait until all are written, as long as there is patience.
@@ -754,8 +744,8 @@ class LineWriter:
         while (line := self._lines.get()) and self._deliver(line):
             pass
         self._closing.set()
-        if self._descriptor != NOT_OPEN:
-            os.close(self._descriptor)
+        if self.descriptor != NOT_OPEN:
+            os.close(self.descriptor)
 
     def _deliver(self, line: bytes) -> bool:
         """Write a line, whatever that takes; tell whether another one is worth trying."""
@@ -763,16 +753,16 @@ class LineWriter:
         while left:
             last_try = self._closing.is_set()
             try:
-                if (fresh := self._reopen(self._descriptor)) is not None:
-                    if self._descriptor != NOT_OPEN:
-                        os.close(self._descriptor)
-                    self._descriptor, left = fresh, line
-                left = left[os.write(self._descriptor, left) :]
+                if (fresh := self.reopen(self.descriptor)) is not None:
+                    if self.descriptor != NOT_OPEN:
+                        os.close(self.descriptor)
+                    self.descriptor, left = fresh, line
+                left = left[os.write(self.descriptor, left) :]
             except BlockingIOError:  # somebody made the pipe so
                 time.sleep(0.02)
             except OSError as error:
                 if not failed:
-                    self._on_failure(error)
+                    self.on_failure(error)
                 failed = True
                 if last_try or isinstance(error, ConnectionError):
                     return False
@@ -792,7 +782,7 @@ class Phase:
         """Note how many are done."""
         self._stop.check()
         if time.monotonic() - self._told >= 1:
-            self._events.info(PhaseFacts(name=self._name, done=done, total=self._total))
+            self._events.emit(PhaseFacts(name=self._name, done=done, total=self._total))
             self._told = time.monotonic()
 
 
@@ -906,18 +896,14 @@ def describe_values(knob: Record) -> str:
         least = knob.get("minLength", 0)
         longest = f" of {least} … {knob['maxLength']} characters" if "maxLength" in knob else ""
         return "a path" if knob.get("format") == "path" else "text" + longest
-    return TYPE_WORDS[knob["type"]] + describe_range(knob)
-
-
-def describe_range(knob: Record) -> str:
-    """Say how small and how large a number may be."""
     low, high = knob.get("minimum"), knob.get("maximum", NO_LIMIT)
+    span = ""
     if "exclusiveMinimum" in knob:
-        return f" above {knob['exclusiveMinimum']}, at most {high}"
-    if low is None:
-        return ""
-    span = f" ≥ {low:g}" if high >= NO_LIMIT and low else f" {low:g} … {high:.10g}"
-    return span + (f", a multiple of {knob['multipleOf']}" if "multipleOf" in knob else "")
+        span = f" above {knob['exclusiveMinimum']}, at most {high}"
+    elif low is not None:
+        span = f" ≥ {low:g}" if high >= NO_LIMIT and low else f" {low:g} … {high:.10g}"
+    factor = f", a multiple of {knob['multipleOf']}" if "multipleOf" in knob else ""
+    return TYPE_WORDS[knob["type"]] + span + factor
 
 
 def check_schema(document: Record) -> None:
@@ -1004,10 +990,7 @@ FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What the user asked for, checked and complete.
-
-    Names and types alone: ranges, defaults and prose stand in config_schema.json.
-    """
+    """What the user asked for; ranges, defaults and prose stand in config_schema.json."""
 
     dataset_path: Path
     base_model: str
@@ -1207,14 +1190,9 @@ STOP_SIGNALS: dict[str, StopReason] = {
     "SIGHUP": "SIGHUP",
     "SIGBREAK": "SIGTERM",
 }
-EXIT_CODES: dict[StopReason, int] = {
-    "SIGINT": 130,
-    "SIGTERM": 143,
-    "SIGHUP": 129,
-    "stop_file": 143,
-    "host_gone": 143,
-    "output_full": 143,
-}
+# 128 + the signal; whoever else asks counts as SIGTERM.
+EXIT_CODES: dict[StopReason, int] = dict.fromkeys(typing.get_args(StopReason), 143)
+EXIT_CODES |= {"SIGINT": 130, "SIGHUP": 129}
 
 # Ctrl-C under a launcher arrives twice within milliseconds; a person who means it waits longer.
 SECOND_SIGNAL_SECONDS = 1.0
@@ -1235,19 +1213,6 @@ def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
         handle = kernel32.OpenProcess(WINDOWS_SYNCHRONIZE, False, parent)
         return lambda: bool(handle) and kernel32.WaitForSingleObject(handle, 0) == 0
     return lambda: os.getppid() != parent
-
-
-@contextlib.contextmanager
-def unblocked(signals: Iterable[int]) -> Iterator[None]:
-    """Let signals through that the first lines of this file, or a parent, have blocked."""
-    if sys.platform == "win32":
-        yield
-        return
-    former = signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 class StopRequest:
@@ -1293,15 +1258,19 @@ class StopRequest:
         listener = beside(lambda: self._listen(ear, over))
         if sys.platform != "win32":
             os.register_at_fork(after_in_child=self._let_go)
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             for name, number in signal.Signals.__members__.items():
                 # The wish of nohup to ignore SIGHUP stands.
                 ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
                 if name in STOP_SIGNALS and not ignored:
                     self._taken[number] = signal.signal(number, self._handle) or signal.SIG_DFL
-            with unblocked(self._taken):
-                yield self
+            if sys.platform != "win32":  # by the first lines of this file, or by a parent
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._taken)
+            yield self
         finally:
+            if sys.platform != "win32":
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             over.set()
             signal.set_wakeup_fd(former)
             mouth.close()
@@ -1758,7 +1727,7 @@ def scan_dataset(
         resolutions=dict(counts.most_common(10)),
         regularization_images=sum(map(len, others)),
     )
-    events.info(facts)
+    events.emit(facts)
     return Dataset(pictures=tuple(itertools.chain(own, *others)), facts=facts)
 
 
@@ -1766,10 +1735,10 @@ def scan_dataset(
 
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shapes = dict[str, tuple[int, ...]]
-Tensors = dict[str, "torch.Tensor"]
+Tensors = dict[str, "Tensor"]
 
 
-class Conditioning(dict[str, "torch.Tensor"]):
+class Conditioning(dict[str, "Tensor"]):
     """What the denoiser is told, by name; the first side of every tensor is the batch."""
 
     def to(self, device: torch.device) -> Conditioning:
@@ -1814,19 +1783,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a denoiser is taught, and how a picture is made with what it learned.
-
-    The schedule is whatever `load_schedule` makes of the config of a base model's sampler.
-    """
+    """What a denoiser is taught, and how a picture is made with what it learned."""
 
     prediction_type: str  # in configs and in LoRA files
     zero_terminal_snr: bool = False  # whether nothing of a picture is left at the last time
-    load_schedule: Callable[[Objective, Record], Any]
-    draw_time: Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor]  # for some latents
-    mix: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    target: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    solver: Callable[[Any, int, torch.Tensor], Any]  # has `timesteps` and `step`, from pure noise
-    weight: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # of losses, by their times
+    load_schedule: Callable[[Objective, Record], Any]  # from the config of a base's sampler
+    draw_time: Callable[[Any, Tensor, torch.Generator], Tensor]  # for some latents
+    mix: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+    target: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+    solver: Callable[[Any, int, Tensor], Any]  # has `timesteps` and `step`, from pure noise
+    weight: Callable[[Any, Tensor], Tensor] | None = None  # of losses, by their times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1864,18 +1830,18 @@ class Family:
     states: Callable[[Headers, Record | None], tuple[str | None, bool | None]]
     measure: Callable[[Mapping[Part, Located]], dict[str, int]]
     # Text.
-    tokenize: Callable[[Sequence[Any], str, int], list[torch.Tensor]]
-    read_text: Callable[[Sequence[Any], Sequence[torch.Tensor]], Conditioning]
+    tokenize: Callable[[Sequence[Any], str, int], list[Tensor]]
+    read_text: Callable[[Sequence[Any], Sequence[Tensor]], Conditioning]
     empty_is_silence: bool = False  # whether an empty prompt stands for zeros
     # Latents: from pixels to mean and deviation, to what the denoiser sees, and back to pixels.
     latent_channels: int
-    encode: Callable[[Any, torch.Tensor], torch.Tensor]
-    scale: Callable[[torch.Tensor, Record], torch.Tensor]
-    decode: Callable[[Any, torch.Tensor, int | None], torch.Tensor]  # in tiles of so many pixels
+    encode: Callable[[Any, Tensor], Tensor]
+    scale: Callable[[Tensor, Record], Tensor]
+    decode: Callable[[Any, Tensor, int | None], Tensor]  # in tiles of so many pixels
     # Training.
     objectives: tuple[Objective, ...]
     assumed: str | None = None  # what the reference predicts, where not all bases predict the same
-    predict: Callable[[Any, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+    predict: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
     # Numbers kept of an image for the way back, per place of its latents and per weight that the
     # denoiser has for each channel of its first layer; the second with gradient checkpointing.
     kept_per_latent: float
@@ -1907,18 +1873,13 @@ def load_ddpm(objective: Objective, config: Record) -> Any:
     )
 
 
-def draw_step(schedule: Any, _: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+def draw_step(schedule: Any, _: Tensor, chance: torch.Generator) -> Tensor:
     """Draw one of the schedule's time steps, all alike."""
-    import torch
-
     return torch.randint(schedule.config.num_train_timesteps, (), generator=chance)
 
 
-def multistep_solver(schedule: Any, steps: int, latents: torch.Tensor) -> Any:
-    """Make a solver that needs few steps for a clean picture.
-
-    From the model's own sampler it takes what was trained, and no taste.
-    """
+def multistep_solver(schedule: Any, steps: int, latents: Tensor) -> Any:
+    """Make a solver that needs few steps; of the base's sampler it takes what was trained."""
     from diffusers import DPMSolverMultistepScheduler
 
     names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"]
@@ -2024,7 +1985,7 @@ def measure_sd(parts: Mapping[Part, Located]) -> dict[str, int]:
     }
 
 
-def tokenize_padded(tokenizers: Sequence[Any], text: str, length: int) -> list[torch.Tensor]:
+def tokenize_padded(tokenizers: Sequence[Any], text: str, length: int) -> list[Tensor]:
     """Turn a text into as many token numbers as there is room for, for every encoder."""
     options = {"padding": "max_length", "max_length": length, "truncation": True}
     return [t(text, return_tensors="pt", **options).input_ids for t in tokenizers]
@@ -2045,51 +2006,40 @@ def publish_open_clip(part: Part, weights: Tensors, config: Any) -> Tensors:
     return state
 
 
-def read_last_layer(encoders: Sequence[Any], tokens: Sequence[torch.Tensor]) -> Conditioning:
+def read_last_layer(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
     """Take what the only text encoder says in the end."""
     return Conditioning(prompt_embeds=encoders[0](tokens[0]).last_hidden_state)
 
 
-def read_two_encoders(encoders: Sequence[Any], tokens: Sequence[torch.Tensor]) -> Conditioning:
+def read_two_encoders(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
     """Join the last layer but one of both text encoders; the second also sums the text up."""
-    import torch
-
     pairs = zip(encoders, tokens, strict=True)
     said = [encoder(ids, output_hidden_states=True) for encoder, ids in pairs]
     hidden = torch.cat([each.hidden_states[-2] for each in said], dim=-1)
     return Conditioning(prompt_embeds=hidden, pooled_prompt_embeds=said[-1].text_embeds)
 
 
-def encode_kl(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+def encode_kl(vae: Any, pixels: Tensor) -> Tensor:
     """Let the VAE see one picture; return mean and deviation."""
-    import torch
-
     found = vae.encode(pixels).latent_dist
     return torch.cat([found.mean, found.std])  # [2, channels, latent height, latent width]
 
 
-def scale_latents(latents: torch.Tensor, vae: Record) -> torch.Tensor:
-    """Bring latents to the size of numbers that the denoiser knows."""
-    return latents * float(vae.get("scaling_factor", 0.18215))  # which the first configs leave out
-
-
-def decode_kl(vae: Any, latents: torch.Tensor, tile: int | None) -> torch.Tensor:
+def decode_kl(vae: Any, latents: Tensor, tile: int | None) -> Tensor:
     """Turn what the denoiser sees into pixels, in pieces where a size for them is given."""
     if tile:
         vae.enable_tiling()  # in pieces of the size it was made for, which may be the whole
         vae.tile_sample_min_size = tile
         vae.tile_latent_min_size = tile // sd_scale_factor(vae.config)
-    pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+    pixels: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
     return pixels
 
 
-def ask_unet(
-    denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, told: Conditioning
-) -> torch.Tensor:
+def ask_unet(denoiser: Any, noisy: Tensor, times: Tensor, told: Conditioning) -> Tensor:
     """Ask the denoiser; SDXL's is also told how the picture was resized and cropped."""
     text, pooled = told["prompt_embeds"], told.get("pooled_prompt_embeds")
     more = None if pooled is None else {"text_embeds": pooled, "time_ids": told["time_ids"]}
-    answer: torch.Tensor = denoiser(noisy, times, text, added_cond_kwargs=more).sample
+    answer: Tensor = denoiser(noisy, times, text, added_cond_kwargs=more).sample
     return answer
 
 
@@ -2181,7 +2131,8 @@ SD1 = Family(
     read_text=read_last_layer,
     latent_channels=4,
     encode=encode_kl,
-    scale=scale_latents,
+    # The first configs leave it out.
+    scale=lambda latents, vae: latents * float(vae.get("scaling_factor", 0.18215)),
     decode=decode_kl,
     objectives=(DDPM_EPSILON, DDPM_VELOCITY, DDPM_ZERO_SNR),
     predict=ask_unet,
@@ -2581,7 +2532,7 @@ def download_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts,
     facts, base = inspect_model(config)
     if wanted := base.reference if base else facts.hub_id:
         if base is None:
-            events.info(PhaseFacts(name="downloading base model", done=0, total=None))
+            events.emit(PhaseFacts(name="downloading base model", done=0, total=None))
         fetch_parts(wanted, weights=base is None)
         facts, base = inspect_model(config)
     if base is None or base.reference:
@@ -2665,10 +2616,7 @@ def load_with_transformers(
 
 
 def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device: str) -> Any:
-    """Load a denoiser or VAE, which never lies in memory twice.
-
-    Measured: the library's own way holds 1.6 GiB more of an SD 1.5 denoiser in full precision.
-    """
+    """Load a denoiser or VAE; the library's way held 1.6 GiB more of an SD 1.5 denoiser."""
     from accelerate import init_empty_weights
 
     cls, tensors = library_class(part), read_all(part, located, dtype, device)
@@ -2683,10 +2631,7 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
 
 
 def read_all(part: Part, located: Located, dtype: torch.dtype, device: str = "cpu") -> Tensors:
-    """Read the tensors of one network, one by one to where they are to be, by their own names.
-
-    A mapped file would count as memory beside what is made of it.
-    """
+    """Read a network's tensors to where they are to be; mapped, the file would count as memory."""
     from safetensors import safe_open
 
     tensors: Tensors = {}
@@ -2700,7 +2645,6 @@ def read_all(part: Part, located: Located, dtype: torch.dtype, device: str = "cp
 
 def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
     """Replace linear layers by packed ones, which bitsandbytes fills when they are moved."""
-    import torch
     from bitsandbytes import nn as packed
 
     four = precision == "nf4"
@@ -2733,15 +2677,6 @@ def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
     return tokenizer
 
 
-def load_schedule(base: BaseModel) -> Any:
-    """Load the noise schedule."""
-    sampler = base.parts[base.family.sampler]
-    try:
-        return base.objective.load_schedule(base.objective, sampler.config)
-    except Exception as error:  # a config without sense
-        raise damaged_model(sampler.folder, f"no noise schedule ({error})") from error
-
-
 @dataclass
 class Models:
     """The networks in use. What is no longer needed is dropped, which frees its memory."""
@@ -2764,7 +2699,12 @@ class Models:
         """Load what is small and always needed."""
         pairs = zip(base.family.tokenizers, base.family.text_encoders, strict=True)
         tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
-        return cls(base, device, dtype, load_schedule(base), tokenizers)
+        sampler = base.parts[base.family.sampler]
+        try:
+            schedule = base.objective.load_schedule(base.objective, sampler.config)
+        except Exception as error:  # a config without sense
+            raise damaged_model(sampler.folder, f"no noise schedule ({error})") from error
+        return cls(base, device, dtype, schedule, tokenizers)
 
     def load_text_encoders(self, dtype: torch.dtype) -> None:
         """Load the networks that read captions."""
@@ -2773,15 +2713,11 @@ class Models:
 
     def load_vae(self) -> Any:
         """Load the VAE once, in full precision, to where it waits for pictures."""
-        import torch
-
         self.vae = self.vae or load_part(self.base, self.base.family.vae, torch.float32)
         return self.vae
 
     def load_denoiser(self, precision: str) -> None:
         """Load the network that is adapted, in a precision of its own where that was asked for."""
-        import torch
-
         part = self.base.family.denoiser
         if self.device.type != "cuda":
             self.denoiser = load_part(self.base, part, self.dtype, self.device)
@@ -2803,21 +2739,17 @@ class Models:
         for encoder in self.text_encoders:
             encoder.activation_checkpointing_enable()
 
-    def read_text(self, tokens: Sequence[torch.Tensor]) -> Conditioning:
+    def read_text(self, tokens: Sequence[Tensor]) -> Conditioning:
         """Let the text encoders read token numbers, [batch, tokens] for each of them."""
         ids = [send(numbers, self.device) for numbers in tokens]
         return self.base.family.read_text(self.text_encoders, ids)
 
-    def predict(
-        self, noisy: torch.Tensor, times: torch.Tensor, text: Conditioning, time_ids: torch.Tensor
-    ) -> torch.Tensor:
+    def predict(self, noisy: Tensor, times: Tensor, text: Conditioning, time_ids: Tensor) -> Tensor:
         """Ask the denoiser, in the precision chosen for it.
 
         All of it computes in that precision, as when pictures are made; autocast would convert to
         and fro around every norm, and is for weights that lie there in another one.
         """
-        import torch
-
         # Sizes stay in full precision, which alone holds all of them.
         noisy, told = noisy.to(self.dtype), text.cast(self.dtype)
         told["time_ids"] = time_ids
@@ -2828,7 +2760,7 @@ class Models:
 # === Text and latent cache ===================================================
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Move to a device without waiting for it, which takes memory that cannot be swapped out."""
     if device.type != "cuda":  # on the way back, what is not awaited would be read too early
         return tensor.to(device)
@@ -2841,8 +2773,8 @@ class CachedImage:
 
     name: str
     caption: str
-    latent_dist: torch.Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
-    time_ids: torch.Tensor  # [6]: original height and width, crop top and left, target both
+    latent_dist: Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
+    time_ids: Tensor  # [6]: original height and width, crop top and left, target both
 
 
 @dataclass(frozen=True)
@@ -2850,13 +2782,11 @@ class Cache:
     """Everything about the dataset that no update changes, with the texts keyed by themselves."""
 
     images: tuple[CachedImage, ...]  # those of regularization_path last
-    tokens: dict[str, list[torch.Tensor]]  # [1, tokens] for every text encoder
+    tokens: dict[str, list[Tensor]]  # [1, tokens] for every text encoder
     texts: dict[str, Conditioning]  # empty while text encoders learn
 
     def read(self, models: Models, captions: Sequence[str]) -> Conditioning:
         """Look captions up, or let the text encoders read them as they are at this step."""
-        import torch
-
         if self.texts:
             return Conditioning.stack([self.texts[caption] for caption in captions])
         tokens = [torch.cat(ids) for ids in zip(*(self.tokens[c] for c in captions), strict=True)]
@@ -2883,8 +2813,6 @@ class Shelf:
 
     def origin(self, base: BaseModel, parts: Iterable[Part]) -> list[object]:
         """Tell what everything that some networks compute depends on."""
-        import torch
-
         weights = [sampled_digest(file) for part in parts for file in base.parts[part].files]
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
@@ -2895,16 +2823,13 @@ class Shelf:
         make: Callable[[Iterable[T]], Iterator[Tensors]],
         phase: Phase,
     ) -> dict[str, Tensors]:
-        """Return everything by its key; what is missing is made from what is given beside it.
-
-        Nothing stays mapped while things are made: a map that lasts keeps an encoder's freed
-        memory from being used again. Measured: 10,000 images took 4.5 GiB so.
-        """
-        section = self.folder and self.folder / key_of(origin)[:16]
+        """Return everything by its key; what is missing is made from what is given beside it."""
+        section = self.folder and self.folder / digest_of([origin], 16)
         found = self.find(section, wanted.keys(), phase)
         missing = {key: source for key, source in wanted.items() if key not in found}
         if not missing:
             return found
+        # A map that lasts keeps an encoder's freed memory: 4.5 GiB beside 10,000 images.
         found.clear()
         loose: dict[str, Tensors] = {}
         made = make(missing.values())
@@ -2961,9 +2886,9 @@ class Shelf:
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
 
 
-def key_of(*what: object) -> str:
-    """Name a thing by all that it depends on."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+def digest_of(value: object, letters: int = 64) -> str:
+    """Reduce anything to letters that change when it does."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:letters]
 
 
 def read_pack(path: Path, wanted: Set[str]) -> dict[str, Tensors]:
@@ -3022,18 +2947,14 @@ def load_fitted(picture: Picture, side: int) -> tuple[Image.Image, list[int]]:
         raise TrainError.at(ErrorCode.IMAGE_UNREADABLE, picture.name, expected, found) from error
 
 
-def to_pixels(picture: Image.Image) -> torch.Tensor:
+def to_pixels(picture: Image.Image) -> Tensor:
     """Turn a picture into numbers from -1 to 1."""
-    import torch
-
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     pixels = flat.view(picture.height, picture.width, 3).permute(2, 0, 1)
     return pixels.float() / 127.5 - 1  # [3, height, width]
 
 
-def tokenize(
-    texts: Iterable[str], models: Models, events: Emitter
-) -> dict[str, list[torch.Tensor]]:
+def tokenize(texts: Iterable[str], models: Models, events: Emitter) -> dict[str, list[Tensor]]:
     """Turn texts into token numbers; tell which ones are too long to be read to the end."""
     known, tokenizers, most = dict.fromkeys(texts), models.tokenizers, models.base.tokens
     long = [t for t in known if len(tokenizers[0](t, verbose=False).input_ids) > most]
@@ -3044,12 +2965,11 @@ def tokenize(
 
 
 def read_texts(
-    models: Models, tokens: Mapping[str, list[torch.Tensor]], shelf: Shelf, phase: Phase
+    models: Models, tokens: Mapping[str, list[Tensor]], shelf: Shelf, phase: Phase
 ) -> dict[str, Conditioning]:
     """Let the text encoders read what is new to the shelf; they are loaded for the first of it."""
-    import torch
 
-    def read(rows: Iterable[list[torch.Tensor]]) -> Iterator[Tensors]:
+    def read(rows: Iterable[list[Tensor]]) -> Iterator[Tensors]:
         models.load_text_encoders(torch.float32)  # read once, text can have the better precision
         for row in rows:
             # One by one, because the last bits depend on the size of a batch.
@@ -3058,7 +2978,9 @@ def read_texts(
             yield {name: tensor.contiguous() for name, tensor in made.items()}
 
     origin = shelf.origin(models.base, models.base.family.text_encoders)
-    keys = {text: key_of(origin, [ids.tolist() for ids in row]) for text, row in tokens.items()}
+    keys = {
+        text: digest_of([origin, [ids.tolist() for ids in row]]) for text, row in tokens.items()
+    }
     kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
     return {text: Conditioning(kept[key]) for text, key in keys.items()}
 
@@ -3075,13 +2997,17 @@ def encode_images(
     def encode(missing: Iterable[Picture]) -> Iterator[Tensors]:
         vae = models.load_vae().to(models.device)
         for picture, fitted in ahead(load, missing):
-            made = encode_image(family, vae, *fitted.result(), flip=config.flip)
-            if not made["latent_dist"].isfinite().all():
+            image, time_ids = fitted.result()
+            pixels = to_pixels(image)[None].to(vae.device)
+            forms = [pixels, pixels.flip(-1)] if config.flip else [pixels]
+            with torch.no_grad():  # one by one, because the last bits depend on the size of a batch
+                latent_dist = torch.stack([family.encode(vae, form) for form in forms]).cpu()
+            if not latent_dist.isfinite().all():
                 code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
                 raise TrainError.at(code, picture.name, "finite latents", bad)
-            yield made
+            yield {"latent_dist": latent_dist, "time_ids": torch.tensor(time_ids).float()}
 
-    keys = {p.path: key_of(origin, p.digest, config.resolution, config.flip) for p in pictures}
+    keys = {p.path: digest_of([origin, p.digest, config.resolution, config.flip]) for p in pictures}
     kept = shelf.fill(origin, {keys[p.path]: p for p in pictures}, encode, phase)
     return tuple(CachedImage(p.name, p.caption, **kept[keys[p.path]]) for p in pictures)
 
@@ -3099,23 +3025,10 @@ def ahead(
         yield from pending
 
 
-def encode_image(
-    family: Family, vae: Any, picture: Image.Image, time_ids: list[int], *, flip: bool
-) -> Tensors:
-    """Let the VAE see one picture. Alone, because the last bits depend on the size of a batch."""
-    import torch
-
-    pixels = to_pixels(picture)[None].to(vae.device)
-    forms = [pixels, pixels.flip(-1)] if flip else [pixels]
-    with torch.no_grad():
-        latent_dist = torch.stack([family.encode(vae, form) for form in forms]).cpu()
-    return {"latent_dist": latent_dist, "time_ids": torch.tensor(time_ids, dtype=torch.float32)}
-
-
 # === Objective ===============================================================
 
 
-DrawTime = Callable[["torch.Tensor", "torch.Generator"], "torch.Tensor"]  # for some latents
+DrawTime = Callable[["Tensor", "torch.Generator"], "Tensor"]  # for some latents
 Slots = Sequence[tuple[int, int]]  # places in an update, each with the number of its image
 
 
@@ -3124,16 +3037,14 @@ class Batch:
     """The part of one update that goes through the denoiser at once."""
 
     captions: tuple[str, ...]
-    latents: torch.Tensor  # [batch, channels, latent height, latent width]
-    noise: torch.Tensor  # the same shape
-    timesteps: torch.Tensor  # [batch]
-    time_ids: torch.Tensor  # [batch, 6]
+    latents: Tensor  # [batch, channels, latent height, latent width]
+    noise: Tensor  # the same shape
+    timesteps: Tensor  # [batch]
+    time_ids: Tensor  # [batch, 6]
 
 
 def seeded(*key: object) -> torch.Generator:
     """Make a source of chance that depends on its key alone, not on what was drawn before."""
-    import torch
-
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -3141,8 +3052,6 @@ def seeded(*key: object) -> torch.Generator:
 @functools.lru_cache(maxsize=4)  # two epochs meet in an update, in both folders
 def shuffled(seed: int, epoch: int, count: int, word: str = "epoch") -> list[int]:
     """Order the images for one epoch."""
-    import torch
-
     order: list[int] = torch.randperm(count, generator=seeded(seed, word, epoch)).tolist()
     return order
 
@@ -3187,24 +3096,22 @@ class ImageOrder:
         begin = end - self.config.effective_batch
         if self.config.steps is None:
             end = min(end, self.length(self.config.epochs))
-        return [self.image_at(place) for place in range(begin, end)]
-
-    def image_at(self, place: int) -> int:
-        """Choose the image for a place in the row."""
-        before, seed = math.floor(place * self.share), self.config.seed
-        if math.floor((place + 1) * self.share) > before:
-            epoch, turn = divmod(before, self.others)
-            return self.own + shuffled(seed, epoch, self.others, "regular epoch")[turn]
-        epoch, turn = divmod(place - before, self.own)
-        return shuffled(seed, epoch, self.own)[turn]
+        images, seed = [], self.config.seed
+        for place in range(begin, end):
+            before = math.floor(place * self.share)  # of the others
+            if math.floor((place + 1) * self.share) > before:
+                epoch, turn = divmod(before, self.others)
+                images.append(self.own + shuffled(seed, epoch, self.others, "regular epoch")[turn])
+            else:
+                epoch, turn = divmod(place - before, self.own)
+                images.append(shuffled(seed, epoch, self.own)[turn])
+        return images
 
 
 def draw_batch(
     cache: Cache, config: TrainingConfig, step: int, slots: Slots, draw_time: DrawTime
 ) -> Batch:
     """Draw what is left to chance for some slots of an update: a pure function of its arguments."""
-    import torch
-
     latents, noise, timesteps = [], [], []
     images = [cache.images[index] for _, index in slots]
     for (slot, _), image in zip(slots, images, strict=True):
@@ -3223,7 +3130,7 @@ def draw_batch(
     )
 
 
-def batch_losses(models: Models, batch: Batch, text: Conditioning) -> torch.Tensor:
+def batch_losses(models: Models, batch: Batch, text: Conditioning) -> Tensor:
     """Compare the denoiser's answer with what it should be; one loss per image, [batch]."""
     base, objective, schedule = models.base, models.base.objective, models.schedule
     numbers = (batch.latents, batch.noise, batch.timesteps, batch.time_ids)
@@ -3238,10 +3145,8 @@ def batch_losses(models: Models, batch: Batch, text: Conditioning) -> torch.Tens
 
 def losses_of(
     models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
-) -> torch.Tensor:
+) -> Tensor:
     """Draw some slots of an update, one after another, and let the denoiser answer; [slots]."""
-    import torch
-
     draw_time = functools.partial(models.base.objective.draw_time, models.schedule)
     batch = draw_batch(cache, config, step, slots, draw_time)
     if config.lora_dropout:  # draws from torch's global source
@@ -3256,7 +3161,6 @@ def losses_of(
 
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
-    import torch
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -3270,7 +3174,10 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         for part, network in trained:
             torch.manual_seed(seeded(config.seed, "adapter", part.folder).initial_seed())
-            unread = unread_modules(part, network)
+            unread = None
+            if part.unread_layers:  # nobody reads what these say: they get no gradient, ever
+                last = range(network.config.num_hidden_layers)[-part.unread_layers :]
+                unread = rf".*\.layers\.({'|'.join(map(str, last))})\..*"
             network.add_adapter(
                 LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
             )
@@ -3279,15 +3186,6 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
             named = sorted(network.named_parameters())
             parameters |= {f"{part.folder}.{name}": p for name, p in named if p.requires_grad}
     return parameters
-
-
-def unread_modules(part: Part, network: Any) -> str | None:
-    """Name the last layers of a network that nobody reads: they would get no gradient, ever."""
-    if not part.unread_layers:
-        return None
-    count = network.config.num_hidden_layers
-    unread = range(count - part.unread_layers, count)
-    return rf".*\.layers\.({'|'.join(map(str, unread))})\..*"
 
 
 # How the learning rate goes from its full value, at 0, towards its end, which lies behind the last
@@ -3313,8 +3211,6 @@ OPTIMIZERS = {"adamw8bit": ("bitsandbytes.optim", "AdamW8bit"), "lion": ("lion_p
 
 def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.device) -> Any:
     """Make the optimizer that was asked for."""
-    import torch
-
     if config.optimizer in OPTIMIZERS:
         module, name = OPTIMIZERS[config.optimizer]
         cls = getattr(importlib.import_module(module), name)
@@ -3325,7 +3221,6 @@ def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
-@dataclass
 class Learner:
     """The adapter's numbers and what moves them.
 
@@ -3334,42 +3229,35 @@ class Learner:
     update, where autocast would convert every matrix in every pass; what is learned stays in full.
     """
 
-    parameters: dict[str, Any]  # the networks' own, parts of used
-    learned: torch.Tensor  # in full precision; the optimizer has one part of it for each rate
-    gradient: torch.Tensor
-    used: torch.Tensor  # learned itself, or its copy in half
-    optimizer: Any
-    scaler: Any  # for fp16, whose small gradients would vanish; idle otherwise
-    max_grad_norm: float
-
-    @classmethod
-    def build(cls, models: Models, config: TrainingConfig) -> Learner:
+    def __init__(self, models: Models, config: TrainingConfig) -> None:
         """Adapt the networks and set the optimizer up."""
-        import torch
-
-        parameters = add_adapters(models, config)
-        learned = torch.cat([p.detach().flatten() for p in parameters.values()])
-        gradient = torch.zeros_like(learned)
+        self.parameters = add_adapters(models, config)  # the networks' own, parts of used
+        self.max_grad_norm = config.max_grad_norm
+        matrices = self.parameters.values()
+        self.learned = torch.cat([p.detach().flatten() for p in matrices])  # in full precision
+        self.gradient = torch.zeros_like(self.learned)
+        self.used = self.learned.to(models.dtype)  # learned itself, or its copy in half
+        self.in_half = self.used is not self.learned
+        # The optimizer has one part of what is learned for each rate.
         denoiser = sum(p.numel() for p in models.denoiser.parameters() if p.requires_grad)
         text_rate = config.text_encoder_learning_rate or config.learning_rate
-        spans = [(config.learning_rate, slice(denoiser)), (text_rate, slice(denoiser, None))]
         groups = []
-        for full, span in spans:
-            if len(learned[span]):
-                part = torch.nn.Parameter(learned[span])
-                part.grad = gradient[span]
+        for full, span in (
+            (config.learning_rate, slice(denoiser)),
+            (text_rate, slice(denoiser, None)),
+        ):
+            if len(self.learned[span]):
+                part = torch.nn.Parameter(self.learned[span])
+                part.grad = self.gradient[span]
                 groups.append({"params": [part], "lr": full, "full_lr": full})
-        optimizer = build_optimizer(groups, config, models.device)
-        scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
-        used = learned.to(models.dtype)
-        return cls(parameters, learned, gradient, used, optimizer, scaler, config.max_grad_norm)
-
-    def __post_init__(self) -> None:
-        """Let the networks' parameters, and in full precision their gradients, be parts."""
-        self.in_half = self.used is not self.learned
+        self.optimizer = build_optimizer(groups, config, models.device)
+        # For fp16, whose small gradients would vanish; idle otherwise.
+        fp16 = models.dtype == torch.float16
+        self.scaler: Any = torch.amp.GradScaler(models.device.type, enabled=fp16)
         self.matrices: Tensors = {}  # in full precision
         self.gradients: Tensors = {}  # as far as they were collected
-        sizes = [p.numel() for p in self.parameters.values()]
+        # The networks' parameters, and in full precision their gradients, are parts of the whole.
+        sizes = [p.numel() for p in matrices]
         pieces = (whole.split(sizes) for whole in (self.learned, self.gradient, self.used))
         for (name, p), *parts in zip(self.parameters.items(), *pieces, strict=True):
             self.matrices[name], self.gradients[name], p.data = (part.view_as(p) for part in parts)
@@ -3378,8 +3266,6 @@ class Learner:
 
     def collect(self) -> None:
         """Add what a pass back left in half; a matrix that it did not reach counts as zero."""
-        import torch
-
         if self.in_half:
             used = self.parameters.values()
             passed = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
@@ -3387,17 +3273,12 @@ class Learner:
             for parameter in used:
                 parameter.grad = None
 
-    def step(self, factor: float) -> torch.Tensor:
-        """Make one update, unless the gradient is not finite; return the gradient's norm.
-
-        The norm stays on the device: reading it would make the host wait.
-        """
-        import torch
-
+    def step(self, factor: float) -> Tensor:
+        """Make one update if the gradient is finite; return its norm, which nobody waits for."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         self.scaler.unscale_(self.optimizer)
-        norm: torch.Tensor = torch.linalg.vector_norm(self.gradient)
+        norm: Tensor = torch.linalg.vector_norm(self.gradient)
         limit = self.max_grad_norm or math.inf
         self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
         finite = norm.isfinite()
@@ -3426,8 +3307,6 @@ class Learner:
     @contextlib.contextmanager
     def moved(self, noise: float) -> Iterator[None]:
         """Let the adapter stand a little beside where it is, and put it back exactly."""
-        import torch
-
         before = self.learned.to("cpu", copy=True)
         away = noise * torch.randn(before.shape, generator=seeded("trial"))
         try:
@@ -3449,9 +3328,7 @@ OPEN_OWN = sum(vars(os).get(flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O
 def nearest_folder(path: Path) -> Path:
     """Find the folder that exists already and would hold the path."""
     path = path.absolute()
-    while not os.path.lexists(path):
-        path = path.parent
-    return path
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
 
 
 def check_output(path: Path) -> None:
@@ -3600,7 +3477,7 @@ def write_whole(path: Path, *pieces: bytes | memoryview) -> Record:
     take as long again, and the system would answer from memory. Its beginning is read back.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    size, digest = sum(map(len, pieces)), hashlib.sha256()
+    size, digest = sum(map(len, pieces)), sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w+b") as file:
@@ -3671,8 +3548,6 @@ def kohya_name(name: str, family: Family) -> str:
 
 def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> Tensors:
     """Gather the adapter under its published names, with its strength beside every module."""
-    import torch
-
     kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     tensors: Tensors = {}
     for name, value in matrices.items():
@@ -3715,12 +3590,7 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
 def safetensors_pieces(
     tensors: Tensors, header: Mapping[str, str] | None = None
 ) -> list[bytes | memoryview]:
-    """Lay a safetensors file out without copying a number; the same content gives the same bytes.
-
-    The library orders the header's own fields anew every time.
-    """
-    import torch
-
+    """Lay out a safetensors file without a copy; the library's headers differ every time."""
     fields: Record = {"__metadata__": dict(sorted(header.items()))} if header else {}
     pieces: list[bytes | memoryview] = []
     end = 0
@@ -3740,7 +3610,7 @@ def save_lora(path: Path, tensors: Tensors, header: Mapping[str, str]) -> Record
     """Write a LoRA file, and in it what programs know its numbers by; return size and checksum."""
     if not all(value.isfinite().all() for value in tensors.values()):
         raise OSError(errno.EDOM, "the adapter holds numbers that are too large for the format")
-    digest = hashlib.sha256()
+    digest = sha256()
     for numbers in safetensors_pieces(tensors)[1:]:
         digest.update(numbers)
     value = digest.hexdigest()
@@ -3769,7 +3639,7 @@ def check_copies(config: TrainingConfig) -> list[Path]:
         expected = "a folder that this user may write"
         raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "loras_path", expected, str(folder))
     there = [path for path in copies_of(config) if os.path.lexists(path)]
-    own = [path for path in there if path.is_file() and checksum(path.read_bytes()) in known]
+    own = [p for p in there if p.is_file() and sha256(p.read_bytes()).hexdigest() in known]
     foreign = [path for path in there if path not in own]
     # Beside this run's own LoRA, they are what somebody edited.
     if foreign and copies_of(config)[0] not in own:
@@ -3779,7 +3649,7 @@ def check_copies(config: TrainingConfig) -> list[Path]:
     return foreign
 
 
-def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Path) -> Path:
+def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Path) -> str:
     """Put a finished LoRA where loras_path says, with a picture and what A1111 reads about it."""
     lora, picture, card = copies_of(config)
     words, kind = ", ".join(config.trigger_words), family.name.upper()
@@ -3788,19 +3658,14 @@ def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Pat
     if preview.is_file():
         contents[picture] = preview.read_bytes()
     # First of all, so that the run knows its own, whatever happens.
-    known = known_copies(config).union(map(checksum, contents.values()))
+    known = known_copies(config) | {sha256(each).hexdigest() for each in contents.values()}
     record = seal({"checksums": sorted(known)})
     write_whole(config.output_path / "state" / "copies.json", record)
     foreign = check_copies(config)
     for path, content in contents.items():
         if path not in foreign:
             write_whole(path, content)
-    return lora
-
-
-def checksum(content: bytes) -> str:
-    """Tell contents apart."""
-    return hashlib.sha256(content).hexdigest()
+    return str(lora)
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -3823,8 +3688,9 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     """Sum up what makes a run this run and no other, in words that can be compared."""
     pictures = plan.dataset.pictures
     files = dict.fromkeys(file for each in base.parts.values() for file in each.files)
-    weights = short_digest([sampled_digest(file) for file in files])
-    images = short_digest([picture.digest for picture in pictures])
+    weights = digest_of([sampled_digest(file) for file in files], 12)
+    images = digest_of([picture.digest for picture in pictures], 12)
+    captions = digest_of([picture.caption for picture in pictures], 12)
     others = plan.order.others
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     return {
@@ -3832,21 +3698,16 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         "prediction_type": base.objective.prediction_type,
         **({"zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
         "images": f"{len(pictures)} images with fingerprint {images}",
-        "captions": f"captions with fingerprint {short_digest([p.caption for p in pictures])}",
+        "captions": f"captions with fingerprint {captions}",
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
         **{name: str(config.value(name)) for name, knob in knobs().items() if "x-fixed" in knob},
     }
 
 
-def short_digest(value: object) -> str:
-    """Reduce anything to a few letters that change when it does."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def sampled_digest(path: Path) -> list[object]:
     """Tell a file by its size and by pieces of it; reading gigabytes would take too long."""
-    size, digest = path.stat().st_size, hashlib.sha256()
+    size, digest = path.stat().st_size, sha256()
     with path.open("rb") as file:
         for begin in range(0, size, max(PIECE_BYTES, size // PIECES)):
             file.seek(begin)
@@ -3886,7 +3747,7 @@ def discard(folder: Path) -> None:
 
 def seal(record: Record) -> bytes:
     """Write a record down together with its checksum."""
-    sealed = {**record, "checksum": short_digest(record)}
+    sealed = {**record, "checksum": digest_of(record, 12)}
     return json.dumps(sealed, indent=1, allow_nan=False).encode()
 
 
@@ -4009,8 +3870,6 @@ def remove_leftovers(output: Path) -> None:
 
 def pack_learner(learner: Learner) -> tuple[dict[str, Tensors], Record]:
     """Turn everything that learns into files of tensors, and what JSON can say beside them."""
-    import torch
-
     optimizer, numbers = learner.optimizer.state_dict(), Record()
     moments: Tensors = {}
     for place, value in leaves(optimizer["state"]):
@@ -4076,8 +3935,6 @@ def sample_latents(
     models: Models, pairs: Conditioning, config: TrainingConfig, seeds: list[int], stop: StopRequest
 ) -> Any:
     """Remove noise step by step, drawn towards the prompts and away from their opposite."""
-    import torch
-
     base, both = models.base, 2 * len(seeds)
     side = config.resolution // base.vae_scale_factor
     shape = (1, base.family.latent_channels, side, side)
@@ -4096,18 +3953,8 @@ def sample_latents(
     return latents
 
 
-def decode_latents(models: Models, latents: torch.Tensor) -> list[Image.Image]:
-    """Turn latents into pictures, one by one; the VAE leaves main memory for that long."""
-    vae = models.load_vae().to(models.device)
-    try:
-        return [decode_picture(models, each[None]) for each in latents]
-    finally:
-        vae.to("cpu")
-
-
-def decode_picture(models: Models, latents: torch.Tensor) -> Image.Image:
+def decode_picture(models: Models, latents: Tensor) -> Image.Image:
     """Decode in the run's precision, and again in full where half of it makes a VAE go black."""
-    import torch
     from PIL import Image
 
     family, tile = models.base.family, TILE_PIXELS if models.tiling else None
@@ -4129,8 +3976,6 @@ def draw_previews(
     models: Models, cache: Cache, wanted: Wanted, config: TrainingConfig, stop: StopRequest
 ) -> list[Image.Image]:
     """Draw pictures together, and touch nothing that training depends on."""
-    import torch
-
     networks = (models.denoiser, *models.text_encoders)
     prompts, seeds = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
     for network in networks:
@@ -4142,8 +3987,12 @@ def draw_previews(
             if models.base.family.empty_is_silence and not config.sample_negative_prompt:
                 negative = negative.silenced()
             pairs = Conditioning.stack([*[negative] * len(seeds), texts]).to(models.device)
-            return decode_latents(models, sample_latents(models, pairs, config, seeds, stop))
+            latents = sample_latents(models, pairs, config, seeds, stop)
+            models.load_vae().to(models.device)  # it leaves main memory for that long
+            return [decode_picture(models, each[None]) for each in latents]
     finally:
+        if models.vae:
+            models.vae.to("cpu")
         for network in networks:
             network.train()
 
@@ -4166,8 +4015,12 @@ def inspect_device(wanted: str) -> DeviceFacts:
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, "a machine without it")
     known = sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
-    name, free = processor_name(), free_memory()
-    return DeviceFacts(kind=there, name=name, memory_total_bytes=total, memory_free_bytes=free)
+    memory = {"memory_total_bytes": total, "memory_free_bytes": free_memory()}
+    name = platform.machine()
+    with contextlib.suppress(OSError):  # as its maker calls it, where the system tells
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = "".join(re.findall(r"model name\s*: (.+)", cpuinfo)[:1]) or name
+    return DeviceFacts(kind=there, name=name, **memory)
 
 
 def inspect_card(index: int) -> DeviceFacts | None:
@@ -4208,15 +4061,6 @@ def list_cards() -> dict[str, DeviceFacts]:
     return {uuid: card for _, uuid, card in cards}
 
 
-def processor_name() -> str:
-    """Name the CPU as its maker calls it, where the system tells."""
-    with contextlib.suppress(OSError):
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if found := re.search(r"model name\s*: (.+)", cpuinfo):
-            return found.group(1)
-    return platform.machine()
-
-
 def free_memory() -> int | None:
     """Read how much main memory may be taken: what caches would give back too, up to a limit."""
     free = None
@@ -4234,8 +4078,6 @@ def free_memory() -> int | None:
 
 def choose_device(config: TrainingConfig) -> torch.device:
     """Take the processor that was asked for, or the best there is."""
-    import torch
-
     kind, _, index = config.device.partition(":")
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
@@ -4250,8 +4092,6 @@ def choose_device(config: TrainingConfig) -> torch.device:
 
 def choose_precision(config: TrainingConfig, device: torch.device, events: Emitter) -> torch.dtype:
     """Take the precision that was asked for where the device is good at it."""
-    import torch
-
     wanted = config.mixed_precision
     if device.type != "cuda":
         for knob in ("mixed_precision", "base_precision"):
@@ -4267,8 +4107,6 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
 
 def device_facts(device: torch.device) -> DeviceFacts:
     """Tell which processor trains; of a card, torch knows best."""
-    import torch
-
     if device.type != "cuda":
         return inspect_device(device.type)
     free, total = torch.cuda.mem_get_info(device)
@@ -4290,39 +4128,28 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, 2**31 - 1)
 
 
-def memory_in_use(device: torch.device) -> int | None:
-    """Measure the memory that training holds: the device's, or this process's on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)  # what the driver shows, but for its own
+def memory_held(device: torch.device) -> tuple[int | None, int | None]:
+    """Measure what training holds and the most it ever held: the device's, or this process's."""
+    if device.type == "cuda":  # what the driver shows, but for its own
+        return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
+    used = peak = None
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
+        used = torch.mps.driver_allocated_memory()
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return None
+        used = pages * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform != "win32":
+        import resource
 
-
-def peak_memory(device: torch.device) -> int | None:
-    """Tell the most memory that was ever in use."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+    return used, peak
 
 
 # === Loss history ============================================================
 
 
-@dataclass(frozen=True)
-class LossPoint:
+class LossPoint(NamedTuple):
     """One row of loss_history.csv, and the gradient's norm."""
 
     step: int
@@ -4666,13 +4493,13 @@ class Preflight:
 
     def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
         """Look at the device, plan what will lie there, and refuse a run that has no room."""
-        events.info(device)
+        events.emit(device)
         check_base_precision(self.config, device)
         plan, needed, free = None, self.disk_needed_bytes, self.disk_free_bytes
         if self.structure:
             images = len(self.dataset.pictures)
             plan = MemoryPlan.make(self.config, self.structure, images, device)
-            events.info(plan.facts())
+            events.emit(plan.facts())
         if needed is not None and needed > free:
             expected, found = f"{needed:,} bytes free", f"{free:,}"
             raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, found)
@@ -4700,7 +4527,7 @@ def report_model(
 ) -> None:
     """Tell what the base model is, and warn of what may come as a surprise."""
     facts, base = model
-    events.info(facts)
+    events.emit(facts)
     if not facts.cached:
         lacks = missing_files(cached_snapshot(str(facts.hub_id))) or []
         what = f"{', '.join(lacks)} of {config.base_model}" if lacks else config.base_model
@@ -4754,7 +4581,7 @@ class TrainState:
     step: int = 0
     history: list[LossPoint] = field(default_factory=list)
     # Loss and norm of each update since, on the device until somebody wants to know.
-    unread: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     reported: int = 0  # rows of the history that progress lines have summed up
     loss: float | None = None  # mean of the last progress line
     # A clock that stands still during previews and saving, and left out the first update.
@@ -4773,8 +4600,7 @@ class TrainState:
 
     def to_json(self) -> Record:
         """Write down what a later start goes on with; speed is no part of it."""
-        rows = [[p.step, p.loss, p.learning_rate, p.grad_norm] for p in self.history]
-        return {"reported": self.reported, "loss": self.loss, "history": plain(rows)}
+        return {"reported": self.reported, "loss": self.loss, "history": plain(self.history)}
 
     def recall(self, record: Record) -> None:
         """Go on with what an earlier start wrote down; nonsense raises what converting raises."""
@@ -4797,30 +4623,294 @@ def timed(work: Callable[[], object]) -> float:
 
 
 @dataclass
-class Run:
-    """One run under way: what the updates work with, and what they have come to."""
+class LoRATrainer:
+    """One training, told as a story: look, load, encode, adapt, restore, step, save.
+
+    From Python, `Emitter(callable)` passes every event to the callable.
+    """
 
     config: TrainingConfig
-    events: Emitter
-    stop: StopRequest
-    models: Models
-    cache: Cache
-    learner: Learner
-    state: TrainState
-    total_steps: int
-    origin: Record  # run id and identity, repeated in every state
-    order: ImageOrder
+    events: Emitter = field(default_factory=Emitter)
+    stop: StopRequest = field(default_factory=StopRequest)
+    _: dataclasses.KW_ONLY
+    fresh: bool = False
+    # What comes to light on the way, in this order.
+    phase: str = "starting"
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    earlier: Earlier = field(default_factory=Earlier)
     saved: Path | None = None  # what a restart continues from
+    state: TrainState = field(default_factory=TrainState)
+    order: ImageOrder = field(init=False)
+    total_steps: int = field(init=False)
+    origin: Record = field(init=False)  # run id and identity, repeated in every state
+    device: torch.device | None = None
+    memory: MemoryPlan | None = None
+    models: Models = field(init=False)
+    cache: Cache = field(init=False)
+    learner: Learner = field(init=False)
     written: int | None = None  # the step of the newest LoRA file
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
-    free_bytes: int | None = None  # of the device, before anything was loaded
     # Held while numbers change or are written, so that a rescuer finds neither half done.
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def validate(self) -> ValidFacts:
+        """Check all that can be checked without loading a model, and write nothing."""
+        with reporting(self.events):
+            model = check_paths(self.config)
+            self.start()
+            report_model(self.config, model, self.events)
+            dataset = scan_dataset(self.config, self.events, self.stop)
+            plan = Preflight(self.config, *model, dataset)
+            # A driver in trouble can take very long.
+            device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
+            plan.on(device, self.events)
+            check_copies(self.config)
+            self.stop.check()
+            report = plan.report(device, self.events.warnings)
+            self.events.emit(report)
+        return report
+
+    def train(self) -> CompleteEvent:
+        """Train one LoRA into the output folder, or go on where an earlier start stopped."""
+        config, events = self.config, self.events
+        with reporting(events), self.in_output_folder():
+            # Look at everything before anything heavy is loaded.
+            quiet_libraries()
+            imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
+            facts, base = download_model(config, events)
+            report_model(config, (facts, base), events)
+            # Who goes on has decoded every image before, and none may have changed.
+            dataset = scan_dataset(config, events, self.stop, thorough=not self.state.step)
+            plan = Preflight(config, facts, base, dataset, self.state.step)
+            self.order, self.total_steps = plan.order, plan.order.total_steps
+            identity = identify(config, plan, base)
+            self.origin = {"run_id": self.run_id, "identity": identity}
+            self.earlier.check(identity)
+            if done := self.earlier.completion(self.total_steps):
+                events.emit(done)
+                return done
+            if self.earlier.complete and not self.saved:  # there is nothing to extend it from
+                refuse_to_overwrite(config.output_path)
+            check_copies(config)
+
+            # Encode once what no update changes; the encoders go before the denoiser comes.
+            self.stop.wait_for(imports)
+            self.models = self.load(base, plan)
+            self.cache = self.encode(dataset.pictures)
+
+            # Adapt, and restore what earlier starts learned.
+            self.learner = self.adapt(facts)
+            self.restore()
+
+            # Step until done or asked to stop.
+            with self.compile():
+                self.phase = "training"
+                self.go()
+                self.tell_memory()
+
+                # Save.
+                return self.finish()
+
+    @contextlib.contextmanager
+    def in_output_folder(self) -> Iterator[None]:
+        """Hold the folder and mirror the events into it, from the first line to the last."""
+        config, output = self.config, self.config.output_path
+        check_paths(config)
+        stop_file = functools.partial(take_stop_file, output / "stop")
+        causes: dict[StopReason, Callable[[], bool]] = {"stop_file": stop_file}
+        if config.stop_with_parent:
+            causes["host_gone"] = self.stop.parent_ended
+        with claimed(output) as claim:
+            stop_file()  # one that an earlier start left asks for nothing
+            aside = set_aside(output) if self.fresh else None
+            remove_leftovers(output)
+            self.go_on_after(earlier := Earlier.find(output))
+            self.stop.save = self.save_before_end
+            if config.resume == "never" or not (earlier.state or earlier.complete):
+                refuse_to_overwrite(output)
+            self.run_id = earlier.origin.get("run_id", self.run_id)
+            # A finished run that is asked for what it has done is left as it is, to the last byte.
+            again = earlier.complete.get("asked") == [config.steps, config.epochs]
+            again = again and mirror_ends_with(output, earlier.complete)
+            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
+            watching = self.stop.watching(causes)
+            with mirroring, watching, reporting(self.events, self.rescue):
+                self.start(aside)
+                yield
+
+    def go_on_after(self, earlier: Earlier) -> None:
+        """Take up what an earlier start left behind."""
+        self.earlier, self.saved = earlier, earlier.state
+        self.state = TrainState(step=earlier.step, first_step=earlier.step + 1)
+
+    def start(self, aside: Path | None = None) -> None:
+        """Send the first line, also of a run that is to stop, and what happened before."""
+        step = self.state.step
+        self.events.emit(
+            StartEvent(
+                run_id=self.run_id,
+                resumed_step=step,
+                total_steps=self.config.steps,
+                config=self.config.as_record(),
+            )
+        )
+        for remark in self.config.remarks:
+            self.events.emit(remark)
+        self.stop.check()
+        self.tell_ignored(self.earlier.ignored)
+        if aside or self.saved:
+            aim = self.earlier.manifest.get("total_steps")
+            moved = str(aside) if aside else None
+            self.events.emit(ResumeFacts(step=step, aimed_at=aim, set_aside=moved))
+
+    def tell_ignored(self, ignored: Mapping[Path, str]) -> None:
+        """Name what was saved and cannot be used, and why."""
+        for path, reason in ignored.items():
+            message = f"{path.name} cannot be used: {reason}"
+            self.events.warn(WarningCode.STATE_IGNORED, message, path=str(path), reason=reason)
+
+    def rescue(self, error: BaseException) -> Ended:
+        """Give what ends a run a code; of memory, say what would help; save what would be lost."""
+        ended = explain(error)
+        if is_out_of_memory(error):
+            _, peak = memory_held(self.device) if self.device else (None, None)
+            held = f"{peak or 0:,} bytes in use at most"
+            message = f"Out of memory while {self.phase}, {held}: {first_line(error)}"
+            offers = self.memory.remedies(self.phase) if self.memory else []
+            ended = TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
+        traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
+        self.save_before_end(ended)
+        return ended
+
+    def save_before_end(self, ended: Ended) -> None:
+        """Save what was done, the most important first, and let the last line tell where."""
+
+        def tell() -> None:
+            if self.saved or self.phase == "training":
+                ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
+
+        tell()  # what is true already, in case saving does not end
+        with self.lock:
+            if self.state.step >= self.state.first_step and not self.torn:
+                self.checkpoint("interrupted")
+        tell()
+
+    def load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
+        """Choose device and precision and load what is small; the networks come one by one."""
+        device = self.device = self.stop.wait_for(beside(lambda: choose_device(self.config)))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what asks for no device by name gets this one
+        self.memory = plan.on(device_facts(device), self.events) if plan else None
+        dtype = choose_precision(self.config, device, self.events)
+        if device.type == "cuda" and dtype != torch.float32:
+            # TF32: exacter than the rest of such a run, and far faster than full precision.
+            torch.set_float32_matmul_precision("high")
+        models = Models.prepare(base, device, dtype)
+        if memory := self.memory:
+            models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
+        return models
+
+    def encode(self, pictures: Sequence[Picture]) -> Cache:
+        """Let VAE and text encoders work once; keep the latter only if they are to learn."""
+        config, models, self.phase = self.config, self.models, "encoding"
+        shelf = Shelf(config.cache_dir, models.device, self.events)
+        prompts = [*preview_prompts(config), config.sample_negative_prompt]
+        tokens = tokenize([*(p.caption for p in pictures), *prompts], models, self.events)
+        texts: dict[str, Conditioning] = {}
+        if config.train_text_encoder:
+            models.load_text_encoders(models.dtype)
+        else:
+            phase = Phase("encoding captions", len(tokens), self.events, self.stop)
+            texts = read_texts(models, tokens, shelf, phase)
+            models.text_encoders = []
+        phase = Phase("encoding images", len(pictures), self.events, self.stop)
+        images = encode_images(models, pictures, config, shelf, phase)
+        if models.vae:
+            models.vae.to("cpu")
+        self.tell_memory()
+        return Cache(images, tokens, texts)
+
+    def tell_memory(self) -> None:
+        """Tell what the phase that ends here needed."""
+        used, peak = memory_held(self.models.device)
+        planned = self.memory.peak_until(self.phase) if self.memory else None
+        self.events.emit(
+            MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak, planned_bytes=planned)
+        )
+
+    def adapt(self, facts: ModelFacts) -> Learner:
+        """Load the denoiser and put the adapters in."""
+        models, self.phase = self.models, "loading"
+        gc.collect()  # the networks that were dropped
+        if models.device.type == "cuda":
+            torch.cuda.empty_cache()
+        models.load_denoiser(self.config.base_precision)
+        asked = self.config.gradient_checkpointing
+        if self.memory.checkpointing if self.memory else asked is True:
+            models.checkpoint_gradients()
+        learner = Learner(models, self.config)
+        if models.device.type == "cpu":
+            keep_freed_memory()
+        for network in (models.denoiser, *models.text_encoders):
+            network.train()
+        self.tell_memory()
+        precision, numbers = str(models.dtype).removeprefix("torch."), learner.learned.numel()
+        facts = dataclasses.replace(facts, precision=precision, trainable_parameters=numbers)
+        self.events.emit(facts)
+        return learner
+
+    def restore(self) -> None:
+        """Put back the newest state that makes sense; without one, begin."""
+        from safetensors import SafetensorError
+
+        nonsense = (SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
+        while self.saved:
+            try:
+                unpack_learner(self.saved, self.earlier.manifest, self.learner)
+                break
+            except nonsense as error:
+                aside = free_name(self.saved.with_name(f"ignored_{self.saved.name}"))
+                self.saved.rename(aside)
+                told = self.earlier.ignored
+                output, refused = self.config.output_path, {**told, aside: str(error)}
+                self.go_on_after(Earlier.find(output, refused))
+                self.tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
+                self.events.emit(ResumeFacts(step=self.state.step, aimed_at=None, set_aside=None))
+        if self.saved:
+            try:
+                self.state.recall(self.earlier.manifest["progress"])
+            except nonsense as error:
+                self.tell_ignored({self.saved / "manifest.json": f"its history: {error}"})
+
+    def compile(self) -> contextlib.AbstractContextManager[Any]:
+        """Compile what the denoiser repeats; if that fails, it runs as it is.
+
+        What is returned is to be held while training: it lets what would have to be compiled anew,
+        such as a short last batch or a preview, run as it is.
+        """
+        models, kind = self.models, self.config.compile
+        tools = importlib.util.find_spec("triton") and any(map(shutil.which, C_COMPILERS))
+        left = self.total_steps - self.state.step
+        wins = models.device.type == "cuda" and left >= COMPILE_STEPS and tools
+        held: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if kind == "off" or (kind == "auto" and not wins):
+            return held
+        self.phase = "compiling"
+        self.events.emit(PhaseFacts(name=self.phase, done=0, total=1))
+        try:
+            work = functools.partial(compile_blocks, models, self.cache, self.learner, self.config)
+            self.stop.wait_for(beside(work))
+            held = torch.compiler.set_stance("eager_on_recompile")
+        except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
+            for module in models.denoiser.modules():
+                vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
+            self.learner.forget()
+            message, reason = f"Compiling failed: {first_line(error)}", type(error).__name__
+            self.events.warn(WarningCode.COMPILE_FAILED, message, reason=reason)
+        return held
+
     def go(self) -> None:
         """Step until done."""
-        import torch
-
         with torch.random.fork_rng():  # dropout sets torch's global source of chance
             self.make_due()
             while self.state.step < self.total_steps:
@@ -4841,7 +4931,7 @@ class Run:
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
 
-    def collect_gradient(self, step: int) -> torch.Tensor:
+    def collect_gradient(self, step: int) -> Tensor:
         """Go there and back; where memory runs out, once more with gradient checkpointing."""
         try:
             return self.there_and_back(step)
@@ -4857,10 +4947,8 @@ class Run:
         self.events.warn(WarningCode.UPDATE_RETRIED, message, step=step, reason=reason)
         return self.there_and_back(step)
 
-    def there_and_back(self, step: int) -> torch.Tensor:
+    def there_and_back(self, step: int) -> Tensor:
         """Collect the gradient of an update, a batch at a time; return its loss."""
-        import torch
-
         config, losses = self.config, []
         slots = list(enumerate(self.order.window(step)))
         for begin in range(0, len(slots), config.batch_size):
@@ -4902,9 +4990,14 @@ class Run:
                 seconds_per_step=state.seconds_per_step,
                 elapsed_seconds=self.events.elapsed_seconds(),
                 eta_seconds=self.eta_seconds(),
-                memory_bytes=memory_in_use(self.models.device),
+                memory_bytes=memory_held(self.models.device)[0],
             )
         )
+
+    def images_per_second(self) -> float | None:
+        """Tell the speed, once there is one."""
+        pace = self.state.seconds_per_step
+        return self.config.effective_batch / pace if pace else None
 
     def eta_seconds(self) -> float | None:
         """Foresee when the run ends, if previews and checkpoints take as long as their last."""
@@ -4922,8 +5015,6 @@ class Run:
 
     def watch_pace(self) -> None:
         """Tell once that the driver swaps a card's memory, from the first update on or later."""
-        import torch
-
         state, device = self.state, self.models.device
         state.marks.append((state.busy_seconds, state.step))
         if device.type != "cuda" or state.spilled or len(state.marks) < 2:
@@ -4934,7 +5025,8 @@ class Run:
         ]
         free, total = torch.cuda.mem_get_info(device)
         # Some drivers give what was not free, and take it from main memory.
-        beyond = torch.cuda.memory_reserved(device) > (self.free_bytes or math.inf)
+        given = self.memory.free if self.memory else None
+        beyond = torch.cuda.memory_reserved(device) > (given or math.inf)
         slowed = min(paces[-2:]) > SPILL_FACTOR * min(paces)  # the last two lines, both
         if (slowed or beyond) and free < SPILL_SHARE * total:
             state.spilled = True
@@ -4944,8 +5036,6 @@ class Run:
 
     def read(self) -> None:
         """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
-        import torch
-
         config, state, scales = self.config, self.state, self.learner.scaler.is_enabled()
         with self.lock:
             pairs = [torch.stack(pair) for pair in state.unread]
@@ -5065,28 +5155,6 @@ class Run:
             write_whole(path, content)
             self.events.emit(SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed))
 
-    def save_before_end(self, ended: Ended) -> None:
-        """Save what was done, the most important first, and let the last line tell where."""
-        # What is true already, in case saving does not end.
-        ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
-        with self.lock:
-            if self.state.step >= self.state.first_step and not self.torn:
-                self.checkpoint("interrupted")
-        ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
-
-    def put_copies(self, final: Path) -> str | None:
-        """Put the final file where loras_path says; what goes wrong there does not end a run."""
-        if not self.config.loras_path:
-            return None
-        try:
-            family, drawn = self.models.base.family, self.sample_path(1)
-            return str(put_copies(self.config, family, final, drawn))
-        except (OSError, TrainError) as error:
-            reason = reason_of(error)
-            message = f"No copy in loras_path: {error}"
-            self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
-            return None
-
     def finish(self) -> CompleteEvent:
         """Write the final file and the history, draw the last preview, and say so."""
         config, state = self.config, self.state
@@ -5105,7 +5173,7 @@ class Run:
                 total_time=self.events.elapsed_seconds(),
                 final_loss=state.loss,
                 images_per_second=self.images_per_second(),
-                peak_memory_bytes=peak_memory(self.models.device),
+                peak_memory_bytes=memory_held(self.models.device)[1],
             )
             said = {**self.origin, "asked": [config.steps, config.epochs], "event": plain(done)}
             write_whole(config.output_path / "state" / "complete.json", seal(said))
@@ -5115,290 +5183,16 @@ class Run:
         self.events.emit(done)
         return done
 
-    def images_per_second(self) -> float | None:
-        """Tell the speed, once there is one."""
-        pace = self.state.seconds_per_step
-        return self.config.effective_batch / pace if pace else None
-
-
-@dataclass
-class LoRATrainer:
-    """One training, told as a story: look, load, encode, adapt, restore, step, save.
-
-    From Python, `Emitter(callable)` passes every event to the callable.
-    """
-
-    config: TrainingConfig
-    events: Emitter = field(default_factory=Emitter)
-    stop: StopRequest = field(default_factory=StopRequest)
-    _: dataclasses.KW_ONLY
-    fresh: bool = False
-    # What comes to light on the way.
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    earlier: Earlier = field(default_factory=Earlier)
-    phase: str = "starting"
-    device: torch.device | None = None
-    memory: MemoryPlan | None = None
-    run: Run | None = None
-
-    def validate(self) -> ValidFacts:
-        """Check all that can be checked without loading a model, and write nothing."""
-        with reporting(self.events):
-            model = check_paths(self.config)
-            self._start()
-            report_model(self.config, model, self.events)
-            dataset = scan_dataset(self.config, self.events, self.stop)
-            plan = Preflight(self.config, *model, dataset)
-            # A driver in trouble can take very long.
-            device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
-            plan.on(device, self.events)
-            check_copies(self.config)
-            self.stop.check()
-            report = plan.report(device, self.events.warnings)
-            self.events.info(report)
-        return report
-
-    def train(self) -> CompleteEvent:
-        """Train one LoRA into the output folder, or go on where an earlier start stopped."""
-        config, events = self.config, self.events
-        with reporting(events), self._in_output_folder() as earlier:
-            # Look at everything before anything heavy is loaded.
-            quiet_libraries()
-            imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
-            facts, base = download_model(config, events)
-            report_model(config, (facts, base), events)
-            # Who goes on has decoded every image before, and none may have changed.
-            dataset = scan_dataset(config, events, self.stop, thorough=not earlier.step)
-            plan = Preflight(config, facts, base, dataset, earlier.step)
-            identity = identify(config, plan, base)
-            earlier.check(identity)
-            if done := earlier.completion(plan.order.total_steps):
-                events.emit(done)
-                return done
-            if earlier.complete and not earlier.state:  # there is nothing to extend it from
-                refuse_to_overwrite(config.output_path)
-            check_copies(config)
-
-            # Encode once what no update changes; the encoders go before the denoiser comes.
-            self.stop.wait_for(imports)
-            models = self._load(base, plan)
-            cache = self._encode(models, dataset.pictures)
-
-            # Adapt, and restore what earlier starts learned.
-            learner = self._adapt(models, facts)
-            state = self._restore(learner)
-            stance = self._compile(models, cache, learner, plan.order.total_steps - state.step)
-
-            # Step until done or asked to stop.
-            self.phase = "training"
-            self.run = Run(
-                *(config, events, self.stop, models, cache, learner, state, plan.order.total_steps),
-                origin={"run_id": self.run_id, "identity": identity},
-                order=plan.order,
-                saved=self.earlier.state,
-                free_bytes=self.memory.free if self.memory else None,
-            )
-            with stance:
-                self.run.go()
-                self._tell_memory(models.device)
-
-                # Save.
-                return self.run.finish()
-
-    @contextlib.contextmanager
-    def _in_output_folder(self) -> Iterator[Earlier]:
-        """Hold the folder and mirror the events into it, from the first line to the last."""
-        config, output = self.config, self.config.output_path
-        check_paths(config)
-        stop_file = functools.partial(take_stop_file, output / "stop")
-        causes: dict[StopReason, Callable[[], bool]] = {"stop_file": stop_file}
-        if config.stop_with_parent:
-            causes["host_gone"] = self.stop.parent_ended
-        with claimed(output) as claim:
-            stop_file()  # one that an earlier start left asks for nothing
-            aside = set_aside(output) if self.fresh else None
-            remove_leftovers(output)
-            self.earlier = earlier = Earlier.find(output)
-            self.stop.save = self._save_before_end
-            if config.resume == "never" or not (earlier.state or earlier.complete):
-                refuse_to_overwrite(output)
-            self.run_id = earlier.origin.get("run_id", self.run_id)
-            # A finished run that is asked for what it has done is left as it is, to the last byte.
-            again = earlier.complete.get("asked") == [config.steps, config.epochs]
-            again = again and mirror_ends_with(output, earlier.complete)
-            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
-            watching = self.stop.watching(causes)
-            with mirroring, watching, reporting(self.events, self._rescue):
-                self._start(aside)
-                yield earlier
-
-    def _rescue(self, error: Ended | Exception) -> Ended:
-        """Give what ends a run a code; of memory, say what would help; save what would be lost."""
-        ended = explain(error)
-        if is_out_of_memory(error):
-            peak = peak_memory(self.device) if self.device else None
-            held = f"{peak or 0:,} bytes in use at most"
-            message = f"Out of memory while {self.phase}, {held}: {first_line(error)}"
-            offers = self.memory.remedies(self.phase) if self.memory else []
-            ended = TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
-        traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
-        self._save_before_end(ended)
-        return ended
-
-    def _save_before_end(self, ended: Ended) -> None:
-        """Save what would be lost, and let the last line tell what a restart continues from."""
-        if self.run:
-            self.run.save_before_end(ended)
-        elif self.earlier.state:
-            ended.step, ended.path = self.earlier.step, str(self.earlier.state)
-
-    def _load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
-        """Choose device and precision and load what is small; the networks come one by one."""
-        import torch
-
-        self.device = self.stop.wait_for(beside(lambda: choose_device(self.config)))
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # what asks for no device by name gets this one
-        self.memory = plan.on(device_facts(self.device), self.events) if plan else None
-        dtype = choose_precision(self.config, self.device, self.events)
-        if self.device.type == "cuda" and dtype != torch.float32:
-            # TF32: exacter than the rest of such a run, and far faster than full precision.
-            torch.set_float32_matmul_precision("high")
-        models = Models.prepare(base, self.device, dtype)
-        if memory := self.memory:
-            models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
-        return models
-
-    def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
-        """Let VAE and text encoders work once; keep the latter only if they are to learn."""
-        config = self.config
-        self.phase = "encoding"
-        shelf = Shelf(config.cache_dir, models.device, self.events)
-        prompts = [*preview_prompts(config), config.sample_negative_prompt]
-        tokens = tokenize([*(p.caption for p in pictures), *prompts], models, self.events)
-        texts: dict[str, Conditioning] = {}
-        if config.train_text_encoder:
-            models.load_text_encoders(models.dtype)
-        else:
-            phase = Phase("encoding captions", len(tokens), self.events, self.stop)
-            texts = read_texts(models, tokens, shelf, phase)
-            models.text_encoders = []
-        phase = Phase("encoding images", len(pictures), self.events, self.stop)
-        images = encode_images(models, pictures, config, shelf, phase)
-        if models.vae:
-            models.vae.to("cpu")
-        self._tell_memory(models.device)
-        return Cache(images, tokens, texts)
-
-    def _tell_memory(self, device: torch.device) -> None:
-        """Tell what the phase that ends here needed."""
-        used, peak, memory = memory_in_use(device), peak_memory(device), self.memory
-        planned = memory.peak_until(self.phase) if memory else None
-        self.events.info(
-            MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak, planned_bytes=planned)
-        )
-
-    def _adapt(self, models: Models, facts: ModelFacts) -> Learner:
-        """Load the denoiser and put the adapters in."""
-        import torch
-
-        self.phase = "loading"
-        gc.collect()  # the networks that were dropped
-        if models.device.type == "cuda":
-            torch.cuda.empty_cache()
-        models.load_denoiser(self.config.base_precision)
-        asked = self.config.gradient_checkpointing
-        if self.memory.checkpointing if self.memory else asked is True:
-            models.checkpoint_gradients()
-        learner = Learner.build(models, self.config)
-        if models.device.type == "cpu":
-            keep_freed_memory()
-        for network in (models.denoiser, *models.text_encoders):
-            network.train()
-        self._tell_memory(models.device)
-        precision, numbers = str(models.dtype).removeprefix("torch."), learner.learned.numel()
-        facts = dataclasses.replace(facts, precision=precision, trainable_parameters=numbers)
-        self.events.info(facts)
-        return learner
-
-    def _restore(self, learner: Learner) -> TrainState:
-        """Put back the newest state that makes sense; without one, begin."""
-        from safetensors import SafetensorError
-
-        nonsense = (SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
-        while saved := self.earlier.state:
-            try:
-                unpack_learner(saved, self.earlier.manifest, learner)
-                break
-            except nonsense as error:
-                aside = free_name(saved.with_name(f"ignored_{saved.name}"))
-                saved.rename(aside)
-                told = self.earlier.ignored
-                self.earlier = Earlier.find(self.config.output_path, {**told, aside: str(error)})
-                self._tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
-                self.events.info(ResumeFacts(step=self.earlier.step, aimed_at=None, set_aside=None))
-        state = TrainState(step=self.earlier.step, first_step=self.earlier.step + 1)
-        if saved:
-            try:
-                state.recall(self.earlier.manifest["progress"])
-            except nonsense as error:
-                self._tell_ignored({saved / "manifest.json": f"its history: {error}"})
-        return state
-
-    def _compile(
-        self, models: Models, cache: Cache, learner: Learner, steps: int
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Compile what the denoiser repeats; if that fails, it runs as it is.
-
-        What is returned is to be held while training: it lets what would have to be compiled anew,
-        such as a short last batch or a preview, run as it is.
-        """
-        import torch
-
-        config, kind = self.config, self.config.compile
-        tools = importlib.util.find_spec("triton") and any(map(shutil.which, C_COMPILERS))
-        wins = models.device.type == "cuda" and steps >= COMPILE_STEPS and tools
-        held: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if kind == "off" or (kind == "auto" and not wins):
-            return held
-        self.phase = "compiling"
-        self.events.info(PhaseFacts(name=self.phase, done=0, total=1))
+    def put_copies(self, final: Path) -> str | None:
+        """Put the final file where loras_path says; what goes wrong there does not end a run."""
+        family, drawn = self.models.base.family, self.sample_path(1)
         try:
-            self.stop.wait_for(beside(lambda: compile_blocks(models, cache, learner, config)))
-            held = torch.compiler.set_stance("eager_on_recompile")
-        except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
-            for module in models.denoiser.modules():
-                vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
-            learner.forget()
-            message, reason = f"Compiling failed: {first_line(error)}", type(error).__name__
-            self.events.warn(WarningCode.COMPILE_FAILED, message, reason=reason)
-        return held
-
-    def _start(self, aside: Path | None = None) -> None:
-        """Send the first line, also of a run that is to stop, and what happened before."""
-        step, state = self.earlier.step, self.earlier.state
-        self.events.emit(
-            StartEvent(
-                run_id=self.run_id,
-                resumed_step=step,
-                total_steps=self.config.steps,
-                config=self.config.as_record(),
-            )
-        )
-        for remark in self.config.remarks:
-            self.events.emit(remark)
-        self.stop.check()
-        self._tell_ignored(self.earlier.ignored)
-        if aside or state:
-            aim = self.earlier.manifest.get("total_steps")
-            moved = str(aside) if aside else None
-            self.events.info(ResumeFacts(step=step, aimed_at=aim, set_aside=moved))
-
-    def _tell_ignored(self, ignored: Mapping[Path, str]) -> None:
-        """Name what was saved and cannot be used, and why."""
-        for path, reason in ignored.items():
-            message = f"{path.name} cannot be used: {reason}"
-            self.events.warn(WarningCode.STATE_IGNORED, message, path=str(path), reason=reason)
+            return put_copies(self.config, family, final, drawn) if self.config.loras_path else None
+        except (OSError, TrainError) as error:
+            reason = reason_of(error)
+            message = f"No copy in loras_path: {error}"
+            self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
+            return None
 
 
 def compile_blocks(models: Models, cache: Cache, learner: Learner, config: TrainingConfig) -> None:
@@ -5407,11 +5201,9 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     Inductor's C++ code, for one, has wrong gradients where a block's input is one transposed
     image, as in SD 1.x: losses are right to the last bits, and the adapter learns something else.
     """
-    import torch
-
     slots = [(slot, slot % len(cache.images)) for slot in range(config.batch_size)]
 
-    def gradients() -> list[torch.Tensor]:
+    def gradients() -> list[Tensor]:
         """Compute where a first batch would move the adapter's matrices; move nothing."""
         with torch.random.fork_rng():
             (losses_of(models, cache, config, 1, slots).mean() * TRIAL_SCALE).backward()
@@ -5503,9 +5295,9 @@ def mirrored(events: Emitter, output: Path, claim: Callable[[], None]) -> Iterat
 
     reopen = functools.partial(open_mirror, events, output, claim)
     writer = LineWriter(NOT_OPEN, warn, reopen=reopen)
+    events.listeners.append(writer)
     try:
-        with events.heard_by(writer):
-            yield
+        yield
     finally:
         writer.close(deadline_in(MIRROR_SECONDS))
 
@@ -5538,7 +5330,7 @@ def deadline_in(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() < end
 
 
-def explain(error: Ended | Exception) -> Ended:
+def explain(error: BaseException) -> Ended:
     """Give every exception a code."""
     if isinstance(error, (TrainingInterrupted, TrainError)):
         return error
@@ -5548,14 +5340,12 @@ def explain(error: Ended | Exception) -> Ended:
 
 
 @contextlib.contextmanager
-def reporting(
-    events: Emitter, explained: Callable[[Ended | Exception], Ended] = explain
-) -> Iterator[None]:
+def reporting(events: Emitter, by: Callable[[BaseException], Ended] = explain) -> Iterator[None]:
     """Let exactly one last line tell how the enclosed work ended; pass the exception on."""
     try:
         yield
     except (TrainingInterrupted, Exception) as error:
-        ended = explained(error)
+        ended = by(error)
         events.emit(last_line(ended, events.elapsed_seconds()))
         if ended is error:
             raise
@@ -5722,17 +5512,12 @@ def draw_bar(record: Record) -> bytes:
     return f"\r\x1b[K{text}".encode()
 
 
-def settle_streams() -> None:
-    """Flush what libraries wrote, if somebody receives it; a stream is None where it was closed."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError):
-            stream.flush()
-
-
 if __name__ == "__main__":
     try:
         status = main()
     except SystemExit as ended:  # argparse's
         status = int(ended.code or 0)
-    settle_streams()
+    for stream in (sys.stdout, sys.stderr):  # of libraries; None where it was closed
+        with contextlib.suppress(AttributeError, OSError):
+            stream.flush()
     os._exit(status)  # an orderly end could crash a thread that is importing, and takes longer

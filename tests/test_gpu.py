@@ -94,7 +94,7 @@ def test_memory_is_that_of_the_device(ground: Path) -> None:
     """What is told is less than the device has, and more than the adapter needs."""
     ready = prepare(tiny_config(ground, device="cuda"))
     ready.make_updates(1)
-    used = train_lora.memory_in_use(ready.models.device)
+    used, _ = train_lora.memory_held(ready.models.device)
     assert used is not None
     assert 0 < used < torch.cuda.get_device_properties(0).total_memory
     assert used == torch.cuda.memory_reserved(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,7 +66,8 @@ def test_a_card_that_swaps_from_the_first_update_is_told_of(
 ) -> None:
     """Its pace never falls, but torch holds more than was free when the run began."""
     ready = prepare(tiny_config(ground))
-    ready.models.device, ready.free_bytes = torch.device("cuda"), int(0.8 * 2**30)
+    ready.models.device = torch.device("cuda")
+    monkeypatch.setattr(ready, "memory", SimpleNamespace(free=int(0.8 * 2**30)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(held * 2**30))
     for ready.state.step in (1, 2, 3):
@@ -79,7 +81,7 @@ def test_what_a_card_holds_is_what_its_driver_shows(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 7)
     card = torch.device("cuda", 0)
-    assert (train_lora.memory_in_use(card), train_lora.peak_memory(card)) == (5, 7)
+    assert train_lora.memory_held(card) == (5, 7)
 
 
 def test_the_time_left_counts_previews_and_checkpoints(ground: Path) -> None:
@@ -191,8 +193,7 @@ def test_blocks_in_half_precision_can_be_compiled(
     monkeypatch.setattr(train_lora, "choose_precision", lambda *_: torch.bfloat16)
     config = tiny_config(ground, "sdxl", compile="on")
     ready = prepare(config)
-    trainer = train_lora.LoRATrainer(config, ready.events)
-    stance = trainer._compile(ready.models, ready.cache, ready.learner, 1)
+    stance = ready.compile()
     calls, plain = [], CompiledFxGraph.__call__
 
     def counted(graph: Any, inputs: Any) -> Any:
@@ -231,8 +232,7 @@ def test_blocks_with_other_gradients_are_not_used(
         return true.detach() + factor * (true - true.detach())
 
     monkeypatch.setattr(unet, "compile_repeated_blocks", compile_wrongly)
-    trainer = train_lora.LoRATrainer(config, ready.events)
-    trainer._compile(ready.models, ready.cache, ready.learner, 1)
+    ready.compile()
     harmless = factor == 1
     assert ("compile_failed" not in ready.recorder.codes()) == harmless
     assert all(bool(block._compiled_call_impl) == harmless for block in blocks)
@@ -259,8 +259,7 @@ def test_a_compiler_that_errs_in_half_of_the_matrices_is_found(
 
     monkeypatch.setattr(unet, "compile_repeated_blocks", compile_wrongly)
     before = {name: matrix.clone() for name, matrix in ready.learner.matrices.items()}
-    trainer = train_lora.LoRATrainer(config, ready.events)
-    trainer._compile(ready.models, ready.cache, ready.learner, 1)
+    ready.compile()
     assert ("compile_failed" in ready.recorder.codes()) == (factor != 1)
     assert all(torch.equal(m, before[name]) for name, m in ready.learner.matrices.items())
     assert not any(g.any() for g in ready.learner.gradients.values())
@@ -273,10 +272,9 @@ def fail(_: object) -> None:
 
 def test_a_cpu_compiles_only_when_it_is_told_to(ground: Path) -> None:
     """There, compiling takes a minute and wins nothing."""
-    config = tiny_config(ground, steps=2000)
-    ready = prepare(config)
-    trainer = train_lora.LoRATrainer(config, ready.events)
-    trainer._compile(ready.models, ready.cache, ready.learner, 2000)
+    ready = prepare(tiny_config(ground))
+    ready.total_steps = 2000
+    ready.compile()
     assert not any(vars(m).get("_compiled_call_impl") for m in ready.models.denoiser.modules())
 
 
