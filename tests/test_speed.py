@@ -108,7 +108,7 @@ def test_a_run_measures_what_its_previews_and_checkpoints_take(ground: Path) -> 
 def test_main_memory_is_never_a_full_card(ground: Path) -> None:
     """On a CPU the system swaps, which its owner sees."""
     ready = prepare(tiny_config(ground))
-    ready.free_bytes = 1
+    vars(ready)["memory"] = SimpleNamespace(free=1)
     for ready.state.step, ready.state.busy_seconds in ((1, 0.0), (2, 1.0), (3, 90.0), (4, 180.0)):
         ready.watch_pace()
     assert ready.recorder.codes() == []
