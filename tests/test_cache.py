@@ -268,8 +268,8 @@ def encode(folder: Path, *captions: str, **changes: Any) -> Encoded:
     config = load_config(**{"base_model": str(folder), "resolution": SIDE, **changes})
     models = models_of(config)
     trainer = LoRATrainer(config, Emitter(recorder), StopRequest())
-    trainer.device = CPU
-    return Encoded(trainer._encode(models, pictures), models, recorder)
+    trainer.models = models
+    return Encoded(trainer.encode(pictures), models, recorder)
 
 
 def load_vae(folder: Path) -> Any:
@@ -452,8 +452,8 @@ def test_another_picture_under_the_same_name_is_encoded_anew(here: Path, built: 
     pictures[1].path.rename(pictures[0].path)
     config = load_config(base_model=str(built / "sd1"), resolution=SIDE, cache_dir="kept")
     trainer = LoRATrainer(config, Emitter(), StopRequest())
-    trainer.device = CPU
-    (second,) = trainer._encode(models_of(config), pictures[:1]).images
+    trainer.models = models_of(config)
+    (second,) = trainer.encode(pictures[:1]).images
 
     assert not torch.equal(first.latent_dist, second.latent_dist)
 
@@ -549,7 +549,7 @@ def test_swapped_packs_are_noticed(here: Path, built: Path) -> None:
 def fill(shelf: Shelf, *names: str, made: list[str] | None = None) -> list[train_lora.Tensors]:
     """Let a shelf give back one small thing for every name, and note those that are made."""
     phase = train_lora.Phase("encoding", len(names), shelf.events, StopRequest())
-    keys = [train_lora.key_of(name) for name in names]
+    keys = [train_lora.digest_of(name) for name in names]
 
     def make(missing: Iterable[str]) -> Iterator[train_lora.Tensors]:
         for name in missing:
@@ -642,7 +642,7 @@ def test_what_was_made_before_an_end_is_kept(here: Path) -> None:
         yield from ({"a": torch.tensor([number])} for number in itertools.islice(numbers, 5))
         raise train_lora.TrainingInterrupted("SIGTERM")
 
-    numbers = {train_lora.key_of(number): number for number in range(9)}
+    numbers = {train_lora.digest_of(number): number for number in range(9)}
     with pytest.raises(train_lora.TrainingInterrupted):
         shelf.fill(["origin"], numbers, make, phase)
     assert kept_things(here / "kept") == {key for key, number in numbers.items() if number < 5}

@@ -199,7 +199,7 @@ def test_an_info_line_holds_all_facts_of_its_topic(
     facts: Facts, events: Emitter, recorder: Recorder
 ) -> None:
     """The topic fixes the fields of `data`."""
-    events.info(facts)
+    events.emit(facts)
     (record,) = recorder.records
 
     assert list(record) == ["type", "seq", "timestamp", "message", "topic", "data"]
@@ -223,15 +223,15 @@ def test_the_message_of_facts_is_one_sentence(
     facts: Facts, events: Emitter, recorder: Recorder
 ) -> None:
     """What an info line says fits a status bar too."""
-    events.info(facts)
+    events.emit(facts)
 
     assert re.fullmatch(r"[A-Za-z][^{}]{3,120}", recorder.records[0]["message"])
 
 
 def test_a_message_does_not_say_none(events: Emitter, recorder: Recorder) -> None:
     """What is unknown is null for programs and not Python's word for it for people."""
-    events.info(ModelFacts(source="hub", cached=False))
-    events.info(PhaseFacts(name="downloading", done=1, total=None))
+    events.emit(ModelFacts(source="hub", cached=False))
+    events.emit(PhaseFacts(name="downloading", done=1, total=None))
     events.emit(progress(loss=math.nan))
 
     assert [r["message"] for r in recorder.records if "None" in r["message"]] == []
@@ -240,7 +240,7 @@ def test_a_message_does_not_say_none(events: Emitter, recorder: Recorder) -> Non
 def test_numbers_are_written_for_people(events: Emitter, recorder: Recorder) -> None:
     """A status bar shows neither powers of ten nor a row of digits."""
     events.emit(replace(COMPLETE, step=20_000, total_time=12_345.678))
-    events.info(replace(FACTS[1], parameters=860_000_000))  # type: ignore[call-arg]
+    events.emit(replace(FACTS[1], parameters=860_000_000))  # type: ignore[call-arg]
 
     assert recorder.records[0]["message"] == "Complete: 20,000 steps in 12,346 s"
 
@@ -258,7 +258,7 @@ def test_what_a_class_is_called_does_not_reach_the_host(
 ) -> None:
     """Types and topics are words of their own, so that a class can be renamed."""
     events.emit(Renamed(**vars(progress())))
-    events.info(RenamedFacts(name="checking images", done=1, total=2))
+    events.emit(RenamedFacts(name="checking images", done=1, total=2))
 
     assert [record["type"] for record in recorder.records] == ["progress", "info"]
     assert recorder.records[1]["topic"] == "phase"
@@ -506,7 +506,7 @@ def test_threads_that_race_for_the_end_make_one_last_line(
 
 def test_the_report_of_a_preflight_is_a_last_line(events: Emitter, recorder: Recorder) -> None:
     """After the topic `valid` nothing is sent, and no second report."""
-    in_threads(8, lambda _: events.info(VALID))
+    in_threads(8, lambda _: events.emit(VALID))
     events.emit(warning())
 
     assert [record["type"] for record in recorder.records] == ["info"]
@@ -818,7 +818,7 @@ POLLUTING = (
 libc = ctypes.CDLL(None)
 writer = t.LineWriter(descriptor, lambda error: os._exit(9))
 events = t.Emitter(writer)
-events.info(t.PhaseFacts(name="first", done=0, total=1))
+events.emit(t.PhaseFacts(name="first", done=0, total=1))
 print("from print")
 sys.stdout.write("from a text without an end")
 os.write(1, b"from the descriptor\\n")

@@ -183,9 +183,8 @@ def files_of(run: Ready) -> Contents:
 def copy_of(run: Ready, output: Path) -> Ready:
     """Put a run into a folder of its own; its numbers are shared, and saving changes none."""
     shutil.copytree(run.config.output_path, output)
-    recorder = Recorder()
-    return replace(
-        run,
+    copied, recorder = copy.copy(run), Recorder()
+    vars(copied).update(
         config=replace(run.config, output_path=output),
         events=Emitter(recorder),
         state=copy.deepcopy(run.state),
@@ -193,6 +192,7 @@ def copy_of(run: Ready, output: Path) -> Ready:
         lock=threading.RLock(),
         recorder=recorder,
     )
+    return copied
 
 
 def leftovers(run: Ready) -> list[str]:
@@ -636,8 +636,7 @@ def compute_long(_: LoRATrainer) -> None:
 
 def hang_while_saving(trainer: LoRATrainer) -> None:
     """Hold the lock in a save that does not end, so that nobody else can save."""
-    assert trainer.run
-    with trainer.run.lock:
+    with trainer.lock:
         compute()
 
 
@@ -648,8 +647,7 @@ def notice_in_time(trainer: LoRATrainer) -> None:
         trainer.stop.check()
     except TrainingInterrupted as stopped:
         compute(2.0)
-        assert trainer.run
-        trainer.run.save_before_end(stopped)
+        trainer.save_before_end(stopped)
         raise
 
 
@@ -657,14 +655,14 @@ def linger(run: Ready, pause: Pause) -> int:
     """Stand in for the program with a run under way, as main() and train() set it up."""
     stop, writer = StopRequest(), LineWriter(train_lora.claim_stdout(), lambda _: None)
     events = Emitter(writer)
-    trainer = LoRATrainer(run.config, events, stop)
-    trainer.run = replace(run, events=events, stop=stop)
-    stop.save = trainer.run.save_before_end
+    trainer = copy.copy(run)
+    trainer.events, trainer.stop = events, stop
+    stop.save = trainer.save_before_end
     stop.end = functools.partial(train_lora.end_at_once, events, writer)
     mirroring = train_lora.mirrored(events, run.config.output_path, lambda: None)
     try:
         with stop.on_signals(), mirroring, train_lora.reporting(events):
-            events.info(train_lora.PhaseFacts(name="working", done=0, total=None))
+            events.emit(train_lora.PhaseFacts(name="working", done=0, total=None))
             pause(trainer)
     except TrainingInterrupted as stopped:
         writer.close(lambda: True)

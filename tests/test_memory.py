@@ -321,7 +321,7 @@ def widen_model(folder: Path) -> None:
 def test_the_plan_is_told_with_its_reasons(in_workspace: Path, recorder: Recorder) -> None:
     """Hosts can show the parts; each choice names what it rests on."""
     facts = plan(with_free(8), resolution=1024).facts()
-    train_lora.Emitter(recorder).info(facts)
+    train_lora.Emitter(recorder).emit(facts)
     data = recorder.records[0]["data"]
     assert (data["phase"], data["peak_bytes"]) == ("planning", None)
     assert data["planned_bytes"] >= max(data["parts"].values())
@@ -398,13 +398,13 @@ def test_a_whole_run_that_ran_out_of_memory_leaves_the_same_file(
         config = tiny_config(ground, steps=3, output_path=str(tmp_path / name))
         return Path(train_lora.LoRATrainer(config).train().final_path).read_bytes()
 
-    plain, go = run("plain"), train_lora.Run.go
+    plain, go = run("plain"), train_lora.LoRATrainer.go
 
     def go_short_of_memory(ready: Any) -> None:
         fail_once(ready, 2)
         go(ready)
 
-    monkeypatch.setattr(train_lora.Run, "go", go_short_of_memory)
+    monkeypatch.setattr(train_lora.LoRATrainer, "go", go_short_of_memory)
     assert run("short") == plain
 
 

@@ -180,12 +180,12 @@ def open_studio(folder: Path, **changes: Any) -> tuple[Studio, Learner]:
     trainer = LoRATrainer(config, Emitter(), StopRequest())
     facts, base = train_lora.inspect_model(config)
     assert base is not None
-    models = trainer._load(base)
+    trainer.models = trainer.load(base)
     picture = train_lora.Picture(
         name="image.png", path=Path("data/image.png"), width=320, height=320, caption="zkb"
     )
-    cache = trainer._encode(models, [picture])
-    return Studio(models, cache, config), trainer._adapt(models, facts)
+    cache = trainer.encode([picture])
+    return Studio(trainer.models, cache, config), trainer.adapt(facts)
 
 
 def draw_with_diffusers(

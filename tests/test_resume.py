@@ -145,8 +145,9 @@ class StopAfter(StopRequest):
 
     def check(self) -> None:
         """Ask for a stop when the moment has come, and look as ever."""
-        run = self.trainer.run if self.trainer else None
-        if run and self.step is not None and run.state.step >= self.step:
+        run = self.trainer
+        training = run and run.phase == "training"
+        if run and training and self.step is not None and run.state.step >= self.step:
             self.batches -= 1
             if self.batches < 0:
                 self.request("SIGTERM")
@@ -1155,7 +1156,7 @@ def forge_manifest(**changes: Any) -> Callable[[Path], None]:
         path = state / "manifest.json"
         manifest = json.loads(path.read_text("utf-8")) | changes
         kept = {k: v for k, v in manifest.items() if v is not None and k != "checksum"}
-        kept["checksum"] = train_lora.short_digest(kept)
+        kept["checksum"] = train_lora.digest_of(kept, 12)
         path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
     return change

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,7 +67,8 @@ def test_a_card_that_swaps_from_the_first_update_is_told_of(
 ) -> None:
     """Its pace never falls, but torch holds more than was free when the run began."""
     ready = prepare(tiny_config(ground))
-    ready.models.device, ready.free_bytes = torch.device("cuda"), int(0.8 * 2**30)
+    ready.models.device = torch.device("cuda")
+    monkeypatch.setattr(ready, "memory", SimpleNamespace(free=int(0.8 * 2**30)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(held * 2**30))
     for ready.state.step in (1, 2, 3):
@@ -80,7 +82,7 @@ def test_what_a_card_holds_is_what_its_driver_shows(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 7)
     card = torch.device("cuda", 0)
-    assert (train_lora.memory_in_use(card), train_lora.peak_memory(card)) == (5, 7)
+    assert train_lora.memory_held(card) == (5, 7)
 
 
 def test_the_time_left_counts_previews_and_checkpoints(ground: Path) -> None:
@@ -107,7 +109,7 @@ def test_a_run_measures_what_its_previews_and_checkpoints_take(ground: Path) -> 
 def test_main_memory_is_never_a_full_card(ground: Path) -> None:
     """On a CPU the system swaps, which its owner sees."""
     ready = prepare(tiny_config(ground))
-    ready.free_bytes = 1
+    vars(ready)["memory"] = SimpleNamespace(free=1)
     for ready.state.step, ready.state.busy_seconds in ((1, 0.0), (2, 1.0), (3, 90.0), (4, 180.0)):
         ready.watch_pace()
     assert ready.recorder.codes() == []
@@ -183,12 +185,12 @@ def test_memory_that_runs_out_ends_a_recording(ground: Path) -> None:
 def test_an_update_that_cannot_be_recorded_is_made_call_by_call(ground: Path) -> None:
     """Without a card, a recording fails in earnest; it is told, and nothing is left of it."""
     ready = prepare(tiny_config(ground))
-    trainer = train_lora.LoRATrainer(ready.config, ready.events)
     before = ready.learner.learned.clone()
     card = DeviceFacts(kind="cuda", name="A card", memory_free_bytes=2**36)
-    trainer.memory = MemoryPlan.make(ready.config, ready.models.base, 3, card)
-    assert trainer.memory.recording
-    assert trainer._record(ready.models, ready.cache, ready.learner, ready.order) is None
+    ready.memory = MemoryPlan.make(ready.config, ready.models.base, 3, card)
+    assert ready.memory.recording
+    ready.record()
+    assert ready.replay is None
     assert ready.recorder.codes() == ["cuda_graph_failed"]
     assert torch.equal(ready.learner.learned, before)
     assert not ready.learner.gradient.any()
@@ -273,8 +275,7 @@ def test_blocks_in_half_precision_can_be_compiled(
     monkeypatch.setattr(train_lora, "choose_precision", lambda *_: torch.bfloat16)
     config = tiny_config(ground, "sdxl", compile="on")
     ready = prepare(config)
-    trainer = train_lora.LoRATrainer(config, ready.events)
-    stance = trainer._compile(ready.models, ready.cache, ready.learner, 1)
+    stance = ready.compile()
     calls, plain = [], CompiledFxGraph.__call__
 
     def counted(graph: Any, inputs: Any) -> Any:
@@ -313,8 +314,7 @@ def test_blocks_with_other_gradients_are_not_used(
         return true.detach() + factor * (true - true.detach())
 
     monkeypatch.setattr(unet, "compile_repeated_blocks", compile_wrongly)
-    trainer = train_lora.LoRATrainer(config, ready.events)
-    trainer._compile(ready.models, ready.cache, ready.learner, 1)
+    ready.compile()
     harmless = factor == 1
     assert ("compile_failed" not in ready.recorder.codes()) == harmless
     assert all(bool(block._compiled_call_impl) == harmless for block in blocks)
@@ -341,8 +341,7 @@ def test_a_compiler_that_errs_in_half_of_the_matrices_is_found(
 
     monkeypatch.setattr(unet, "compile_repeated_blocks", compile_wrongly)
     before = {name: matrix.clone() for name, matrix in ready.learner.matrices.items()}
-    trainer = train_lora.LoRATrainer(config, ready.events)
-    trainer._compile(ready.models, ready.cache, ready.learner, 1)
+    ready.compile()
     assert ("compile_failed" in ready.recorder.codes()) == (factor != 1)
     assert all(torch.equal(m, before[name]) for name, m in ready.learner.matrices.items())
     assert not any(g.any() for g in ready.learner.gradients.values())
@@ -355,10 +354,9 @@ def fail(_: object) -> None:
 
 def test_a_cpu_compiles_only_when_it_is_told_to(ground: Path) -> None:
     """There, compiling takes a minute and wins nothing."""
-    config = tiny_config(ground, steps=2000)
-    ready = prepare(config)
-    trainer = train_lora.LoRATrainer(config, ready.events)
-    trainer._compile(ready.models, ready.cache, ready.learner, 2000)
+    ready = prepare(tiny_config(ground))
+    ready.total_steps = 2000
+    ready.compile()
     assert not any(vars(m).get("_compiled_call_impl") for m in ready.models.denoiser.modules())
 
 

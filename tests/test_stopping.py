@@ -67,7 +67,7 @@ def run(late_seconds, watch=lambda descriptor: None):
     watch(descriptor)
     try:
         with t.reporting(events):
-            events.info(t.PhaseFacts(name="working", done=0, total=None))
+            events.emit(t.PhaseFacts(name="working", done=0, total=None))
             while stop.reason is None:
                 time.sleep(0.01)
             noticed = time.monotonic() + late_seconds
@@ -334,7 +334,7 @@ libc, CLONE_VFORK = ctypes.CDLL(None), 0x4000
 events = t.Emitter(writer := t.LineWriter(t.claim_stdout(), lambda error: None))
 stop.end = functools.partial(t.end_at_once, events, writer)
 with stop.on_signals():
-    events.info(t.PhaseFacts(name="working", done=0, total=None))
+    events.emit(t.PhaseFacts(name="working", done=0, total=None))
     if libc.syscall(56, CLONE_VFORK | signal.SIGCHLD, 0, 0, 0, 0) == 0:
         os.close(writer._descriptor)
         libc.sleep(60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from tiny_models import build_tiny
 
 import train_lora
-from train_lora import ImageOrder, LoRATrainer, Run, TrainingConfig, TrainState
+from train_lora import ImageOrder, LoRATrainer, TrainingConfig
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +44,10 @@ def tiny_config(ground: Path, family: str = "sd1", **changes: Any) -> TrainingCo
 
 
 @dataclass
-class Ready(Run):
+class Ready(LoRATrainer):
     """A run just before its first update."""
 
-    recorder: Recorder = None  # type: ignore[assignment]  # follows fields with defaults
+    recorder: Recorder = field(default_factory=Recorder)
 
     def make_updates(self, times: int = 1, total_steps: int = 100) -> None:
         """Make updates and report them."""
@@ -71,22 +71,19 @@ class Ready(Run):
 def prepare(config: TrainingConfig) -> Ready:
     """Go through a run's preparations; then keep a corner of the latents, to save time."""
     recorder = Recorder()
-    trainer = LoRATrainer(config, train_lora.Emitter(recorder))
+    ready = Ready(config, train_lora.Emitter(recorder), recorder=recorder)
     facts, base = train_lora.inspect_model(config)
     assert base is not None
-    models = trainer._load(base)
-    dataset = train_lora.scan_dataset(config, trainer.events, trainer.stop)
-    cache = trainer._encode(models, dataset.pictures)
-    corners = (replace(i, latent_dist=i.latent_dist[..., :8, :8].clone()) for i in cache.images)
-    cache = replace(cache, images=tuple(corners))
-    learner = trainer._adapt(models, facts)
-    return Ready(
-        *(config, trainer.events, trainer.stop, models, cache, learner, TrainState()),
-        total_steps=100,
-        origin={"run_id": "test", "identity": {}},
-        order=ImageOrder(config, len(cache.images)),
-        recorder=recorder,
-    )
+    ready.models = ready.load(base)
+    dataset = train_lora.scan_dataset(config, ready.events, ready.stop)
+    images = ready.encode(dataset.pictures)
+    corners = (replace(i, latent_dist=i.latent_dist[..., :8, :8].clone()) for i in images.images)
+    ready.cache = replace(images, images=tuple(corners))
+    ready.learner = ready.adapt(facts)
+    ready.order, ready.total_steps = ImageOrder(config, len(images.images)), 100
+    ready.origin = {"run_id": "test", "identity": {}}
+    ready.phase = "training"
+    return ready
 
 
 def one_of(steps: int) -> Callable[[torch.Tensor, torch.Generator], torch.Tensor]:

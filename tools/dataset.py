@@ -172,7 +172,7 @@ def captions_of(wishes: Wishes, names: Iterable[str], events: Emitter) -> dict[s
     if not any(found.values()):
         expected = f"captions under {wishes.image_key} and {wishes.caption_key}"
         raise refuse(files[-1], expected, "none for these pictures")
-    events.info(train_lora.PhaseFacts(name="captions found", done=len(by_end), total=len(found)))
+    events.emit(train_lora.PhaseFacts(name="captions found", done=len(by_end), total=len(found)))
     return {name: caption for name, caption in found.items() if caption}
 
 

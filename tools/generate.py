@@ -348,7 +348,7 @@ def key_of(cell: Cell, config: TrainingConfig) -> str:
     knobs = ("base_model", "resolution", "sample_steps", "sample_guidance")
     asked = [str(config.value(knob)) for knob in (*knobs, "sample_negative_prompt")]
     what = [asked, cell.source.digest, cell.strength, cell.prompt["text"], cell.seed]
-    return train_lora.short_digest(what)
+    return train_lora.digest_of(what, 12)
 
 
 def batches(cells: Sequence[Cell], most: int) -> Iterator[list[Cell]]:

@@ -45,9 +45,10 @@ class ToolWarning(Code):
     WORTH_A_LOOK = "Something about the input is doubtful.", "See the message."
 
 
-class Done(Event, type="complete", says="{summary}", ends_run=True):
+class Done(Event, type="complete", ends_run=True):
     """Last line of a program that did what was asked."""
 
+    says = "{summary}"
     summary: Annotated[str, "what was done, in one sentence"]
     files: Annotated[list[str], "what was written"]
     total_time: Annotated[float, "seconds since the program started"]
@@ -128,10 +129,10 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None 
         if arguments.events:
             stdout = 2 if 1 in closed else claim_stdout()
             writer = LineWriter(stdout, functools.partial(stop_for, stop))
-            audience.enter_context(events.heard_by(writer))
+            events.listeners.append(writer)
             audience.callback(lambda: writer.close(deadline_in(PATIENCE_SECONDS)))
         else:
-            audience.enter_context(events.heard_by(tell))
+            events.listeners.append(tell)
         with contextlib.suppress(TrainError, TrainingInterrupted), reporting(events):
             with naming_the_disk():
                 summary, files = work(arguments, events, stop)
