@@ -50,6 +50,7 @@ import errno
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -80,6 +81,7 @@ from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from queue import SimpleQueue
+from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
@@ -138,7 +140,7 @@ class ErrorCode(Code):
     CONFIG_NOT_JSON = "The config is not strict JSON.", "Mend the place named under problems."
     CONFIG_INVALID = "The config breaks config_schema.json.", "Mend the values under problems."
     CONFIG_CONFLICT = "Values do not go together.", "Change one of those under problems."
-    DATASET_NOT_FOUND = "A folder of images cannot be read.", "In a container: the path inside it."
+    DATASET_NOT_FOUND = "A folder of images cannot be read.", "Give the folder with the images."
     DATASET_EMPTY = "No usable image was found.", "Add png, jpg, webp or bmp images."
     CAPTIONS_MISSING = "Images have neither caption nor trigger word.", "Give trigger_words."
     MODEL_NOT_FOUND = "base_model leads nowhere.", "Give a folder, a file or a Hugging Face id."
@@ -199,6 +201,10 @@ class WarningCode(Code):
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
+    STEPS_DONE = (
+        "The run has made more updates than are asked for now; it stays as it is.",
+        "Take an earlier LoRA from checkpoints, or start anew with --fresh.",
+    )
     STATE_IGNORED = "Something saved cannot be used and is left out.", "Look at the disk."
     COMPILE_FAILED = "The denoiser cannot be compiled; it runs as it is.", "Set compile to off."
     CUDA_GRAPH_FAILED = (
@@ -381,7 +387,7 @@ class DeviceFacts(Facts, topic="device"):
 class ModelFacts(Facts, topic="model"):
     """The base model, as far as its headers tell; null while it is not downloaded."""
 
-    says = "Base model: {source}, family {family}, {parameters} parameters"
+    says = "Base model: {source}, family {family}, {parameters:parameter}"
     source: Annotated[str, "`folder`, `file` or `hub`"]
     cached: Annotated[bool, "whether the weights are on this machine"]
     family: Annotated[str | None, "`sd1`, `sd2` or `sdxl`"] = None
@@ -398,7 +404,7 @@ class ModelFacts(Facts, topic="model"):
 class DatasetFacts(Facts, topic="dataset"):
     """The training images and their captions."""
 
-    says = "Dataset: {images} images, {captions_found} captions, {skipped} skipped"
+    says = "Dataset: {images:image}, {captions_found:caption}, {skipped} skipped"
     images: Annotated[int, "usable images in dataset_path"]
     skipped: Annotated[int, "images left out in both folders, each named in a warning"]
     captions_found: Annotated[int, "images of dataset_path with a caption of their own"]
@@ -411,16 +417,17 @@ class DatasetFacts(Facts, topic="dataset"):
 class PhaseFacts(Facts, topic="phase"):
     """How far a longer preparation has come."""
 
-    says = "{name}: {done} of {total}"
+    says = "{name}: {done} of {total} {unit}"
     name: Annotated[str, "what is done: `checking images`, …"]
-    done: Annotated[int, "items done"]
-    total: Annotated[int | None, "items in all"]
+    done: Annotated[int, "how much is done"]
+    total: Annotated[int | None, "how much there is in all"]
+    unit: Annotated[str, "`items` or `MiB`"] = "items"
 
 
 class MemoryFacts(Facts, topic="memory"):
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
-    says = "Memory, {phase}: {planned_bytes} bytes planned, {peak_bytes} measured"
+    says = "Memory, {phase}: {planned_bytes:size} planned, {peak_bytes:size} measured"
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
     in_use_bytes: Annotated[int | None, "held by training at the end of the phase"] = None
     peak_bytes: Annotated[int | None, "most that was ever held"] = None
@@ -442,10 +449,11 @@ class ResumeFacts(Facts, topic="resume"):
 class ValidFacts(DatasetFacts, topic="valid", ends_run=True):
     """The whole report of a preflight that found nothing wrong. Always the last line."""
 
-    says = "Valid: {images} images, {total_steps} steps on {device}"
+    says = "Valid: {images:image}, {total_steps:step} on {device}"
     effective_batch: Annotated[int, "images per update"]
     steps_per_epoch: Annotated[int, "updates in which every image of dataset_path is seen once"]
     total_steps: Annotated[int, "updates in all"]
+    resumed_step: Annotated[int, "updates made by earlier starts, from which the run goes on"]
     family: Annotated[str | None, "family of the base model; null while not downloaded"]
     device: Annotated[str, "`cuda`, `mps` or `cpu`"]
     disk_needed_bytes: Annotated[int | None, "what the run will write, at most"]
@@ -505,7 +513,7 @@ class CheckpointEvent(Event, type="checkpoint"):
 class CompleteEvent(Event, type="complete", ends_run=True):
     """Last line of a finished run."""
 
-    says = "Complete: {step} steps in {total_time} s"
+    says = "Complete: {step:step} in {total_time:duration}"
     step: Annotated[int, "updates done"]
     percent: Annotated[int, "100"] = 100
     final_path: Annotated[str, "lora_final.safetensors"]
@@ -615,12 +623,56 @@ def event_schema() -> Record:
     }
 
 
-def say(value: Any) -> Any:
-    """Put a value as a person reads it: no None, no dozen digits, no power of ten."""
-    if isinstance(value, (int, float)):
+def sentence(says: str, fields: Record) -> str:
+    """Fill a sentence; what comes between commas is left out where its field is unknown."""
+    known = {name: Spoken(value) for name, value in fields.items()}
+    parts = says.split(", ")
+    names = [[name for _, name, _, _ in Formatter().parse(part) if name] for part in parts]
+    told = [
+        p for p, own in zip(parts, names, strict=True) if all(fields[n] is not None for n in own)
+    ]
+    return ", ".join(told or parts[:1]).format_map(known)
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A value as a person reads it; the format says what is counted: `{images:image}`."""
+
+    value: Any
+
+    def __format__(self, unit: str) -> str:
+        """Write it without a dozen digits, a power of ten, or the plural of one."""
+        value = self.value
+        if value is None:
+            return "unknown"
+        if unit == "size":
+            return size_of(value)
+        if unit == "duration":
+            return duration_of(value)
+        if not isinstance(value, (int, float)):
+            return str(value)
         exact = isinstance(value, int) or abs(value) >= 1000
-        return f"{value:,.0f}" if exact else f"{value:.4g}"
-    return "unknown" if value is None else value
+        number = f"{value:,.0f}" if exact else f"{value:.4g}"
+        return f"{number} {unit}{'s' if value != 1 else ''}" if unit else number
+
+
+def counted(number: int, noun: str) -> str:
+    """Count things, one or several."""
+    return format(Spoken(number), noun)
+
+
+def size_of(size: float) -> str:
+    """Write a number of bytes in the unit that people count in."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20):,} MiB"
+
+
+def duration_of(seconds: float) -> str:
+    """Write a time as a clock would, from a minute on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
 
 
 PROGRESS_SECONDS = 0.5  # a person cannot follow more than two lines a second
@@ -666,7 +718,7 @@ class Emitter:
             self._seq += 1
             self.last = event if event.ends_run else None
             fields: Record = plain(event)
-            message = event.says.format_map({key: say(value) for key, value in fields.items()})
+            message = sentence(event.says, fields)
             now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             head = {"type": event.wire["type"], "seq": self._seq, "timestamp": now}
             head |= {"message": message} | event.wire
@@ -783,16 +835,19 @@ class LineWriter:
 class Phase:
     """Tell at most once a second how far a preparation has come; leave when asked to stop."""
 
-    def __init__(self, name: str, total: int, events: Emitter, stop: StopRequest) -> None:
+    def __init__(
+        self, name: str, total: int, events: Emitter, stop: StopRequest, unit: str = "items"
+    ) -> None:
         """Begin; nothing is told in the first second."""
-        self._name, self._total, self._events, self._stop = name, total, events, stop
+        self._facts: Record = {"name": name, "total": total, "unit": unit}
+        self._events, self._stop = events, stop
         self._told = time.monotonic()
 
     def at(self, done: int) -> None:
         """Note how many are done."""
         self._stop.check()
         if time.monotonic() - self._told >= 1:
-            self._events.emit(PhaseFacts(name=self._name, done=done, total=self._total))
+            self._events.emit(PhaseFacts(done=done, **self._facts))
             self._told = time.monotonic()
 
 
@@ -851,7 +906,7 @@ def parse_config(text: str) -> Record:
         document, problems = parse_json(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise bad_json("strict JSON", f"{error.msg} at {place}", "Mend this place.") from error
+        raise bad_json("strict JSON", f"{error.msg} at {place}", mistake(error)) from error
     except (RecursionError, ValueError) as error:  # 100,000 brackets; a number of 501 digits
         raise bad_json("a config", f"JSON beyond all measure ({error})", "") from error
     if problems:
@@ -859,6 +914,24 @@ def parse_config(text: str) -> Record:
     if not isinstance(document, dict):
         raise bad_json("a JSON object", show(document), "Put the knobs between { and }.")
     return document
+
+
+def mistake(error: json.JSONDecodeError) -> str:
+    """Name the usual mistake that JSON's parser stumbles over in this place."""
+    rest, before = error.doc[error.pos :], error.doc[: error.pos].rstrip()
+    if "escape" in error.msg:
+        return "JSON wants \\\\ for a backslash; / does as well in a path."
+    if rest.startswith(("'", "\u201c", "\u201d")):
+        return 'Only straight double quotes count: "…".'
+    if rest.startswith(("//", "/*", "#")):
+        return "JSON has no comments; the key $comment may hold one."
+    if before.endswith(",") or (rest.startswith(",") and rest[1:].lstrip()[:1] in ("}", "]")):
+        return "Remove the comma before the closing bracket."
+    if word := re.match(r"True|False|None", rest):
+        return f"Write {json.dumps({'True': True, 'False': False}.get(word[0]))}."
+    if before.endswith(('"', "}", "]")) or before[-1:].isalnum():
+        return "A comma may be missing before this place."
+    return "Mend this place."
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -935,8 +1008,24 @@ def translate(error: jsonschema.ValidationError) -> Iterator[Problem]:
             wanted = knob["properties"][key]
             yield Problem(key, describe_values(wanted), "nothing", wanted["hint"])
     else:
-        path, hint = place.removeprefix(".") or "$", knob.get("hint", "")
+        path, hint = place.removeprefix(".") or "$", correction(knob, error.instance)
         yield Problem(path, describe_values(knob), show(error.instance), hint)
+
+
+def correction(knob: Record, value: Any) -> str:
+    """Guess what was meant by a value that is almost right; else give the knob's own hint."""
+    kind = knob.get("type", "string")
+    if isinstance(value, str) and "enum" in knob:
+        known = [item for item in knob["enum"] if isinstance(item, str)]
+        for close in difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.6):
+            return f"Did you mean {close}?"
+    elif isinstance(value, str) and kind not in ("string", "array"):
+        with contextlib.suppress(ValueError):
+            if isinstance(json.loads(value.lower()), (int, float, bool)):
+                return "Remove the quotes."
+    elif isinstance(value, str) and kind == "array":
+        return f"Write [{show(value)}]."
+    return str(knob.get("hint", ""))
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
@@ -1614,7 +1703,9 @@ class ImageFolder:
                 if refused <= REFUSED_LINES:
                     first.append({"line": number, "reason": str(reason)})
         if refused:
-            message = f"Cannot use {refused} lines of {name}, such as {first[0]['line']}: "
+            message = (
+                f"Cannot use {counted(refused, 'line')} of {name}, such as {first[0]['line']}: "
+            )
             message += str(first[0]["reason"])
             data = {"file": name, "lines": refused, "first": first}
             self.events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
@@ -1720,12 +1811,14 @@ class ImageFolder:
         small = [p.name for p in pictures if min(p.width, p.height) < resolution]
         if small:
             count = len(small)
-            message = f"{count} images are smaller than {resolution} pixels, such as {small[0]}"
+            message = (
+                f"Smaller than {resolution} pixels: {counted(count, 'image')}, such as {small[0]}"
+            )
             self.events.warn(WarningCode.IMAGES_SMALL, message, images=count, file=small[0])
         worst = self.cropped
         if worst:
             lost = [{"file": p.name, "share": round(p.crop_loss, 2)} for p in worst[:10]]
-            message = f"{len(worst)} images lose more than a fifth by cropping to a square: "
+            message = f"A square takes less than four fifths of {counted(len(worst), 'image')}: "
             message += f"{worst[0].name} loses {worst[0].crop_loss:.0%}"
             self.events.warn(WarningCode.IMAGES_CROPPED, message, images=len(worst), lost=lost)
 
@@ -2224,13 +2317,18 @@ def unsupported_model(kind: str) -> TrainError:
     return TrainError.at(ErrorCode.MODEL_UNSUPPORTED, "base_model", expected, kind)
 
 
-def cached_snapshot(hub_id: str) -> Path | None:
-    """Find what was downloaded of a Hugging Face model, without asking the network."""
+def hub_folder(hub_id: str) -> Path:
+    """Tell where a Hugging Face model is kept on this machine."""
     # The same order of precedence as in huggingface_hub.
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface"
     hub = os.environ.get("HF_HOME", home) + "/hub"
     hub = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", hub))
-    folder = expand_home(os.path.expandvars(hub)) / f"models--{hub_id.replace('/', '--')}"
+    return expand_home(os.path.expandvars(hub)) / f"models--{hub_id.replace('/', '--')}"
+
+
+def cached_snapshot(hub_id: str) -> Path | None:
+    """Find what was downloaded of a Hugging Face model, without asking the network."""
+    folder = hub_folder(hub_id)
     try:
         revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -2248,7 +2346,7 @@ def look_up(
         return None, path
     if not HUB_ID.fullmatch(name) or name.endswith((".safetensors", *PICKLES)):
         expected, found = f"{kinds} or a Hugging Face id", f"{name}, which is none"
-        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, knob, expected, found)
+        raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, knob, expected, found, whereabouts(path))
     hub_id = MOVED.get(name, name)
     return hub_id, cached_snapshot(hub_id)
 
@@ -2545,17 +2643,18 @@ CONFIG_FILES = ["*/config.json", "*/scheduler_config.json", "tokenizer*/*", "mod
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
-def download_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts, BaseModel]:
+def download_model(
+    config: TrainingConfig, events: Emitter, stop: StopRequest
+) -> tuple[ModelFacts, BaseModel]:
     """Fetch what a run needs from the hub, unless it is on this machine already."""
+    get = functools.partial(fetch, events, stop)
     if config.vae and not find_vae(config.vae):
-        fetch(str(look_up(config.vae)[0]), VAE_FILES, "vae")
+        get(str(look_up(config.vae)[0]), VAE_FILES, "vae")
         if not find_vae(config.vae):
             raise unfetched_model("vae", config.vae, f"no {' and '.join(VAE_FILES)}")
     facts, base = inspect_model(config)
     if wanted := base.reference if base else facts.hub_id:
-        if base is None:
-            events.emit(PhaseFacts(name="downloading base model", done=0, total=None))
-        fetch_parts(wanted, weights=base is None)
+        fetch_parts(wanted, get, weights=base is None)
         facts, base = inspect_model(config)
     if base is None or base.reference:
         lacks = missing_files(cached_snapshot(str(wanted))) or ["model"]
@@ -2563,15 +2662,15 @@ def download_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts,
     return facts, base
 
 
-def fetch_parts(hub_id: str, *, weights: bool) -> None:
+def fetch_parts(hub_id: str, get: Callable[[str, list[str]], Path], *, weights: bool) -> None:
     """Download a model: first its configs, which tell what it consists of."""
-    folder = fetch(hub_id, CONFIG_FILES)
+    folder = get(hub_id, CONFIG_FILES)
     family = recognise(read_headers(folder))
     for kind in ("", ".fp16") if weights else ():  # half precision where there is no other
         short = {name.partition("/")[0] for name in missing_files(folder) or ()}
         stems = [f"{p.folder}/{p.stem}{kind}" for p in family.networks if p.folder in short]
         ends = (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
-        fetch(hub_id, [*CONFIG_FILES, *(f"{stem}{end}" for stem in stems for end in ends)])
+        get(hub_id, [*CONFIG_FILES, *(f"{stem}{end}" for stem in stems for end in ends)])
 
 
 def unfetched_model(knob: str, hub_id: str, found: str) -> TrainError:
@@ -2580,15 +2679,61 @@ def unfetched_model(knob: str, hub_id: str, found: str) -> TrainError:
     return TrainError.at(ErrorCode.MODEL_NOT_FOUND, knob, expected, found, hint)
 
 
-def fetch(hub_id: str, patterns: list[str], knob: str = "base_model") -> Path:
+def fetch(
+    events: Emitter, stop: StopRequest, hub_id: str, patterns: list[str], knob: str = "base_model"
+) -> Path:
     """Download the named files of a model from the hub, or find them in its cache."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    download = functools.partial(snapshot_download, hub_id, allow_patterns=patterns)
+    wanted: list[Any] = []
+    with contextlib.suppress(Exception):  # without a network; what is here counts
+        asked = stop.wait_for(beside(lambda: download(dry_run=True)))
+        wanted = [file for file in asked if file.will_download]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        if wanted:
+            watch_download(beside(download), hub_id, wanted, events, stop)
+        return Path(stop.wait_for(beside(download)))
+    except TrainingInterrupted:
+        raise
     except Exception as error:  # the network has more ways to fail than could be listed
-        said = str(error).strip() or type(error).__name__
-        raise unfetched_model(knob, hub_id, said.splitlines()[0]) from error
+        lacks = [file.filename for file in wanted if not os.path.lexists(file.local_path)]
+        what = lacks[0] if lacks else hub_id
+        found = f"no {what} from {constants.ENDPOINT}: {cause_of(error)}"
+        raise unfetched_model(knob, hub_id, found) from error
+
+
+def watch_download(
+    outcome: Future[Any], hub_id: str, files: Sequence[Any], events: Emitter, stop: StopRequest
+) -> None:
+    """Tell how much of a download is here, by what grows in the cache."""
+    total = sum(file.file_size or 0 for file in files) // 2**20
+    blobs = hub_folder(hub_id) / "blobs"
+
+    def held() -> int:
+        sizes = [0]
+        with contextlib.suppress(OSError):  # a file that was given its final name meanwhile
+            sizes += [entry.stat().st_size for entry in os.scandir(blobs)]
+        return sum(sizes)
+
+    before, phase = held(), Phase("downloading base model", total, events, stop, unit="MiB")
+    while not outcome.done():
+        phase.at(max(0, min(total, (held() - before) // 2**20)))
+        wait([outcome], timeout=0.2)
+    outcome.result()
+
+
+def cause_of(error: BaseException) -> str:
+    """Say why the hub gave nothing: the first cause, and what its owner can do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "accept the model's licence there and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such model, or a private one without HF_TOKEN"
+    while error.__cause__:
+        error = error.__cause__
+    return first_line(error)
 
 
 # === Loading =================================================================
@@ -2942,15 +3087,40 @@ def to_pixels(picture: Image.Image) -> Tensor:
     return pixels.float() / 127.5 - 1  # [3, height, width]
 
 
-def tokenize(texts: Iterable[str], models: Models, events: Emitter) -> dict[str, Conditioning]:
-    """Turn texts into token ids; tell which ones are too long to be read to the end."""
-    known, tokenizers, most = dict.fromkeys(texts), models.tokenizers, models.base.tokens
-    long = [t for t in known if len(tokenizers[0](t, verbose=False).input_ids) > most]
+Texts = Iterable[tuple[str, str]]  # whose they are, and what they say
+
+
+def texts_of(config: TrainingConfig, pictures: Iterable[Picture]) -> Texts:
+    """List all that the text encoders will read."""
+    yield from ((picture.name, picture.caption) for picture in pictures)
+    yield from (("sample_prompts", prompt) for prompt in preview_prompts(config))
+    yield "sample_negative_prompt", config.sample_negative_prompt
+
+
+def report_long(
+    texts: Texts, count: Callable[[str], int], most: int, events: Emitter, *, estimated: bool
+) -> None:
+    """Tell whose texts are too long to be read to the end."""
+    counted = functools.cache(count)
+    long = [name for name, text in texts if counted(text) > most]
     if long:
-        message = f"{len(long)} captions have more than {most - 2} tokens; the rest is not read"
-        events.warn(WarningCode.CAPTION_TRUNCATED, message, captions=len(long), first=long[0])
+        how = ", by a rough count" if estimated else ""
+        message = f"Read up to {most - 2} tokens{how}: {counted(len(long), 'caption')}, such as "
+        message += f"that of {long[0]}"
+        told: Record = {"captions": len(long), "files": long[:10], "estimated": estimated}
+        events.warn(WarningCode.CAPTION_TRUNCATED, message, **told)
+
+
+def tokenize(texts: Texts, models: Models, events: Emitter) -> dict[str, Conditioning]:
+    """Turn texts into token ids; tell which ones are too long."""
+    texts, tokenizers, most = list(texts), models.tokenizers, models.base.tokens
+
+    def count(text: str) -> int:
+        return len(tokenizers[0](text, verbose=False).input_ids)
+
+    report_long(texts, count, most, events, estimated=False)
     family = models.base.family
-    return {text: family.tokenize(tokenizers, text, most) for text in known}
+    return {text: family.tokenize(tokenizers, text, most) for _, text in texts}
 
 
 def read_texts(
@@ -3324,6 +3494,24 @@ def nearest_folder(path: Path) -> Path:
     """Find the folder that exists already and would hold the path."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
+IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
+
+
+def whereabouts(path: Path) -> str:
+    """Say what there is in place of a path that leads nowhere."""
+    hint = "This is a container: give the path inside it. " * any(map(os.path.exists, IN_CONTAINER))
+    with contextlib.suppress(OSError, ValueError):
+        if any(ord(letter) < 32 for letter in str(path)):
+            return "A backslash was read as part of a control character: write / or two of them."
+        folder = nearest_folder(path)
+        name = path.absolute().relative_to(folder).parts[:1]
+        there = [entry.name for entry in folder.iterdir()]
+        near = difflib.get_close_matches("".join(name), there, n=3)
+        named = f", which has {', '.join(near)}" if near else ""
+        return f"{hint}The nearest folder there is: {folder}{named}."
+    return hint
 
 
 def check_output(path: Path) -> None:
@@ -3973,7 +4161,8 @@ def inspect_device(wanted: str) -> DeviceFacts:
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     there = "mps" if apple and kind != "cpu" else "cpu"
     if kind not in ("auto", there):
-        raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, "a machine without it")
+        found = "a machine, or a torch, without it"
+        raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", wanted, found)
     known = sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
     memory: Record = {"memory_total_bytes": total, "memory_free_bytes": free_memory()}
@@ -3986,6 +4175,8 @@ def inspect_device(wanted: str) -> DeviceFacts:
 
 def inspect_card(index: int) -> DeviceFacts | None:
     """Describe the card to which torch will give this number, as far as the system knows it."""
+    if built_for_cpu():
+        return None
     cards = list_cards()
     every = ",".join(map(str, range(len(cards) or index + 1)))
     entries = [e.strip() for e in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")]
@@ -3998,6 +4189,13 @@ def inspect_card(index: int) -> DeviceFacts | None:
     # Part of a card, or a machine without nvidia-smi: torch will see more.
     there = cards or any(map(os.path.exists, CARD_NODES))
     return DeviceFacts(kind="cuda", name="a card unknown to nvidia-smi") if there else None
+
+
+def built_for_cpu() -> bool:
+    """Tell whether the torch that is installed sees no card, without importing it."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("torch").endswith("+cpu")
+    return False
 
 
 def list_cards() -> dict[str, DeviceFacts]:
@@ -4284,7 +4482,7 @@ class MemoryPlan:
         rooms = ("memory", needed, self.free), ("main memory", self.main, free_memory())
         for kind, needs, free in rooms:
             if free is not None and needs > SLACK * free:
-                return f"The run needs {needs:,} bytes of {kind}; {free:,} are free"
+                return f"The run needs {size_of(needs)} of {kind}; {size_of(free)} are free"
         return None
 
     @property
@@ -4297,8 +4495,8 @@ class MemoryPlan:
     def facts(self) -> MemoryFacts:
         """Tell what was chosen, and why."""
         planned, free = self.peaks["training"], self.free
-        room = "unknown" if free is None else f"{free:,} bytes are free"
-        why = f"{planned:,} bytes planned, {room}"
+        room = "what is free is unknown" if free is None else f"{size_of(free)} are free"
+        why = f"{size_of(planned)} planned, {room}"
         chosen = {"gradient_checkpointing": self.checkpointing, "preview_tiling": self.tiling}
         chosen |= {"cuda_graph": self.recording} if self.on_card else {}
         return MemoryFacts(
@@ -4376,10 +4574,11 @@ def check_images(folder: Path | None, knob: str) -> None:
         if not folder or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
             return
         kind = "is no readable folder" if folder.exists() else "does not exist"
-        found = f"{folder}, which {kind}"
+        found, hint = f"{folder}, which {kind}", whereabouts(folder)
     except OSError as error:
-        found = str(error)
-    raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, "a folder with images", found)
+        found, hint = str(error), ""
+    expected = "a folder with images"
+    raise TrainError.at(ErrorCode.DATASET_NOT_FOUND, knob, expected, found, hint)
 
 
 def check_extras(config: TrainingConfig) -> None:
@@ -4459,7 +4658,7 @@ class Preflight:
             plan = MemoryPlan.make(self.config, self.structure, images, device)
             events.emit(plan.facts())
         if needed is not None and needed > free:
-            expected, found = f"{needed:,} bytes free", f"{free:,}"
+            expected, found = f"{size_of(needed)} free", size_of(free)
             raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, found)
         if plan and plan.shortage:
             raise TrainError(ErrorCode.OUT_OF_MEMORY, plan.shortage, plan.remedies())
@@ -4472,6 +4671,7 @@ class Preflight:
             effective_batch=self.config.effective_batch,
             steps_per_epoch=self.order.steps(epochs=1),
             total_steps=self.order.total_steps,
+            resumed_step=self.done,
             family=self.model.family,
             device=device.kind,
             disk_needed_bytes=self.disk_needed_bytes,
@@ -4505,6 +4705,45 @@ def report_model(
         message = f"resolution {side} is far from the base model's {native}"
         told = {"resolution": side, "native_resolution": native}
         events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **told)
+
+
+# What CLIP's tokenizer keeps together, before it cuts words into pieces.
+WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNORECASE)
+TOKENS = 77  # that all known text encoders of these families have room for
+
+
+def report_captions(
+    config: TrainingConfig, base: BaseModel | None, dataset: Dataset, events: Emitter
+) -> None:
+    """Tell which captions are too long; without the tokenizer at hand, words are counted."""
+    count = token_counter(base.parts[base.family.tokenizers[0]].folder) if base else None
+    rough = count or (lambda text: 2 + len(WORDS.findall(text)))
+    most, texts = base.tokens if base else TOKENS, texts_of(config, dataset.pictures)
+    report_long(texts, rough, most, events, estimated=count is None)
+
+
+def token_counter(folder: Path) -> Callable[[str], int] | None:
+    """Read CLIP's tokenizer with what it is made of, which takes no seconds to import."""
+    try:
+        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+        whole = folder / "tokenizer.json"
+        if whole.is_file():
+            tokenizer = Tokenizer.from_file(str(whole))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return lambda text: len(tokenizer.encode(text).ids)
+        files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
+        tokenizer = Tokenizer(models.BPE.from_file(*files, end_of_word_suffix="</w>"))
+        spaces, lower = normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, lower])
+        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    except Exception:  # noqa: BLE001, a damaged one is refused when it is loaded
+        return None
+    return lambda text: 2 + len(tokenizer.encode(text).ids)  # with the marks of both ends
 
 
 def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
@@ -4663,11 +4902,16 @@ class LoRATrainer:
     def validate(self) -> ValidFacts:
         """Check all that can be checked without loading a model, and write nothing."""
         with reporting(self.events):
-            model = check_paths(self.config)
+            facts, base = check_paths(self.config)
+            if not self.fresh:
+                self.look_back()
+                self.check_results()
             self.start()
-            report_model(self.config, model, self.events)
+            report_model(self.config, (facts, base), self.events)
             dataset = scan_dataset(self.config, self.events, self.stop)
-            plan = Preflight(self.config, *model, dataset)
+            plan = Preflight(self.config, facts, base, dataset, self.state.step)
+            self.compare(plan, base)
+            report_captions(self.config, base, dataset, self.events)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
             plan.on(device, self.events)
@@ -4684,14 +4928,12 @@ class LoRATrainer:
             # Look at everything before anything heavy is loaded.
             quiet_libraries()
             imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
-            facts, base = download_model(config, events)
-            report_model(config, (facts, base), events)
             # Who goes on has decoded every image before, and none may have changed.
             dataset = scan_dataset(config, events, self.stop, thorough=not self.state.step)
+            facts, base = download_model(config, events, self.stop)
+            report_model(config, (facts, base), events)
             plan = Preflight(config, facts, base, dataset, self.state.step)
-            self.order, self.total_steps = plan.order, plan.order.total_steps
-            self.origin = {"run_id": self.run_id, "identity": identify(config, plan, base)}
-            self.earlier.check(self.origin["identity"])
+            self.compare(plan, base)
             if said := self.earlier.complete:
                 done = CompleteEvent(**said["event"])
                 if self.total_steps <= done.step:
@@ -4736,8 +4978,7 @@ class LoRATrainer:
             self.look_back()
             earlier = self.earlier
             self.stop.save = self.save_before_end
-            if config.resume == "never" or not (earlier.state or earlier.complete):
-                refuse_to_overwrite(output)
+            self.check_results()
             self.run_id = (earlier.manifest or earlier.complete).get("run_id", self.run_id)
             # A finished run that is asked for what it has done is left as it is, to the last byte.
             again = earlier.complete.get("asked") == [config.steps, config.epochs]
@@ -4753,6 +4994,28 @@ class LoRATrainer:
         self.earlier = earlier = Earlier.find(self.config.output_path, refused)
         self.saved = earlier.state
         self.state = TrainState(step=earlier.step, first_step=earlier.step + 1)
+
+    def check_results(self) -> None:
+        """Refuse a folder with results that this run will not go on from."""
+        going_on = self.config.resume == "auto" and (self.saved or self.earlier.complete)
+        if not going_on:
+            refuse_to_overwrite(self.config.output_path)
+
+    def compare(self, plan: Preflight, base: BaseModel | None) -> None:
+        """Hold the run against its earlier starts: refuse another one, tell of one that has ended.
+
+        Of a model that is not downloaded, nothing can be compared.
+        """
+        self.order, self.total_steps = plan.order, plan.order.total_steps
+        if base:
+            identity = identify(self.config, plan, base)
+            self.origin = {"run_id": self.run_id, "identity": identity}
+            self.earlier.check(identity)
+        done = max(self.state.step, self.earlier.complete.get("event", {}).get("step", 0))
+        if done > self.total_steps:
+            message = f"{self.total_steps} updates are asked for, and the run has made {done}"
+            told = {"done": done, "total_steps": self.total_steps}
+            self.events.warn(WarningCode.STEPS_DONE, message, **told)
 
     def start(self, aside: Path | None = None) -> None:
         """Send the first line, also of a run that is to stop, and what happened before."""
@@ -4778,7 +5041,7 @@ class LoRATrainer:
         ended = explain(error)
         if is_out_of_memory(error):
             _, peak = memory_held(self.device) if self.device else (None, None)
-            held = f"{peak or 0:,} bytes in use at most"
+            held = f"{size_of(peak or 0)} in use at most"
             message = f"Out of memory while {self.phase}, {held}: {first_line(error)}"
             offers = self.memory.remedies(self.phase) if self.memory else []
             ended = TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
@@ -4818,8 +5081,7 @@ class LoRATrainer:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config, models, self.phase = self.config, self.models, "encoding"
         shelf = Shelf(config.cache_dir, models.device, self.events)
-        prompts = [*preview_prompts(config), config.sample_negative_prompt]
-        texts = tokenize([*(p.caption for p in pictures), *prompts], models, self.events)
+        texts = tokenize(texts_of(config, pictures), models, self.events)
         if config.train_text_encoder:
             models.load_text_encoders(models.dtype)
         else:

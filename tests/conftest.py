@@ -219,7 +219,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ground")
     for number in range(6):
-        path, size = folder / "data" / f"{number}.png", (256 + 40 * number, 256)
+        path, size = folder / "data" / f"{number}.png", (256 + 10 * number, 256)
         upright = Image.linear_gradient("L")
         lying = upright.transpose(Image.Transpose.ROTATE_90)
         path.parent.mkdir(exist_ok=True)
