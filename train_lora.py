@@ -219,6 +219,10 @@ class WarningCode(Code):
     COPY_FAILED = "The LoRA is not in loras_path.", "Copy lora_final.safetensors there."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
+    REQUEST_REFUSED = (
+        "What request.json asks for cannot be done.",
+        "It may hold preview, checkpoint (true) and sample_prompts (a list).",
+    )
     OUTPUT_REMOVED = "output_path was removed under the run.", "Leave it alone until the last line."
 
 
@@ -261,7 +265,7 @@ class TrainError(Exception):
 
 
 StopReason = Literal["SIGINT", "SIGTERM", "SIGHUP", "stop_file", "host_gone", "output_full"]
-CheckpointReason = Literal["periodic", "interrupted"]
+CheckpointReason = Literal["periodic", "interrupted", "requested"]
 
 
 class TrainingInterrupted(BaseException):
@@ -444,6 +448,14 @@ class ResumeFacts(Facts, topic="resume"):
     step: Annotated[int, "updates done by earlier starts"]
     aimed_at: Annotated[int | None, "updates that the earlier start was to make in all"]
     set_aside: Annotated[str | None, "where `--fresh` moved the earlier run"]
+
+
+class RequestFacts(Facts, topic="request"):
+    """What `request.json` asked for was done."""
+
+    says = "Did what was asked for at step {step}"
+    step: Annotated[int, "updates done so far"]
+    asked: Annotated[dict[str, Any], "what the file held"]
 
 
 class ValidFacts(DatasetFacts, topic="valid", ends_run=True):
@@ -1297,6 +1309,9 @@ def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
     return lambda: os.getppid() != parent
 
 
+IMPORT_SECONDS = 0.5  # from the start of a process to here
+
+
 class StopRequest:
     """The first reason to stop, remembered for whoever asks."""
 
@@ -1304,6 +1319,7 @@ class StopRequest:
         """Start with no reason."""
         self.reason: StopReason | None = None
         self.requested_at = math.inf
+        self.began = time.time() - IMPORT_SECONDS  # by the clock of files
         self.noticed = False
         self.parent_ended = watch_parent()
         # Saves what would be lost; set by whoever has something to lose.
@@ -1449,11 +1465,12 @@ def beside(work: Callable[[], Any]) -> Future[Any]:
     return outcome
 
 
-def take_stop_file(path: Path) -> bool:
-    """Honour a stop file: it is there exactly if it can be removed."""
+def take_stop_file(path: Path, before: float = math.inf) -> bool:
+    """Honour a stop file that was written before a time: it is there if it can be removed."""
     with contextlib.suppress(OSError):
-        path.unlink()
-        return True
+        if path.lstat().st_mtime < before:
+            path.unlink()
+            return True
     return False
 
 
@@ -3956,6 +3973,15 @@ def state_folders(output: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+# What a form can mark, for what is no knob itself, and what its number counts.
+KNOBS_BEHIND = {
+    "images": ("dataset_path", ""),
+    "captions": ("dataset_path", ""),
+    "effective_batch": ("batch_size", " images per update"),
+    "regularization": ("regularization_path", ""),
+}
+
+
 @dataclass(frozen=True)
 class Earlier:
     """What earlier starts of the run left behind."""
@@ -3992,7 +4018,12 @@ class Earlier:
         said = (self.manifest or self.complete).get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
         keys = sorted(k for k in said.keys() | identity.keys() if said.get(k) != identity.get(k))
-        problems = [Problem(key, str(said.get(key)), str(identity.get(key)), hint) for key in keys]
+        told = [
+            (KNOBS_BEHIND.get(k, (k, "")), str(said.get(k)), str(identity.get(k))) for k in keys
+        ]
+        problems = [
+            Problem(knob, before + unit, now + unit, hint) for (knob, unit), before, now in told
+        ]
         if problems:
             raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)
 
@@ -4189,6 +4220,16 @@ def inspect_card(index: int) -> DeviceFacts | None:
     # Part of a card, or a machine without nvidia-smi: torch will see more.
     there = cards or any(map(os.path.exists, CARD_NODES))
     return DeviceFacts(kind="cuda", name="a card unknown to nvidia-smi") if there else None
+
+
+def list_devices() -> list[Record]:
+    """List what could train here, the fastest first, with what `device` would call it."""
+    cards = [(f"cuda:{n}", inspect_card(n)) for n in range(len(list_cards()) or 1)]
+    found = [(name, card) for name, card in cards if card]
+    for kind in ("mps", "cpu"):
+        with contextlib.suppress(TrainError):
+            found.append((kind, inspect_device(kind)))
+    return [{"device": name, **plain(facts)} for name, facts in found]
 
 
 def built_for_cpu() -> bool:
@@ -4894,7 +4935,9 @@ class LoRATrainer:
     cache: Cache = field(init=False)
     learner: Learner = field(init=False)
     replay: Replay | None = None
+    prompts: tuple[str, ...] = ()  # that were asked for while it runs, in place of the config's
     written: int | None = None  # the step of the newest LoRA file
+    previewed: int | None = None  # that of the newest previews
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
     # Held while numbers change or are written, so that a rescuer finds neither half done.
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -4944,6 +4987,7 @@ class LoRATrainer:
             check_copies(config)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
+            events.emit(PhaseFacts(name="importing libraries", done=0, total=1))
             self.stop.wait_for(imports)
             self.models = self.load(base, plan)
             self.cache = self.encode(dataset.pictures)
@@ -4972,7 +5016,7 @@ class LoRATrainer:
         if config.stop_with_parent:
             causes["host_gone"] = self.stop.parent_ended
         with claimed(output) as claim:
-            stop_file()  # one that an earlier start left asks for nothing
+            take_stop_file(output / "stop", self.stop.began)  # of an earlier start
             aside = set_aside(output) if self.fresh else None
             remove_leftovers(output)
             self.look_back()
@@ -5340,11 +5384,46 @@ class LoRATrainer:
     def make_due(self) -> None:
         """Write and draw what this step asks for."""
         config, step = self.config, self.state.step
+        self.answer_request()
         if step and due(config.checkpoint_steps, step):
             self.state.checkpoint_seconds = timed(self.checkpoint)
         wanted = due(config.validation_steps, step) if step else config.sample_at_start
         if wanted and step < self.total_steps:  # the last one comes after the final file
             self.state.preview_seconds = timed(self.preview)
+
+    def answer_request(self) -> None:
+        """Do what request.json asks for, if it is there and makes sense; it goes either way."""
+        path, step = self.config.output_path / "request.json", self.state.step
+        if not os.path.lexists(path):
+            return
+        try:
+            asked = read_request(path)
+            path.unlink()
+            if prompts := asked.get("sample_prompts"):
+                self.change_prompts(tuple(prompts))
+            if asked.get("checkpoint") and step:
+                self.checkpoint("requested")
+            if asked.get("preview"):
+                self.preview()
+            self.events.emit(RequestFacts(step=step, asked=asked))
+        except Exception as error:  # noqa: BLE001, whatever it is, training can go on
+            with contextlib.suppress(OSError):
+                path.unlink()
+            message, reason = f"Cannot do what request.json asks: {error}", reason_of(error)
+            self.events.warn(WarningCode.REQUEST_REFUSED, message, step=step, reason=reason)
+
+    def change_prompts(self, prompts: tuple[str, ...]) -> None:
+        """Draw other previews from here on; text encoders that are gone come back for them."""
+        texts = tokenize((("sample_prompts", each) for each in prompts), self.models, self.events)
+        if not self.config.train_text_encoder:
+            phase = Phase("encoding captions", len(texts), self.events, self.stop)
+            shelf = Shelf(self.config.cache_dir, self.models.device, self.events)
+            try:
+                texts = read_texts(self.models, texts, shelf, phase)
+            finally:
+                self.models.text_encoders = []
+        self.cache = dataclasses.replace(self.cache, texts=self.cache.texts | texts)
+        self.prompts = prompts
 
     def owes(self, path: Path) -> bool:
         """Tell whether a file of this step is to be made; after a restart, if it is not there."""
@@ -5400,7 +5479,11 @@ class LoRATrainer:
 
     def preview(self) -> None:
         """Draw one picture for every prompt. What goes wrong here does not end a run."""
-        step, prompts = self.state.step, enumerate(preview_prompts(self.config), start=1)
+        wanted = self.prompts or preview_prompts(self.config)
+        step, prompts = self.state.step, enumerate(wanted, start=1)
+        if self.previewed == step:  # somebody asked for them
+            return
+        self.previewed = step
         try:
             numbered = [p for p in prompts if not step or self.owes(self.sample_path(p[0]))]
             at_once = self.models.previews_at_once
@@ -5550,6 +5633,24 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def read_request(path: Path) -> Record:
+    """Read what a host asks of a living run; raise what is wrong with it in words."""
+    with os.fdopen(open_own(path), "rb") as file:
+        content = file.read(CONFIG_BYTES)
+    asked, problems = parse_json(content.decode())
+    known: Record = knobs()["sample_prompts"] | {"type": "array"}
+    parts = {"preview": {"type": "boolean"}, "checkpoint": {"type": "boolean"}}
+    schema = {"type": "object", "additionalProperties": False}
+    validator = jsonschema.Draft7Validator(
+        {**schema, "properties": {**parts, "sample_prompts": known}}
+    )
+    wrong = [error.message for error in validator.iter_errors(asked)]
+    wrong += [f"{problem.path}: {problem.expected}" for problem in problems]
+    if wrong:
+        raise ValueError(wrong[0])
+    return dict(asked)
+
+
 def due(every: int, step: int) -> bool:
     """Tell whether something that happens every so many updates happens now."""
     return step % every == 0
@@ -5668,7 +5769,7 @@ def last_line(ended: Ended, total_time: float) -> Event:
 
 # How long a finished run waits for a host that does not read; a stopped one, from the request on;
 # and any, from its last line on.
-STALL_SECONDS = 300.0
+STALL_SECONDS = 60.0
 STOPPED_SECONDS = 6.0
 LAST_LINE_SECONDS = 1.0
 MIRROR_SECONDS = 2.0
@@ -5692,11 +5793,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="override one config value (repeatable); what is not JSON is a string",
     )
     add("--fresh", action="store_true", help="set an earlier run in output_path aside, start anew")
+    add("--json", action="store_true", help="JSON lines on stdout, on a terminal too")
+    add("--devices", action="store_true", help="print what could train here, as JSON, and exit")
     add("--debug", action="store_true", help="show tracebacks and library logs on stderr")
     add("--event-schema", action="store_true", help="print the JSON Schema of all events and exit")
     add("--version", action="version", version=f"train_lora {__version__}, protocol {PROTOCOL}")
     arguments = parser.parse_args(argv)
-    if not (arguments.config or arguments.event_schema):
+    if not (arguments.config or arguments.event_schema or arguments.devices):
         parser.error("--config is required")
     return arguments
 
@@ -5754,12 +5857,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stop.on_signals():
         arguments = parse_arguments(argv)
         if arguments.event_schema:
-            return print_event_schema()
+            return print_json(event_schema())
+        if arguments.devices:
+            return print_json({"devices": list_devices()})
         if 1 in closed:
             stop.request("host_gone")
         stdout = claim_stdout()
-        host = LineWriter(stdout, functools.partial(stop_for, stop))
-        people = [LineWriter(os.dup(2), lambda _: None, draw_bar)] if os.isatty(2) else []
+        watched = os.isatty(stdout) and not arguments.json  # by a person
+        host = LineWriter(
+            stdout, functools.partial(stop_for, stop), draw if watched else encode_line
+        )
+        beside_it = os.isatty(2) and not watched
+        people = [LineWriter(os.dup(2), lambda _: None, draw)] if beside_it else []
         events = Emitter(host, *people)
         stop.end = functools.partial(end_at_once, events, host)
         stop.host_gone = functools.partial(reader_gone, stdout)
@@ -5791,24 +5900,33 @@ def end_at_once(events: Emitter, writer: LineWriter, stopped: TrainingInterrupte
     os._exit(exit_code(events))
 
 
-def print_event_schema() -> int:
-    """Print the schema, if anybody wants to read it to the end."""
+def print_json(document: Record) -> int:
+    """Print a document, if anybody wants to read it to the end."""
     with contextlib.suppress(AttributeError, OSError):  # stdout is None when it was closed before
-        sys.stdout.write(json.dumps(event_schema(), indent=2) + "\n")
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
         sys.stdout.flush()
         return 0
     return 1
 
 
-def draw_bar(record: Record) -> bytes:
+def draw(record: Record) -> bytes:
     """Draw for a person at a terminal: progress in one line, everything else scrolling by above."""
+    kind, lines = record["type"], [record["message"]]
+    if kind == "warning":
+        lines = [f"Warning: {lines[0]}"]
+    elif kind == "error":
+        problems = [Problem(**each) for each in record["problems"]]
+        lines = [f"Error: {lines[0]}", *(f"  {problem}" for problem in problems[1:] and problems)]
+        lines += [] if problems else [f"  {record['hint']}"]
+    elif kind == "complete":
+        lines += [f"  {record['final_path']}"]
     # A file name may hold what moves the cursor.
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", record["message"]) + "\n"
-    if record["type"] == "progress":
+    text = "".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line) + "\n" for line in lines)
+    if kind == "progress":
         step, total, pace = record["step"], record["total_steps"], record["seconds_per_step"]
         loss = "" if record["loss"] is None else f" loss {record['loss']:.4f}"
-        left = record["eta_seconds"] or 0
-        speed = "" if pace is None else f" {pace:.2f} s/step, {left / 60:.0f} min left"
+        left = duration_of(record["eta_seconds"] or 0)
+        speed = "" if pace is None else f" {pace:.2f} s/step, {left} left"
         done = 24 * step // total
         text = f"{'█' * done}{'░' * (24 - done)} {step}/{total}{loss}{speed}"
     return f"\r\x1b[K{text}".encode()
