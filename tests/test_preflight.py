@@ -60,6 +60,7 @@ def test_the_last_line_carries_the_whole_report(workspace: Path) -> None:
         "captions_missing": 2,
         "resolutions": {"320x300": 3},
         "regularization_images": 0,
+        "cropped": 0,
         "effective_batch": 2,
         "steps_per_epoch": 2,
         "total_steps": 6,
