@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "train_lora.py"
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A finished run of the program."""
-
-    code: int
-    lines: list[Record]
-    stdout: bytes
-    stderr: str
-
-    @property
-    def last(self) -> Record:
-        """The terminal line."""
-        return self.lines[-1]
-
-
-def run_program(*arguments: object, cwd: Path, stdin: bytes = b"", **environment: str) -> Ended:
-    """Run train_lora.py as a host does, hold its lines against the contract, and return them."""
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        input=stdin,
-        capture_output=True,
-        env={**os.environ, **environment},
-        timeout=120,
-        check=False,
-    )
-    lines = [json.loads(line, parse_constant=refuse) for line in done.stdout.splitlines()]
-    check_stream(done.stdout)
-    return Ended(done.returncode, lines, done.stdout, done.stderr.decode())
 
 
 def refuse(constant: str) -> None:
@@ -148,6 +113,11 @@ def write_json(path: Path, content: object) -> Path:
     return path
 
 
+def change_json(path: Path, **changes: Any) -> Path:
+    """Change values of a JSON file."""
+    return write_json(path, json.loads(path.read_text("utf-8")) | changes)
+
+
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 
 
@@ -174,6 +144,21 @@ def write_model(folder: Path, family: str = "sd1", **unet: Any) -> Path:
         write_json(tokenizer / "vocab.json", {})
         (tokenizer / "merges.txt").touch()
     return folder
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Record every entry below a folder with its kind, size and times of change."""
+    stats = {str(path): path.lstat() for path in [folder, *folder.rglob("*")]}
+    return {name: (s.st_mode, s.st_size, s.st_mtime_ns) for name, s in stats.items()}
+
+
+def write_earlier_run(output: Path) -> None:
+    """Leave behind what a run leaves behind."""
+    for name in ("checkpoints/lora_step_1.safetensors", "samples/step_1.png", "state/step_1/x"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("earlier", encoding="utf-8")
+    for name in ("events.jsonl", "loss_history.csv", "lora_final.safetensors", ".lock", "stop"):
+        (output / name).write_text("earlier", encoding="utf-8")
 
 
 @pytest.fixture
@@ -214,9 +199,6 @@ def load_config(**changes: Any) -> train_lora.TrainingConfig:
 @pytest.fixture(scope="session")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Provide a folder with six images of different content."""
-    import torch
-
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ground")
     for number in range(6):
         path, size = folder / "data" / f"{number}.png", (256 + 10 * number, 256)
@@ -228,15 +210,25 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: networks this small only wait for each other."""
-    import torch
+Install = Callable[[str, str], None]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Provide a function that makes a package of one file, which is gone after the test."""
+    folder, names = tmp_path / "packages", set()
+
+    def install_file(name: str, text: str) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(text, encoding="utf-8")
+        names.add(path.relative_to(folder).parts[0])
+
+    monkeypatch.syspath_prepend(folder)
+    yield install_file
+    for module in [name for name in sys.modules if name.partition(".")[0] in names]:
+        del sys.modules[module]
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import diffusers.optimization
 import pytest
 import torch
-from conftest import Recorder
+from conftest import Install, Recorder
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-from safetensors.torch import load_file, save_file
-from tiny_models import build_tiny
-from tiny_runs import FAMILIES, Ready, one_of, prepare, tiny_base, tiny_config
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, build_tiny, change_weights
+from tiny_runs import Ready, one_of, prepare, tiny_base, tiny_config
 
 import train_lora
-from train_lora import ErrorCode, ImageOrder
+from launches import Calls
+from train_lora import ErrorCode, ImageOrder, TrainState
 
 Tensors = dict[str, torch.Tensor]
 
@@ -192,19 +193,21 @@ def test_a_matrix_that_no_gradient_reaches_counts_as_zero(ground: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("step", [1, 2], ids=["full window", "short last window"])
-def test_accumulation_equals_one_large_batch(family: str, step: int, ground: Path) -> None:
-    """Six images once, four at a time: the second window has two."""
-    found = []
-    for batch in (4, 1, 2):
-        shape: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": 4 // batch}
-        ready = prepare(tiny_config(ground, family, epochs=1, max_grad_norm=0, **shape))
-        wake(ready)
-        ready.state.step = step - 1
-        found.append(gradient(ready))
-    size = max(float(value.abs().max()) for value in found[0].values())
-    assert size > 1e-4
-    assert all(largest_difference(found[0], other) < 1e-6 for other in found[1:])
+def test_accumulation_equals_one_large_batch(family: str, ground: Path) -> None:
+    """Six images once, four at a time: the second window, which is the last, has two."""
+    ready = prepare(tiny_config(ground, family, epochs=1, batch_size=4, max_grad_norm=0))
+    wake(ready)
+    before = snapshot(ready)
+    for done in (0, 1):
+        found = []
+        for batch in (4, 1, 2):
+            shape: Any = {"batch_size": batch, "gradient_accumulation_steps": 4 // batch}
+            ready.config = replace(ready.config, **shape)
+            ready.state = TrainState(step=done)
+            restore(ready, before)
+            found.append(gradient(ready))
+        assert max(float(value.abs().max()) for value in found[0].values()) > 1e-4
+        assert all(largest_difference(found[0], other) < 1e-6 for other in found[1:])
 
 
 def test_a_short_window_follows_the_mean_of_its_own_images(ground: Path) -> None:
@@ -433,9 +436,7 @@ def test_a_base_that_answers_without_sense_ends_the_run(ground: Path, tmp_path: 
     """Ten warnings, one error, and no final file; what there was is saved, as at every end."""
     base = build_tiny("sd1", tmp_path / "base")
     (file,) = (base / "unet").glob("*.safetensors")
-    weights = load_file(file)
-    weights["conv_out.bias"].fill_(torch.nan)
-    save_file(weights, file, {"format": "pt"})
+    change_weights(file, lambda weights: weights["conv_out.bias"].fill_(torch.nan))
     config = tiny_config(ground, base_model=str(base), output_path=str(tmp_path / "out"))
     recorder = Recorder()
     with pytest.raises(train_lora.TrainError):
@@ -490,23 +491,12 @@ class {name}(torch.optim.Optimizer):
     ],
 )
 def test_other_optimizers_come_from_their_packages(
-    optimizer: str,
-    module: str,
-    name: str,
-    ground: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str, module: str, name: str, ground: Path, install: Install
 ) -> None:
     """A package that is there is used, with the config's rate and weight decay."""
     # PEFT looks once whether the real one is there; the fake one shall not be what it finds.
     assert is_bnb_4bit_available() == is_bnb_available()
-    file = tmp_path / module
-    file.parent.mkdir()
-    (file.parent / "__init__.py").touch()
-    file.write_text(FAKE.format(name=name))
-    monkeypatch.syspath_prepend(tmp_path)
-    for loaded in ("bitsandbytes", "bitsandbytes.optim", "lion_pytorch"):
-        monkeypatch.delitem(sys.modules, loaded, raising=False)
+    install(module, FAKE.format(name=name))
     options: dict[str, Any] = {"optimizer": optimizer, "weight_decay": 0.5, "learning_rate": 0.01}
     ready = prepare(tiny_config(ground, **options))
     expected = {name: value + 0.005 for name, value in snapshot(ready).items()}
@@ -545,16 +535,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 @pytest.fixture
-def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def keeper(install: Install) -> None:
     """Provide an optimizer that keeps something in every place where one can."""
     is_bnb_available()  # remembered, so that nobody else takes this for the real package
-    folder = tmp_path / "packages" / "bitsandbytes"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").touch()
-    (folder / "optim.py").write_text(KEEPER)
-    monkeypatch.syspath_prepend(folder.parent)
-    for loaded in ("bitsandbytes", "bitsandbytes.optim"):
-        monkeypatch.delitem(sys.modules, loaded, raising=False)
+    install("bitsandbytes/optim.py", KEEPER)
 
 
 def train_in(out: Path, ground: Path, *ends: int, **changes: Any) -> Tensors:
@@ -629,3 +613,167 @@ def gradient_of(ready: Ready) -> Tensors:
     found = {name: value.clone() for name, value in ready.learner.gradients.items()}
     ready.learner.forget()
     return found
+
+
+# --- in half precision ---
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def half(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Let runs choose half precision where they would not."""
+    dtype: torch.dtype = request.param
+    monkeypatch.setattr(train_lora, "choose_precision", lambda *_: dtype)
+    return dtype
+
+
+def gradients_of(ready: Ready, strength: float = 1.0, slots: int = 4) -> Tensors:
+    """Compute where images would move an awake adapter, without moving it."""
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in ready.learner.matrices.values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=chance))
+    ready.learner.refresh()
+    for slot in range(slots):
+        batch = train_lora.draw_batch(ready.cache, ready.config, 1, [(slot, slot)], one_of(1000))
+        (train_lora.batch_losses(ready.models, batch).sum() * strength).backward()
+        ready.learner.collect()
+    return {name: g.clone() / strength for name, g in ready.learner.gradients.items()}
+
+
+def largest_error(found: Tensors, expected: Tensors) -> float:
+    """Compare matrix by matrix."""
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - e).norm() / e.norm()) for n, e in expected.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_right_but_for_rounding(
+    family: str, ground: Path, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For text encoders too; fp16 rounds to a thousandth, bf16 eight times as coarsely."""
+    config = tiny_config(ground, family, train_text_encoder=True)
+    found = gradients_of(prepare(config), strength=1024)
+    monkeypatch.undo()
+    expected = gradients_of(prepare(config))
+    assert largest_error(found, expected) < (0.25 if half == torch.bfloat16 else 0.03)
+
+
+def test_a_base_in_another_precision_is_computed_with_in_the_runs(
+    ground: Path, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with base_precision fp32 on a card; the adapter is in half all the same."""
+    config = tiny_config(ground)
+    ready = prepare(config)
+    for parameter in ready.models.denoiser.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    ready.models.mixes = True
+    found = gradients_of(ready, strength=1024)
+    monkeypatch.undo()
+    expected = gradients_of(prepare(config))
+    assert largest_error(found, expected) < (0.25 if half == torch.bfloat16 else 0.03)
+
+
+def test_the_adapter_learns_in_full_precision(ground: Path, half: torch.dtype) -> None:
+    """Half of it would lose updates as small as an adapter's; networks get the rounded numbers."""
+    ready = prepare(tiny_config(ground, train_text_encoder=True))
+    before = snapshot(ready)
+    ready.make_updates(2)
+    learned = ready.learner.matrices.values()
+    used = [p for net in ready.networks().values() for p in net.parameters() if p.requires_grad]
+    assert {p.dtype for p in learned} == {torch.float32}
+    assert {p.dtype for net in ready.networks().values() for p in net.parameters()} == {half}
+    assert any((p != before[name]).any() for name, p in ready.learner.matrices.items())
+    assert Counter(map(fingerprint, used)) == Counter(fingerprint(p.to(half)) for p in learned)
+    assert all(p.grad is None for p in used)
+    assert not any(g.any() for g in ready.learner.gradients.values())
+
+
+def fingerprint(matrix: torch.Tensor) -> tuple[Any, ...]:
+    """Tell a matrix from others."""
+    return (*matrix.shape, *matrix.detach().flatten().tolist())
+
+
+def test_gradients_of_a_window_add_up_in_full_precision(ground: Path, half: torch.dtype) -> None:
+    """In half, a small one would be lost beside a large one."""
+    ready = prepare(tiny_config(ground))
+    alone = gradients_of(ready, slots=1)
+    ready.learner.forget()
+    both = gradients_of(ready, slots=2)
+    rounded = [value for value in both.values() if torch.equal(value, value.to(half).float())]
+    assert alone.keys() == both.keys()
+    assert len(rounded) < len(both) / 10
+
+
+def test_in_half_a_run_in_two_parts_is_the_run_in_one(
+    ground: Path, tmp_path: Path, half: torch.dtype
+) -> None:
+    """To the last bit, from what was learned and not from what is rounded of it."""
+    del half
+
+    def run(name: str, steps: int) -> Tensors:
+        config = tiny_config(ground, steps=steps, output_path=str(tmp_path / name))
+        precise = replace(config, save_precision="fp32")
+        return load_file(train_lora.LoRATrainer(precise).train().final_path)
+
+    whole = run("whole", 2)
+    run("parts", 1)
+    parts = run("parts", 2)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_a_run_goes_on_in_another_precision(
+    ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From full to half, from one half to the other, and back: a scaler is only fp16's."""
+    full, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    dtypes = iter((full, fp16, bf16, fp16, full))
+    monkeypatch.setattr(train_lora, "choose_precision", lambda *_: next(dtypes))
+    for steps in range(1, 6):
+        config = tiny_config(ground, steps=steps, output_path=str(tmp_path / "out"))
+        done = train_lora.LoRATrainer(config).train()
+    assert done.step == 5
+    assert all(value.isfinite().all() for value in load_file(done.final_path).values())
+
+
+def test_in_half_a_matrix_that_no_gradient_reaches_counts_as_zero(
+    ground: Path, half: torch.dtype
+) -> None:
+    """Its networks leave none at all."""
+    ready = prepare(tiny_config(ground))
+    first, *others = ready.learner.parameters.values()
+    sum(p.sum() for p in others).backward()
+    assert first.grad is None
+    ready.learner.collect()
+    zero, *ones = ready.learner.gradients.values()
+    assert not zero.any()
+    assert all((gradient == 1).all() for gradient in ones)
+
+
+def test_an_update_that_overflows_moves_nothing(ground: Path, half: torch.dtype) -> None:
+    """The next one finds nothing of it; in fp16, it comes with a smaller factor."""
+    ready = prepare(tiny_config(ground))
+    ready.make_updates(1)
+    learner, before = ready.learner, snapshot(ready)
+    scale = learner.scaler.get_scale()
+    learner.gradient[0] = torch.inf
+    assert not learner.step(1.0).isfinite()
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(ready).items())
+    assert not learner.gradient.any()
+    assert learner.scaler.get_scale() == (scale / 2 if half == torch.float16 else scale)
+    ready.make_updates(1)
+    assert all(value.isfinite().all() for value in snapshot(ready).values())
+    assert any((value != before[name]).any() for name, value in snapshot(ready).items())
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_nothing_is_converted_layer_by_layer(ground: Path, half: torch.dtype, rank: int) -> None:
+    """There are 60 matrices; on a card each conversion costs as much time as a small layer."""
+    del half
+    ready = prepare(tiny_config(ground, lora_rank=rank))
+    ready.make_updates(1)
+    calls = Calls()
+    with calls:
+        ready.update()
+    assert len(ready.learner.matrices) > 60
+    assert calls.names["aten::_to_copy"] + calls.names["aten::copy_"] < 20

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import gc
 import itertools
-import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import Recorder, load_config, write_image, write_json
+from conftest import Recorder, change_json, load_config, write_image
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import build_tiny
+from tiny_models import build_tiny, change_weights
 
 import train_lora
 from train_lora import (
@@ -41,8 +40,6 @@ from train_lora import (
     TrainError,
     TrainingConfig,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 SIDE = 256
@@ -298,7 +295,7 @@ def test_every_picture_is_cached_as_the_vae_sees_it(here: Path, built: Path) -> 
     assert [image.name for image in encoded.cache.images] == [f"{n}.png" for n in range(5)]
     assert [image.caption for image in encoded.cache.images] == list("abcde")
     for number, image in enumerate(encoded.cache.images):
-        assert image.latent_dist.shape == (1, 2, 4, SIDE // 8, SIDE // 8)
+        assert image.latent_dist.shape == (1, 2, 4, SIDE // 32, SIDE // 32)
         assert_moments(image, 0, posterior(vae, random_pixels(SIDE, SIDE, number)))
 
 
@@ -336,7 +333,7 @@ def latent_scale(base: train_lora.BaseModel) -> object:
 def test_another_vae_brings_its_own_scale(here: Path, built: Path) -> None:
     """A family's usual number would be wrong for it."""
     path = build_tiny("sd1", here / "other") / "vae" / "config.json"
-    write_json(path, json.loads(path.read_text("utf-8")) | {"scaling_factor": 0.5})
+    change_json(path, scaling_factor=0.5)
     assert latent_scale(encode(built / "sd1", "a", vae="other/vae").models.base) == 0.5
 
 
@@ -344,9 +341,7 @@ def test_another_vae_brings_its_own_scale(here: Path, built: Path) -> None:
 def test_latents_that_are_not_finite_name_the_picture(here: Path, value: float) -> None:
     """One such picture would spoil all that was learned."""
     path = build_tiny("sd1", here / "model") / "vae" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    weights["quant_conv.weight"][0, 0] = value
-    save_file(weights, path)
+    change_weights(path, lambda weights: weights["quant_conv.weight"][0, 0].fill_(value))
     with pytest.raises(TrainError) as failed:
         encode(here / "model", "a")
     assert failed.value.code is ErrorCode.LATENTS_NOT_FINITE

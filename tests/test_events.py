@@ -23,15 +23,14 @@ from conftest import (
     EVENT_VALIDATOR,
     PROGRAM,
     ROOT,
-    Ended,
     Record,
     Recorder,
     check_stream,
     is_terminal,
     refuse,
-    run_program,
     write_config,
 )
+from processes import Ended, run_program
 
 import train_lora
 from train_lora import (
@@ -117,7 +116,7 @@ INTERRUPTED = InterruptedEvent(step=0, reason="SIGTERM", path=None, total_time=1
 SAMPLE = SampleEvent(step=5, image_path="out/samples/step_5.png", prompt="zkb {a dog}", seed=0)
 
 COUNTS: Record = {"images": 3, "skipped": 0, "captions_found": 1, "captions_missing": 2}
-COUNTS |= {"resolutions": {"640x480": 3}, "regularization_images": 0}
+COUNTS |= {"resolutions": {"640x480": 3}, "regularization_images": 0, "cropped": 0}
 VALID = ValidFacts(
     **COUNTS,
     effective_batch=1,
@@ -152,11 +151,6 @@ def event_name(event: Event) -> str:
 def topic_name(facts: Facts) -> str:
     """Name a parametrized case after the topic."""
     return facts.wire["topic"]
-
-
-def code_name(code: train_lora.Code) -> str:
-    """Name a parametrized case after the code."""
-    return code.word
 
 
 def parse(line: bytes) -> Record:
@@ -283,21 +277,6 @@ def test_the_timestamp_is_utc_with_milliseconds(events: Emitter, recorder: Recor
     stamp = recorder.records[0]["timestamp"]
 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", stamp)
-
-
-@pytest.mark.parametrize("code", CODES, ids=code_name)
-def test_every_code_says_what_it_means_and_what_to_do(code: train_lora.Code) -> None:
-    """A host shows the word, the README the meaning, a person follows the hint."""
-    assert re.fullmatch(r"[a-z]+(_[a-z]+)*", code.word)
-    assert re.fullmatch(r"[A-Za-z].{9,}\.", code.meaning)
-    assert re.fullmatch(r"[A-Z0-9a-z].{7,}[^\s]", code.hint)
-
-
-def test_no_two_codes_share_a_word() -> None:
-    """Errors and warnings can be told apart by the code alone, and no code hides another."""
-    words = [code.word for cls in (ErrorCode, WarningCode) for code in cls.__members__.values()]
-
-    assert len(set(words)) == len(words)
 
 
 def test_the_schema_file_is_up_to_date() -> None:
@@ -626,13 +605,6 @@ def pipe() -> Pipe:
     return Pipe()
 
 
-def blocked_seconds(writer: LineWriter, line: Record) -> float:
-    """Hand one record over and tell how long that took."""
-    before = time.perf_counter()
-    writer(line)
-    return time.perf_counter() - before
-
-
 def record(kind: str, number: int, message: str = "") -> Record:
     """Make the envelope alone of a line with a number."""
     stamp = "2026-01-01T00:00:00.000Z"
@@ -648,15 +620,14 @@ def busy_stream(calls: int, pause_seconds: float) -> Iterator[Record]:
             time.sleep(pause_seconds)
 
 
-@pytest.mark.parametrize("seconds", [3.0, pytest.param(60.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [1.0, pytest.param(60.0, marks=pytest.mark.slow)])
 def test_a_reader_asleep_slows_nobody_and_misses_progress_alone(seconds: float, pipe: Pipe) -> None:
-    """10,000 calls never block; what waits is bounded; all else arrives once the reader wakes."""
-    stream = busy_stream(10_000, seconds / 100)
-    slowest = max(blocked_seconds(pipe.writer, line) for line in stream)
+    """10,000 calls return before it wakes; what waits is bounded; all else arrives then."""
+    for line in busy_stream(10_000, seconds / 100):
+        pipe.writer(line)
     pipe.writer(record("complete", 10_001))
     lines = pipe.finish()
 
-    assert slowest < 0.05
     numbers = [line["seq"] for line in lines if line["type"] == "warning"]
     assert numbers == list(range(100, 10_001, 100))
     assert lines[-1]["type"] == "complete"
@@ -687,10 +658,10 @@ def test_patience_with_a_reader_ends(pipe: Pipe) -> None:
     """Closing returns when patience does, although the pipe is full and nobody reads."""
     for number in range(1000):
         pipe.writer(record("warning", number, "x" * 1000))
-    deadline = time.monotonic() + 0.3
-    pipe.writer.close(lambda: time.monotonic() < deadline)
+    looks = iter([True, True, False])
+    pipe.writer.close(lambda: next(looks))
 
-    assert time.monotonic() - deadline < 2
+    assert list(looks) == []
     os.close(pipe.read_end)  # lets go of the thread that still writes
     assert isinstance(pipe.failures.get(timeout=5), BrokenPipeError)
 
@@ -870,10 +841,9 @@ def test_whatever_else_is_printed_reaches_stderr() -> None:
 
 
 @posix
-@pytest.mark.parametrize("redirect", ["<&-", "2>&-", "<&- 2>&-"])
-def test_stdout_stays_pure_when_other_streams_are_closed(redirect: str) -> None:
+def test_stdout_stays_pure_when_other_streams_are_closed() -> None:
     """What pollutes goes nowhere rather than to the host."""
-    done = run_child(POLLUTING, redirect=redirect)
+    done = run_child(POLLUTING, redirect="<&- 2>&-")
 
     assert done.returncode == 0
     check_stream(done.stdout)
@@ -892,7 +862,7 @@ assert min(opened) > 2, opened
 
 
 @posix
-@pytest.mark.parametrize("redirect", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirect", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_no_file_opened_later_takes_the_place_of_a_closed_stream(
     redirect: str, tmp_path: Path
 ) -> None:
@@ -920,7 +890,7 @@ def test_a_helper_process_finds_all_three_streams_open(redirect: str) -> None:
 
 
 @posix
-@pytest.mark.parametrize("redirect", ["<&-", "2>&-", "<&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("redirect", ["<&- 2>&-", "2>/dev/full"])
 def test_a_preflight_needs_neither_stdin_nor_stderr(redirect: str, workspace: Path) -> None:
     """The whole stream arrives although the other streams are closed or full."""
     done = run_raw("--config", "config.json", "--validate-only", cwd=workspace, redirect=redirect)
@@ -931,7 +901,7 @@ def test_a_preflight_needs_neither_stdin_nor_stderr(redirect: str, workspace: Pa
 
 
 @posix
-@pytest.mark.parametrize("redirect", [">&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirect", [">&-", "<&- >&- 2>&-"])
 def test_a_closed_stdout_is_a_host_that_left(redirect: str, workspace: Path) -> None:
     """The program ends as if asked to stop, and puts its events nowhere else."""
     done = run_raw("--config", "config.json", "--validate-only", cwd=workspace, redirect=redirect)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import Recorder
 from safetensors.torch import load_file
-from tiny_runs import FAMILIES, Ready, prepare, tiny_config
+from tiny_models import FAMILIES
+from tiny_runs import Ready, prepare, tiny_config
 
 import train_lora
 from train_lora import LoRATrainer

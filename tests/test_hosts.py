@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import PROGRAM, ROOT, Record, write_image, write_json
-from test_stopping import Child, started, wait_until
+from processes import Child, started, wait_until
 from tiny_runs import tiny_base
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals, locks files")

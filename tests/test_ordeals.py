@@ -18,17 +18,13 @@ from typing import Any
 
 import pytest
 from conftest import Record, check_stream, write_image
-from test_faults import Faults, die, forked
-from test_stopping import CONTRACT_SECONDS
+from faults import Faults, die, forked
+from processes import CONTRACT_SECONDS
 from tiny_runs import tiny_config
 
 import train_lora
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks and sends signals"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and sends signals")
 
 # What every scene has: something is due at almost every update.
 EVERYTHING_DUE: Record = {
@@ -185,7 +181,7 @@ def run_counting(folder: Path, counted: Path) -> int:
 
 
 @pytest.mark.parametrize("family", SCENES)
-@pytest.mark.parametrize("strikes", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strikes", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_run_struck_at_random_ends_as_one_that_was_not(
     family: str,
     strikes: int,

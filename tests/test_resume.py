@@ -9,19 +9,18 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Record, Recorder, check_stream, write_image, write_json
+from conftest import Install, Record, Recorder, change_json, check_stream, write_image, write_json
+from processes import program, started
 from safetensors.torch import load_file, save_file
-from test_stopping import program, started
-from test_training import ARRAY_WARNING
-from tiny_runs import FAMILIES, tiny_base
+from tiny_models import FAMILIES
+from tiny_runs import tiny_base
 
 import train_lora
 from train_lora import (
@@ -36,8 +35,6 @@ from train_lora import (
     read_state,
     state_folders,
 )
-
-pytestmark = pytest.mark.filterwarnings(ARRAY_WARNING)
 
 # Five images and three to an update: no epoch ends with an update. Chance is at work in the order,
 # the noise, the flips and the dropout; the learning rate changes with every step.
@@ -59,15 +56,6 @@ CHANCY: Record = {
     "device": "cpu",
 }
 LORA, TABLE = "lora_final.safetensors", "loss_history.csv"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread; another number of threads rounds differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -130,6 +118,7 @@ def write_place(folder: Path, base: Path, **changes: Any) -> Place:
         write_image(folder / "data" / f"{number}.png", (256 + 24 * number, 256))
     (folder / "data" / "1.txt").write_text("a photo of zkb, a cat", encoding="utf-8")
     places = {"dataset_path": folder / "data", "base_model": base, "output_path": folder / "out"}
+    places["cache_dir"] = base.parent / "cache"  # what is encoded once serves all tests
     write_json(folder / "config.json", CHANCY | {k: str(p) for k, p in places.items()} | changes)
     return Place(folder)
 
@@ -241,7 +230,6 @@ def base(ground: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Provide a run that was never stopped."""
-    torch.set_num_threads(1)
     place = write_place(tmp_path_factory.mktemp("whole"), base)
     start(place)
     return place
@@ -250,7 +238,6 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def halfway(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Provide a run stopped after the sixth of twelve updates, with states of 2, 4 and 6."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("halfway")
     place = write_place(folder / "place", base, checkpoint_steps=2)
     start(place, after=6, listener=Copyist(place, folder))
@@ -421,7 +408,6 @@ def test_the_program_goes_on_where_a_python_program_stopped(half: Place, whole: 
 @pytest.fixture(scope="module")
 def parted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[Recorder]]:
     """Provide a run in three segments and what each of them told."""
-    torch.set_num_threads(1)
     place = write_place(tmp_path_factory.mktemp("parted"), base, checkpoint_steps=4)
     return place, [start(place, step, batches=2) for step in (3, 8, None)]
 
@@ -645,19 +631,6 @@ class Remover(Recorder):
             self.locked = True
 
 
-def test_a_folder_that_another_run_has_taken_meanwhile_is_not_taken_back(tmp_path: Path) -> None:
-    """The lock of the removed one is worth nothing, however often it is asked for."""
-    with train_lora.claimed(tmp_path / "out") as claim:
-        shutil.rmtree(tmp_path / "out")
-        with train_lora.claimed(tmp_path / "out"):
-            for _ in range(2):
-                with pytest.raises(TrainError, match="another run"):
-                    claim()
-        claim()
-        with pytest.raises(TrainError, match="another run"):
-            train_lora.check_output(tmp_path / "out")
-
-
 def test_an_output_folder_removed_under_a_run_is_made_again(
     base: Path, whole: Place, tmp_path: Path
 ) -> None:
@@ -860,12 +833,10 @@ class Lion(torch.optim.SGD):
 
 
 def test_an_error_amid_the_optimizers_step_saves_no_torn_numbers(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, install: Install
 ) -> None:
     """A restart goes on from the checkpoint before."""
-    (tmp_path / "lion_pytorch.py").write_text(TORN, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "lion_pytorch", raising=False)
+    install("lion_pytorch/__init__.py", TORN)
     place = write_place(tmp_path / "place", base, optimizer="lion", checkpoint_steps=1)
     last = fail(place)
     assert (last["step"], last["path"]) == (2, str(place.out / "state" / "step_2"))
@@ -967,12 +938,10 @@ def test_every_knob_that_the_schema_calls_fixed_is_tried() -> None:
 
 @pytest.mark.parametrize("name", IDENTITY)
 def test_another_run_is_refused_with_all_that_differs(
-    name: str, half: Place, monkeypatch: pytest.MonkeyPatch
+    name: str, half: Place, install: Install
 ) -> None:
     """Nothing is loaded and nothing that was saved is touched."""
-    package = half.folder / "lion_pytorch.py"
-    package.write_text("class Lion: pass\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(half.folder))
+    install("lion_pytorch/__init__.py", "class Lion: pass\n")
     change, differing = IDENTITY[name]
     change(half)
     before = half.tree()
@@ -1086,14 +1055,9 @@ def write_manifest(text: str) -> Callable[[Path], object]:
     return lambda state: (state / "manifest.json").write_bytes(text.encode())
 
 
-def edit_manifest(**changes: Any) -> Callable[[Path], None]:
+def edit_manifest(**changes: Any) -> Callable[[Path], object]:
     """Change entries of the manifest."""
-
-    def edit(state: Path) -> None:
-        path = state / "manifest.json"
-        write_json(path, json.loads(path.read_text("utf-8")) | changes)
-
-    return edit
+    return lambda state: change_json(state / "manifest.json", **changes)
 
 
 def replace_text(old: str, new: str) -> Callable[[Path], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, run_program, write_config
+from conftest import write_config
+from processes import Ended, run_program
 from safetensors.torch import load_file
 from tiny_runs import Ready, prepare, tiny_base, tiny_config
 from torch._inductor.output_code import CompiledFxGraph
 
 import train_lora
 from train_lora import Batch, DeviceFacts, ImageOrder, MemoryPlan
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # --- Slow updates ---
 
@@ -75,14 +72,6 @@ def test_a_card_that_swaps_from_the_first_update_is_told_of(
         ready.state.busy_seconds = float(ready.state.step - 1)
         ready.watch_pace()
     assert ready.recorder.codes() == ["memory_spilled"] * spills
-
-
-def test_what_a_card_holds_is_what_its_driver_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what the allocator keeps for later use, which is not free for others."""
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 7)
-    card = torch.device("cuda", 0)
-    assert train_lora.memory_held(card) == (5, 7)
 
 
 def test_the_time_left_counts_previews_and_checkpoints(ground: Path) -> None:
@@ -199,13 +188,13 @@ def test_an_update_that_cannot_be_recorded_is_made_call_by_call(ground: Path) ->
 # --- Compiled blocks ---
 
 
-def run_with(ground: Path, folder: Path, family: str = "sd1", **environment: str) -> Ended:
+def run_with(ground: Path, folder: Path, family: str = "sd1", **environment: Any) -> Ended:
     """Run the program on a tiny model with its blocks compiled."""
     config = {"output_path": str(folder / "out"), "compile": "on"}
     write_config(folder, **choices(ground, family), **config)
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
     environment["OMP_NUM_THREADS"] = "1"
-    return run_program("--config", "config.json", cwd=folder, stdin=b"", **environment)
+    return run_program("--config", "config.json", cwd=folder, cold=True, **environment)
 
 
 def choices(ground: Path, family: str) -> dict[str, Any]:
@@ -240,10 +229,11 @@ def warnings(ended: Ended) -> list[str]:
     return [line["code"] for line in ended.lines if line["type"] == "warning"]
 
 
+@pytest.mark.slow
 def test_a_denoiser_that_cannot_be_compiled_runs_as_it_is(ground: Path, tmp_path: Path) -> None:
     """Without a C++ compiler, the run warns and learns the same."""
     ended = run_with(ground, tmp_path, CXX="/nowhere/c++")
-    assert (ended.code, warnings(ended)) == (0, ["resolution_unusual", "compile_failed"])
+    assert (ended.code, warnings(ended)) == (0, ["compile_failed"])
     learns_the_same(ended, ground, tmp_path, "sd1")
 
 
@@ -252,7 +242,7 @@ def test_a_denoiser_that_cannot_be_compiled_runs_as_it_is(ground: Path, tmp_path
 def test_compiled_blocks_learn_the_same(ground: Path, tmp_path: Path, family: str) -> None:
     """But for the last bits; previews are drawn too."""
     ended = run_with(ground, tmp_path, family)
-    assert (ended.code, warnings(ended)) == (0, ["resolution_unusual"])
+    assert (ended.code, warnings(ended)) == (0, [])
     assert [line["type"] for line in ended.lines].count("sample") == 1
     learns_the_same(ended, ground, tmp_path, family)
 
@@ -358,22 +348,3 @@ def test_a_cpu_compiles_only_when_it_is_told_to(ground: Path) -> None:
     ready.total_steps = 2000
     ready.compile()
     assert not any(vars(m).get("_compiled_call_impl") for m in ready.models.denoiser.modules())
-
-
-# --- The heap ---
-
-
-@pytest.mark.parametrize("reason", [OSError, AttributeError, TypeError])
-def test_a_c_library_without_these_options_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, reason: type[Exception]
-) -> None:
-    """They make a run faster, and it goes on without them."""
-    asked = []
-
-    def refuse(name: object) -> None:
-        asked.append(name)
-        raise reason
-
-    monkeypatch.setattr(ctypes, "CDLL", refuse)
-    train_lora.keep_freed_memory()
-    assert asked == [None]

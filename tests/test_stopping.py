@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -16,22 +15,14 @@ import termios
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
-from conftest import (
-    PROGRAM,
-    ROOT,
-    Record,
-    Recorder,
-    check_stream,
-    load_config,
-    write_config,
-    write_image,
-)
+from conftest import Record, Recorder, check_stream, load_config, write_config, write_image
+from processes import CONTRACT_SECONDS, Child, program, script, started, wait_until
 
 from train_lora import (
     EXIT_CODES,
@@ -47,8 +38,6 @@ from train_lora import (
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-
-CONTRACT_SECONDS = 8  # from the request to the end; `docker stop` gives 10
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
@@ -80,78 +69,6 @@ def run(late_seconds, watch=lambda descriptor: None):
         return t.EXIT_CODES[stopped.reason]
 """
 ON_SIGNALS = RUN + "with stop.on_signals(): code = run(float(sys.argv[1]))\nsys.exit(code)"
-
-
-class Child:
-    """A process whose lines are read as they come."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        """Take the process and note what it prints."""
-        self.process = process
-        self.received = b""
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        """Our end of its standard output."""
-        assert self.process.stdout
-        return self.process.stdout
-
-    def line(self) -> Record:
-        """Wait for the next line."""
-        text = self.stdout.readline()
-        self.received += text
-        record: Record = json.loads(text)
-        return record
-
-    def end(self, seconds: float = CONTRACT_SECONDS) -> int:
-        """Read until it ends, which has to come in time, and return its exit code."""
-        rest, _ = self.process.communicate(timeout=seconds)
-        self.received += rest or b""
-        return self.process.returncode
-
-    @property
-    def last(self) -> Record:
-        """The last line, once the whole stream keeps its promises."""
-        check_stream(self.received)
-        record: Record = json.loads(self.received.splitlines()[-1])
-        return record
-
-
-@contextlib.contextmanager
-def started(
-    *command: object, cwd: Path = ROOT, environment: Mapping[str, str] | None = None, **pipes: Any
-) -> Iterator[Child]:
-    """Start a process, and leave nothing of it behind."""
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
-        bufsize=0,  # what is not read stays in the pipe
-        **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **pipes},
-    )
-    with process:
-        try:
-            yield Child(process)
-        finally:
-            process.kill()
-
-
-def script(text: str, *arguments: object) -> tuple[object, ...]:
-    """Give the command that runs a script."""
-    return (sys.executable, "-c", text, *arguments)
-
-
-def program(*arguments: object) -> tuple[object, ...]:
-    """Give the command that runs the program on the workspace's config."""
-    return (sys.executable, PROGRAM, "--config", "config.json", *arguments)
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait for something to come true, and fail when it does not."""
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert true()
 
 
 @pytest.fixture(scope="session")
@@ -210,12 +127,13 @@ def test_a_start_that_is_stopped_at_once_begins_with_start(
 
 def test_the_first_reason_counts(stop: StopRequest) -> None:
     """Later ones change neither the reason nor the time from which patience is counted."""
+    before = time.monotonic()
     stop.request("stop_file")
     requested_at = stop.requested_at
     stop.request("SIGTERM")
 
     assert (stop.reason, stop.requested_at) == ("stop_file", requested_at)
-    assert 0 <= time.monotonic() - requested_at < 5
+    assert before <= requested_at <= time.monotonic()
 
 
 def test_no_library_swallows_an_interruption() -> None:
@@ -296,7 +214,7 @@ def test_a_second_signal_a_second_later_ends_the_process_at_once(
         time.sleep(1.1)
         child.process.send_signal(number)
 
-        assert child.end(seconds=2) == code
+        assert child.end() == code
         assert b"interrupted" not in child.received
 
 
@@ -319,7 +237,7 @@ def test_a_signal_during_the_first_imports_is_heard(
     early.mkdir()
     (early / "argparse.py").write_text(EARLY.format(name=number.name), encoding="utf-8")
     environment = {"PYTHONPATH": str(early)}
-    with started(*program(), cwd=workspace, environment=environment) as child:
+    with started(*program(), cwd=workspace, environment=environment, cold=True) as child:
         assert child.end() == code
         assert (child.last["type"], child.last["reason"]) == ("interrupted", number.name)
 
@@ -348,7 +266,7 @@ with stop.on_signals():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_heard_while_the_main_thread_waits_for_a_disk(number: signal.Signals) -> None:
     """Another thread takes it, says the last line, and ends the process."""
-    with started(*script(IN_THE_KERNEL), start_new_session=True) as child:
+    with started(*script(IN_THE_KERNEL), start_new_session=True, cold=True) as child:
         child.line()
         time.sleep(0.3)  # until it waits; nothing tells when
         os.kill(child.process.pid, number)
@@ -693,7 +611,7 @@ def test_a_vanished_reader_is_noticed_although_nothing_is_written(
         assert child.process.poll() is None
         os.close(ours)
 
-        assert child.process.wait(timeout=2.5) == 143
+        assert child.process.wait(CONTRACT_SECONDS) == 143
 
 
 @pytest.mark.parametrize("make", [pipe_pair, socket_pair])
@@ -739,7 +657,7 @@ def test_a_full_disk_behind_stdout_is_told_in_the_mirror(slow: Path) -> None:
 
     with (slow / "stdout").open("ab") as stdout:
         options: Record = {"preexec_fn": limit, "stdout": stdout, "stderr": subprocess.PIPE}
-        with started(*program(), cwd=slow, **options) as child:
+        with started(*program(), cwd=slow, cold=True, **options) as child:
             _, errors = child.process.communicate(timeout=60)
 
     assert (child.process.returncode, errors) == (143, b"")

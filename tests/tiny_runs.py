@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from conftest import Recorder, write_config
 from diffusers import DDPMScheduler
 from tiny_models import build_tiny
@@ -15,10 +17,10 @@ from tiny_models import build_tiny
 import train_lora
 from train_lora import ImageOrder, LoRATrainer, TrainingConfig
 
-if TYPE_CHECKING:
-    import torch
-
-FAMILIES = ("sd1", "sd2", "sdxl")
+# A run collects garbage before it loads the denoiser; let it not look through all libraries.
+train_lora.import_libraries()
+gc.collect()
+gc.freeze()
 
 
 @functools.lru_cache
@@ -33,6 +35,7 @@ def tiny_config(ground: Path, family: str = "sd1", **changes: Any) -> TrainingCo
         "dataset_path": str(ground / "data"),
         "base_model": str(tiny_base(family, ground / "bases")),
         "output_path": str(ground / "out"),
+        "cache_dir": str(ground / "cache"),  # what is encoded once serves all tests
         "lora_name": "tiny",
         "resolution": 256,
         "lora_rank": 4,
@@ -90,3 +93,26 @@ def one_of(steps: int) -> Callable[[torch.Tensor, torch.Generator], torch.Tensor
     """Draw times as an objective does whose schedule has so many steps."""
     schedule = DDPMScheduler(num_train_timesteps=steps)
     return functools.partial(train_lora.draw_step, schedule)
+
+
+def fail_once(run: LoRATrainer, at: int) -> None:
+    """Let the allocator fail in one update, half way through the denoiser."""
+    calls: list[int] = []
+
+    def ask_for_too_much(*_: object) -> None:
+        if run.state.step + 1 == at and not calls:
+            calls.append(at)
+            torch.empty(2**60)
+
+    run.models.denoiser.mid_block.register_forward_hook(ask_for_too_much)
+
+
+def going_short_of_memory(at: int) -> Callable[[LoRATrainer], None]:
+    """Stand in for LoRATrainer.go and let memory run out in one update."""
+    go = LoRATrainer.go
+
+    def go_short(run: LoRATrainer) -> None:
+        fail_once(run, at)
+        go(run)
+
+    return go_short

@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import PROGRAM, ROOT, check_stream, run_program, write_config, write_image
+from conftest import PROGRAM, ROOT, check_stream, write_config, write_image
+from processes import run_program
 
 import train_lora
 
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
-def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def start(*arguments: str, cwd: Path, **environment: Any) -> subprocess.CompletedProcess[bytes]:
     """Run the program and take whatever it says."""
     return subprocess.run(
         [sys.executable, str(PROGRAM), *arguments],
@@ -163,22 +165,34 @@ def test_a_pipe_closed_early_is_no_crash(tmp_path: Path, flag: str) -> None:
         ("--config", "config.json", "--set", "=1"),
         ("--config", "config.json", "--debug=1"),
         ("--config", ""),
-        ("--config", "config.json", "--s\N{LATIN SMALL LETTER E WITH ACUTE}t", "seed=1"),
     ],
 )
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_a_wrong_command_line_is_explained_on_stderr(
-    workspace: Path, arguments: tuple[str, ...], locale: str
+    arguments: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2, not a byte on stdout, and no traceback."""
-    done = start(*arguments, cwd=workspace, LC_ALL=locale)
+    """Exit code 2 and not a byte on stdout."""
+    with pytest.raises(SystemExit) as ended:
+        train_lora.main(arguments)
+    printed = capfd.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert printed.err.startswith("usage: ")
+    assert "error: " in printed.err
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_wrong_command_line_is_no_traceback_in_any_locale(tmp_path: Path, locale: str) -> None:
+    """Also where what was typed cannot be written."""
+    done = start(
+        "--config", "c", "--s\N{LATIN SMALL LETTER E WITH ACUTE}t", cwd=tmp_path, LC_ALL=locale
+    )
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"usage: ")
-    assert b"error: " in done.stderr
     assert b"Traceback" not in done.stderr
 
 
 # --- exactly one line ---
+
+PLACES = {"dataset_path": "data", "base_model": "model", "output_path": "out", "trigger_words": []}
 
 
 @pytest.mark.parametrize(
@@ -188,22 +202,21 @@ def test_a_wrong_command_line_is_explained_on_stderr(
         ("", "config_not_json"),
         ("{", "config_not_json"),
         ("[]", "config_not_json"),
-        ("{}", "config_invalid"),
         ('{"lora_rank": "x", "unknown": 1}', "config_invalid"),
+        (json.dumps(PLACES | {"learning_rate": 0.9}), "config_conflict"),
     ],
 )
-@pytest.mark.parametrize("arguments", [(), ("--validate-only",), ("--fresh",)])
+@pytest.mark.parametrize("arguments", [("--validate-only",), ("--fresh",)])
 def test_an_invalid_or_missing_config_prints_one_line(
     tmp_path: Path, text: str | None, code: str, arguments: tuple[str, ...]
 ) -> None:
     """The error, and nothing before it or on stderr; nothing is written either."""
-    folder = tmp_path / "empty"
-    folder.mkdir()
     source = ["--config", "-"] if text is not None else ["--config", "gone.json"]
-    ended = run_program(*source, *arguments, cwd=folder, stdin=(text or "").encode())
-    assert (ended.code, len(ended.lines), ended.last["code"]) == (1, 1, code)
-    assert ended.stderr == ""
-    assert list(folder.iterdir()) == []
+    ended = run_program(*source, *arguments, cwd=tmp_path, stdin=(text or "").encode())
+    assert [(line["type"], line["code"]) for line in ended.lines] == [("error", code)]
+    assert (ended.code, ended.stderr) == (1, "")
+    assert ended.last["hint"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -263,13 +276,13 @@ def test_debug_adds_a_traceback_on_stderr_alone(workspace: Path, broken: bool) -
         {"PYTHONUNBUFFERED": "1", "PYTHONDEVMODE": "1"},
     ],
 )
-def test_output_is_ascii_under_any_locale(workspace: Path, environment: dict[str, str]) -> None:
+def test_output_is_ascii_under_any_locale(workspace: Path, environment: dict[str, Any]) -> None:
     """Hosts start programs with the barest of environments."""
     (workspace / "data" / "image1.txt").write_text("eine Kätzin 猫", encoding="utf-8")
     (workspace / "data" / "größe.png").write_bytes(b"x")
     write_config(workspace, trigger_words=["zkb 猫"])
     command = ("--config", "config.json", "--validate-only")
-    ended = run_program(*command, cwd=workspace, stdin=b"", **environment)
+    ended = run_program(*command, cwd=workspace, cold=True, **environment)
     assert (ended.code, ended.stdout.isascii(), ended.stderr) == (0, True, "")
     (skipped,) = [line for line in ended.lines if line.get("code") == "image_skipped"]
     assert skipped["data"]["file"] == "größe.png"
