@@ -212,6 +212,15 @@ def read_lora(path: Path) -> LoRA:
     return sort_out(tensors, header, alphas_beside(path, header), path)
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read what a file says of itself, and none of its numbers."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise refuse(file, "a LoRA file", f"what cannot be read ({error})") from error
+
+
 def alphas_beside(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """Find what PEFT says of the strength, which stands in no tensor there."""
     try:
