@@ -259,10 +259,9 @@ def test_a_single_file_draws_what_its_folder_does(
     (place / "refs" / "main").write_text("x", encoding="ascii")
     shutil.copytree(built / family, place / "snapshots" / "x")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    sketch, drawn = Sketch(64, 64, 2, 4.0, ""), []
-    for base in (built / family, built / f"{family}.safetensors"):
-        drawn.append(ask(load(base), "a cat", sketch).tobytes())
-    assert drawn[0] == drawn[1]
+    bases, sketch = (built / family, built / f"{family}.safetensors"), Sketch(64, 64, 2, 4.0, "")
+    folder, single = (ask(load(base), "a cat", sketch).tobytes() for base in bases)
+    assert folder == single
 
 
 @pytest.mark.parametrize(
