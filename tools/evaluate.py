@@ -118,15 +118,12 @@ class Looking:
         phase = Phase(f"looking with {eye.name}", self.total, self.events, self.stop)
         asked = self.grid.role("subject")
         texts = eye.read([self.grid.prompts[p]["plain"] for p in asked]) if eye.reads else None
-        seen, done = [], 0
-        for files in (self.files, self.training, self.heldout):
-            seen.append(eye.see(files, phase, done) if files else None)
-            done += len(files)
+        count, known = len(self.files), len(self.files) + len(self.training)
         return Seen(
-            dict(zip(self.files, seen[0], strict=True)),
-            seen[1],
-            seen[2],
-            dict(zip(asked, texts, strict=True)) if texts is not None else None,
+            pictures=dict(zip(self.files, eye.see(self.files, phase), strict=True)),
+            train=eye.see(self.training, phase, count),
+            heldout=eye.see(self.heldout, phase, known) if self.heldout else None,
+            texts=dict(zip(asked, texts, strict=True)) if texts is not None else None,
         )
 
     def for_copies(self) -> dict[Arm, list[Record]]:

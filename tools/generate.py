@@ -213,13 +213,13 @@ def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch
     config = config_of(arguments)
     facts, base = find_model(config, events)
     square = arguments.resolution or facts.native_resolution or 512
-    sides = {"--width": arguments.width or square, "--height": arguments.height or square}
-    for option, side in sides.items():
+    width, height = arguments.width or square, arguments.height or square
+    for option, side in (("--width", width), ("--height", height)):
         if side % base.vae_scale_factor or not LEAST <= side <= MOST:
             expected = f"a multiple of {base.vae_scale_factor} from {LEAST} to {MOST}"
             raise refuse(option, f"{expected}, as the model's pictures are made of", str(side))
-    asked = arguments.steps, arguments.guidance, arguments.negative
-    return Sketch(*sides.values(), *asked), {"id": title_of(config), "family": base.family.name}
+    sketch = Sketch(width, height, arguments.steps, arguments.guidance, arguments.negative)
+    return sketch, {"id": title_of(config), "family": base.family.name}
 
 
 # --- Drawing ---

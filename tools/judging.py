@@ -65,7 +65,7 @@ class Judge:
         files = self.grid.files
         return {
             prompt: [
-                float(score(files[arm, prompt, seed], prompt, seed))
+                score(files[arm, prompt, seed], prompt, seed)
                 for seed in self.grid.seeds
                 if (arm, prompt, seed) in files
             ]
@@ -87,7 +87,7 @@ class Judge:
         if self.clip is None or self.clip.texts is None:
             return {}
         pictures, texts = self.clip.pictures, self.clip.texts
-        return self.cells(arm, self.subject, lambda file, p, _: pictures[file] @ texts[p])
+        return self.cells(arm, self.subject, lambda file, p, _: float(pictures[file] @ texts[p]))
 
     def memory(self, arm: Arm, *roles: str) -> Cells:
         """Tell how alike each picture is to the nearest of training."""
@@ -98,7 +98,7 @@ class Judge:
         """Tell how far pictures went from those of the base, same seed."""
         files, seen = self.grid.files, self.vision.pictures
         return self.cells(
-            arm, prompts, lambda file, p, s: 1 - seen[file] @ seen[files[self.base, p, s]]
+            arm, prompts, lambda file, p, s: 1 - float(seen[file] @ seen[files[self.base, p, s]])
         )
 
     def leak(self, arm: Arm) -> Cells:

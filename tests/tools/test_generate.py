@@ -16,8 +16,8 @@ from safetensors import safe_open
 import train_lora
 from tools import generate
 from tools.base_model import Attached, Sketch, ask_for, draw, load_models, networks_of
-from tools.evaluate import read_grid
 from tools.generate import find_sources, parse_numbers, read_prompts, without
+from tools.grid import read_grid
 from tools.lora_file import Layer, LoRA, Module, write_lora
 from train_lora import Emitter, StopRequest, TrainError
 
