@@ -430,7 +430,7 @@ def work(
         raise refuse("--out", "either --out or --fuse", "both" if arguments.out else "neither")
     sources = find_sources(arguments.lora)
     if arguments.fuse:
-        return fuse(sources, arguments, events)
+        return fuse(sources, arguments, events, stop)
     prompts = read_prompts(arguments.prompts, arguments.trigger)
     sketch, base = choose_sides(arguments, events)
     cells = cells_of(sources, prompts, arguments)
@@ -477,7 +477,7 @@ def grid_record(studio: Studio, sources: Sequence[Source], prompts: Sequence[Rec
 
 
 def fuse(
-    sources: Sequence[Source], arguments: argparse.Namespace, events: Emitter
+    sources: Sequence[Source], arguments: argparse.Namespace, events: Emitter, stop: StopRequest
 ) -> tuple[str, list[str]]:
     """Save the whole model with a LoRA in it, as a folder that diffusers loads."""
     from tools.lora_file import read_lora
@@ -490,7 +490,9 @@ def fuse(
     if arguments.dry_run:
         find_model(config_of(arguments), events)
         return f"Would add {len(lora.layers)} layers at {strength:g} and save the model", []
+    stop.check()
     models = load_models(config_of(arguments), events, exact=True)
+    stop.check()
     changed, unknown = add_to_weights(models, lora, strength)
     if unknown:
         some = f"{len(unknown)} layers, such as {unknown[0]}"

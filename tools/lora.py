@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--to", choices=("kohya", "diffusers"), default="kohya")
         command.add_argument("--dtype", choices=list(PRECISIONS), help="of the numbers")
         command.add_argument("--overwrite", action="store_true", help="replace OUT")
+        command.add_argument("--dry-run", action="store_true", help="say what would be written")
     for command in (info, convert, merge, resize, extract):
         take_events(command)
     return whole
@@ -109,7 +110,10 @@ def work(
     if arguments.command == "extract":
         return extract(arguments, events, stop)
     terms = getattr(arguments, "terms", None) or [(arguments.file, 1.0)]
-    loras = [(read_lora(file), strength) for file, strength in terms]
+    loras = []
+    for file, strength in terms:
+        stop.check()
+        loras.append((read_lora(file), strength))
     lora = merge(loras) if arguments.command == "merge" else loras[0][0]
     if arguments.command != "convert" and (arguments.rank or arguments.energy):
         phase = Phase("reducing ranks", len(lora.layers), events, stop)
@@ -135,6 +139,9 @@ def extract(
         device=str(choose_device(ask_for(arguments.base, device=arguments.device))),
     )
     names = (arguments.base, arguments.tuned)
+    if arguments.dry_run:
+        base, _ = extraction.find_both(names, events)
+        return f"Would compare two {base.family.title} models", []
     lora, found = extraction.extract(names, asked, events, stop)
     lora = replace(lora, header={**lora.header, "ss_output_name": arguments.out.stem})
     summary, files = write(lora, torch.float16, arguments)
@@ -148,14 +155,16 @@ def write(lora: LoRA, dtype: torch.dtype, arguments: argparse.Namespace) -> tupl
     from tools.lora_file import write_lora
 
     dtype = getattr(torch, PRECISIONS[arguments.dtype]) if arguments.dtype else dtype
+    ranks = sorted({layer.rank for layer in lora.layers.values()})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    told = f"{arguments.out.name}: {len(lora.layers)} modules, {rank}"
+    if arguments.dry_run:
+        return f"Would write {told}", []
     off = write_lora(arguments.out, lora, arguments.to, dtype)
     if not off <= TOLERANCE[str(dtype).removeprefix("torch.")]:
         arguments.out.unlink()
         raise refuse(arguments.out, "numbers that the precision holds", f"{off:.1%} off")
-    ranks = sorted({layer.rank for layer in lora.layers.values()})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    done = f"{arguments.out.name}: {len(lora.layers)} modules, {rank}, {off:.1e} off"
-    return done, [str(arguments.out)]
+    return f"{told}, {off:.1e} off", [str(arguments.out)]
 
 
 def describe(lora: LoRA, arguments: argparse.Namespace) -> None:

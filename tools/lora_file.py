@@ -200,6 +200,8 @@ def read_lora(path: Path) -> LoRA:
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     if file.suffix in train_lora.PICKLES:
         raise refuse(path, "a safetensors file", "a pickle, which can run code when loaded")
+    if not file.is_file():
+        raise refuse(path, "a LoRA file", "no such file")
     try:
         train_lora.read_header(file)  # tells what is wrong with a damaged one
         with safe_open(file, "pt") as opened:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from tools.base_model import Attached, Sketch, ask_for, draw, load_models, netwo
 from tools.generate import find_sources, parse_numbers, read_prompts, without
 from tools.grid import read_grid
 from tools.lora_file import Layer, LoRA, Module, write_lora
-from train_lora import Emitter, StopRequest, TrainError
+from train_lora import Emitter, StopRequest, TrainError, TrainingInterrupted
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -138,6 +141,57 @@ def test_what_is_drawn_is_not_drawn_again(ready: tuple[Path, Path], tmp_path: Pa
     assert all(again[name].stat().st_mtime_ns != after[name] for name in again)
 
 
+class Hasty(StopRequest):
+    """A stop that comes when it has been asked for so often."""
+
+    def __init__(self, checks: int) -> None:
+        """Count down."""
+        super().__init__()
+        self.left = checks
+
+    def check(self) -> None:
+        """Come at the last."""
+        self.left -= 1
+        if self.left == 0:
+            self.request("SIGINT")
+        super().check()
+
+
+def test_a_stopped_grid_keeps_what_is_drawn_and_goes_on(built: Path, tmp_path: Path) -> None:
+    """Nothing is drawn twice, nothing is missing, and the list comes last."""
+    options = ["--base", built / "sd1", "--out", tmp_path, "--prompts", "zkb", "--seeds", "1-4"]
+    options += ["--steps", 2, "--width", 64, "--height", 64, "--device", "cpu", "--batch", 1]
+    arguments = generate.parser().parse_args([str(each) for each in options])
+    with pytest.raises(TrainingInterrupted):
+        generate.work(arguments, Emitter(), Hasty(7))
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert 0 < len(kept) < 4
+    assert not (tmp_path / "grid.json").exists()
+    generate.work(arguments, Emitter(), StopRequest())
+    assert len(list(tmp_path.rglob("images/*/*.png"))) == 4
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+
+
+def test_a_killed_grid_goes_on_where_it_was(built: Path, tmp_path: Path) -> None:
+    """A picture is there whole or not at all."""
+    program = str(Path(generate.__file__))
+    command = [sys.executable, program, "--base", built / "sd1", "--out", tmp_path, "--batch", 1]
+    command += ["--prompts", "zkb", "--seeds", "1-40", "--steps", 4, "--device", "cpu"]
+    command += ["--width", 64, "--height", 64]
+    killed = subprocess.Popen([str(each) for each in command], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.rglob("*.png")) and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert 0 < len(kept) < 40
+    assert generate.main([str(each) for each in command[2:]]) == 0
+    pictures = list(tmp_path.rglob("images/*/*.png"))
+    assert len(pictures) == 40
+    assert all(len(pixels(path)) == 64 * 64 * 3 for path in pictures)
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+
+
 def test_pictures_say_how_they_were_made_and_the_list_has_all_of_them(
     ready: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -183,9 +237,11 @@ def test_hooks_are_taken_off_again(built: Path) -> None:
 
 def write_pair(path: Path, number: float, **header: str) -> Path:
     """Write a LoRA of one layer, told from others by its number."""
-    layer = Layer(torch.full((1, 4), number), torch.ones(4, 1))
+    layer = Layer(torch.full((1, 32, 1, 1), number), torch.ones(32, 1, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(path, LoRA({Module("unet", "conv_in"): layer}, header), "kohya")
+    write_lora(
+        path, LoRA({Module("unet", "mid_block.attentions.0.proj_in"): layer}, header), "kohya"
+    )
     return path
 
 
