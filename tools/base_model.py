@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from tools.lora_file import Layer, LoRA
 
-Tokens = dict[str, "list[torch.Tensor]"]  # of every text, for each text encoder
+Tokens = dict[str, Conditioning]  # of every text, for each text encoder
 
 
 def ask_for(base_model: str, **knobs: Any) -> TrainingConfig:
@@ -216,11 +216,11 @@ def read_pairs(
     models: Models, tokens: Tokens, prompts: Sequence[str], sketch: Sketch
 ) -> Conditioning:
     """Read the prompts, and before them as often what pictures should not show."""
-    cache = Cache((), tokens, {})
-    negative = cache.read(models, [sketch.negative])
+    cache = Cache((), tokens)
+    negative = models.read_text(cache.read([sketch.negative]))
     if models.base.family.empty_is_silence and not sketch.negative:
         negative = negative.silenced()
-    texts = cache.read(models, prompts)
+    texts = models.read_text(cache.read(prompts))
     return Conditioning.stack([*[negative] * len(prompts), texts]).to(models.device)
 
 

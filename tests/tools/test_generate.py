@@ -280,7 +280,7 @@ def test_a_square_is_the_picture_that_the_trainer_previews(family: str, built: P
     """To the last bit: the same loop, of which the trainer's knows squares alone."""
     models, size = load(built / family), {"resolution": 256, "sample_steps": 3}
     config = ask_for(str(built / family), sample_guidance=4.0, sample_negative_prompt="a", **size)
-    cache = train_lora.Cache((), train_lora.tokenize(["a cat", "a"], models, Emitter()), {})
+    cache = train_lora.Cache((), train_lora.tokenize(["a cat", "a"], models, Emitter()))
     (preview,) = train_lora.draw_previews(models, cache, [("a cat", 5)], config, StopRequest())
     drawn = ask(models, "a cat", Sketch(256, 256, 3, 4.0, "a"))
     assert drawn.tobytes() == preview.tobytes()
