@@ -9,6 +9,7 @@ It takes runs that are finished, stopped, failed, still under way, or were kille
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -290,26 +291,34 @@ def pictures(folder: Path, story: Story, most_bytes: int, at: Callable[[int], No
 # --- The page ---
 
 
-def evaluation_part(path: Path, most_bytes: int, at: Callable[[int], None]) -> str:
+Begin = Callable[[str, int], Phase]  # of something that takes so many turns
+
+
+def evaluation_part(path: Path, most_bytes: int, begin: Begin) -> str:
     """Take in what tools/evaluate.py found, with the pictures if they lie beside it."""
     from tools.evaluation_page import pictures_of, read_result, sections
     from tools.grid import read_grid
 
     place = path / "eval.json" if path.is_dir() else path
-    result, there = read_result(place), (place.parent / "grid.json").is_file()
-    shown = pictures_of(read_grid(place.parent), most_bytes, at) if there else ""
+    result, shown = read_result(place), ""
+    if (place.parent / "grid.json").is_file():
+        judged = read_grid(place.parent)
+        phase = begin("drawing pictures", len(judged.arms) * len(judged.prompts))
+        shown = pictures_of(judged, most_bytes, phase.at)
     return "<h2>Evaluation</h2>" + "".join(sections(result, shown, 3))
 
 
-def dataset_part(path: Path, most_bytes: int, at: Callable[[int], None]) -> str:
+def dataset_part(path: Path, most_bytes: int, begin: Begin) -> str:
     """Take in what tools/prepare.py found."""
     from tools.dataset_page import read_dataset, sections
 
     place = path / "manifest.json" if path.is_dir() else path
-    return "<h2>Dataset</h2>" + "".join(sections(read_dataset(place), place.parent, most_bytes, at))
+    said = read_dataset(place)
+    phase = begin("drawing the dataset", len(said["pictures"]))
+    return "<h2>Dataset</h2>" + "".join(sections(said, place.parent, most_bytes, phase.at))
 
 
-def page(folder: Path, story: Story, arguments: argparse.Namespace, phase: Phase) -> bytes:
+def page(folder: Path, story: Story, arguments: argparse.Namespace, begin: Begin) -> bytes:
     """Write the page."""
     name = str(story.config.get("lora_name") or folder.resolve().name)
     most_bytes = int(arguments.max_mb * 2**20)
@@ -318,13 +327,14 @@ def page(folder: Path, story: Story, arguments: argparse.Namespace, phase: Phase
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     program = story.starts[-1].get("version", "?") if story.starts else "?"
     evaluated, dataset = arguments.eval, arguments.dataset
+    previews = begin("drawing previews", len(story.samples))
     parts = [
         f"<h1>{esc(name)}</h1><p><strong>{esc(verdict(story))}</strong></p>",
         f"<table>{rows(facts_of(story))}</table>",
         f"<h2>Loss</h2>{curves(read_losses(folder, story), story)}",
-        f"<h2>Previews</h2>{pictures(folder, story, most_bytes, phase.at)}",
-        evaluation_part(evaluated, most_bytes, phase.at) if evaluated else "",
-        dataset_part(dataset, most_bytes, phase.at) if dataset else "",
+        f"<h2>Previews</h2>{pictures(folder, story, most_bytes, previews.at)}",
+        evaluation_part(evaluated, most_bytes, begin) if evaluated else "",
+        dataset_part(dataset, most_bytes, begin) if dataset else "",
         f"<h2>Config</h2>{settings(story)}",
         f"<h2>Warnings</h2><table>{rows(warned)}</table>" if warned else "",
         f"<p>train_lora {esc(program)}{'' if arguments.deterministic else ', told ' + now}</p>",
@@ -354,9 +364,9 @@ def work(
     story = read_story(folder, stop)
     if not story.starts and not (folder / "loss_history.csv").is_file():
         raise refuse(folder, "the output_path of a run", "no events.jsonl and no loss_history.csv")
-    phase = Phase("drawing previews", len(story.samples), events, stop)
     out = arguments.out or folder / "report.html"
-    content = page(folder, story, arguments, phase)
+    begin = functools.partial(Phase, events=events, stop=stop)
+    content = page(folder, story, arguments, begin)
     if arguments.dry_run:
         return f"Would write {out.name}. {verdict(story)}", []
     train_lora.write_whole(out, content)

@@ -6,6 +6,7 @@ import getpass
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,7 +88,7 @@ WRITES = [name for name, case in CASES.items() if case.writes]
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, built: Path, eyes: Path) -> Path:
     """Provide a folder with an input for every program; nobody may change them."""
-    from test_extraction import UNET, alter, shutil
+    from test_extraction import UNET, alter
 
     folder = tmp_path_factory.mktemp("stock")
     for number in range(6):
