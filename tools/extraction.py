@@ -230,8 +230,7 @@ def compare(
     if module is None:
         found.lost[f"{part.folder}.{name}"] = square
         return
-    coarse = max(torch.finfo(each.dtype).eps for each in (before, after))
-    layer = largest(delta.to(asked.device), asked, rounding_of(after, coarse))
+    layer = largest(delta.to(asked.device), asked, rounding_of(after))
     if layer:
         found.held += square
         found.kept += layer.norm() ** 2
@@ -246,8 +245,9 @@ def change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
     return after.float() - before.float()
 
 
-def rounding_of(weight: torch.Tensor, eps: float) -> float:
+def rounding_of(weight: torch.Tensor) -> float:
     """Tell how long a direction may be that rounding alone makes of a weight: a random matrix's."""
+    eps = torch.finfo(weight.dtype).eps
     rows, columns = len(weight), weight[0].numel()
     mean_square = float(weight.double().square().mean())
     return ROUNDING * eps * math.sqrt(mean_square) * (math.sqrt(rows) + math.sqrt(columns))

@@ -156,6 +156,23 @@ def test_rounding_is_no_change(built: Path, copied: Path, tmp_path: Path) -> Non
     assert layer.rank == 1
 
 
+def test_a_base_in_half_precision_costs_no_direction(copied: Path, tmp_path: Path) -> None:
+    """What was added to it in full precision is found, far below what half precision holds."""
+    half, file = tmp_path / "half", copied / f"{UNET}.safetensors"
+    save_file({k: v.half() for k, v in load_file(file).items()}, file)
+    shutil.copytree(copied, half)
+    save_file({k: v.float() for k, v in load_file(file).items()}, file)
+    chance = torch.Generator().manual_seed(1)
+    down, up = torch.randn((2, 32), generator=chance), torch.randn((32, 2), generator=chance)
+    delta = 1e-4 * (up @ down)[:, :, None, None]
+    alter(copied, UNET, mid_block_attentions_0_proj_in_weight=delta)
+    run(half, copied, tmp_path / "out.safetensors", "--rank", "4", "--dtype", "fp32")
+    (layer,) = read_lora(tmp_path / "out.safetensors").layers.values()
+    found = layer.delta().float().flatten()
+    assert layer.rank == 2
+    assert float(torch.cosine_similarity(found, delta.flatten(), dim=0)) > 0.9999
+
+
 def test_models_of_two_kinds_are_refused(
     built: Path, copied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
