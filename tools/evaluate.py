@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     whole = command_line(__doc__)
     add = whole.add_argument
-    add("folders", nargs="+", type=Path, metavar="GRID_DIR")
+    add("folder", nargs="+", type=Path, metavar="GRID_DIR")
     add("--train", type=Path, required=True, metavar="DATASET", help="what was trained on")
     add("--heldout", type=Path, metavar="DATASET", help="pictures of the subject that were not")
     add("--class-word", metavar="WORD", help="what the subject is, as dog: does it leak there?")
@@ -51,14 +51,14 @@ def work(
     """Look at all pictures, and write what they tell."""
     from tools.grid import join, read_grid, without_bad_cells
 
-    grid = join([read_grid(folder) for folder in arguments.folders])
+    grid = join([read_grid(folder) for folder in arguments.folder])
     if arguments.dry_run:
         told = f"Would judge {len(grid.files)} pictures: {len(grid.arms)} arms"
         return f"{told}, {len(grid.prompts)} prompts, {len(grid.seeds)} seeds", []
     phase = Phase("checking pictures", len(grid.files), events, stop)
     grid = without_bad_cells(grid, events, phase)
     result = judge(grid, arguments, events, stop)
-    out = arguments.out or arguments.folders[0] / "eval.json"
+    out = arguments.out or arguments.folder[0] / "eval.json"
     page = out.with_suffix(".html")
     write_whole(out, as_json(result))
     write_whole(page, page_of(result, grid, arguments, events, stop))
@@ -172,7 +172,7 @@ def page_of(
 
     phase = Phase("drawing the page", len(grid.files), events, stop)
     pictures = pictures_of(grid, int(arguments.max_mb * 2**20), phase.at)
-    title = " and ".join(folder.resolve().name for folder in arguments.folders)
+    title = " and ".join(folder.resolve().name for folder in arguments.folder)
     return document(title, [f"<h1>{esc(title)}</h1>", *sections(result, pictures)])
 
 
