@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.program import as_json, command_line, remark, run, table, take_events
-from train_lora import Emitter, Phase, Record, StopRequest, load_picture, write_whole
+from train_lora import Emitter, Phase, Record, StopRequest, choose_device, load_picture, write_whole
 
 if TYPE_CHECKING:
     from tools.embeddings import Eye
@@ -71,6 +71,7 @@ def work(
 
 def judge(grid: Grid, arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> Record:
     """Let models look, and conclude."""
+    from tools.base_model import ask_for
     from tools.embeddings import VISION, Eye
     from tools.judging import FEW_IMAGES, Judge
     from tools.verdict import verdict_on
@@ -80,8 +81,9 @@ def judge(grid: Grid, arguments: argparse.Namespace, events: Emitter, stop: Stop
         remark(events, f"Only {len(training)} different training pictures: little can be concluded")
     heldout = training_files(arguments.heldout, events, stop) if arguments.heldout else []
     look = Looking(grid, training, heldout, events, stop)
-    eye = Eye(arguments.vision or VISION, arguments.device)
-    reader = Eye(arguments.clip, arguments.device) if arguments.clip else None
+    device = str(choose_device(ask_for("none", device=arguments.device)))
+    eye = Eye(arguments.vision or VISION, device)
+    reader = Eye(arguments.clip, device) if arguments.clip else None
     judged = Judge(
         grid,
         look.through(eye),

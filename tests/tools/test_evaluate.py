@@ -426,6 +426,16 @@ def test_a_dry_run_reads_the_list_alone(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_device_that_is_not_there_is_told_in_a_sentence(
+    tmp_path: Path, train: Path, eyes: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the trainer tells it."""
+    grid = write_grid(tmp_path / "grid")
+    judge_grid([grid], train, eyes, "--device", "cuda:99", "--events", code=1)
+    last = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert last["code"] == "device_unavailable"
+
+
 @pytest.mark.parametrize("name", ["gone", "empty"])
 def test_a_grid_that_is_not_there_is_told_in_a_sentence(
     name: str, tmp_path: Path, train: Path, eyes: Path, capfd: pytest.CaptureFixture[str]
