@@ -7,6 +7,8 @@ everywhere.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 import train_lora
 from tools.intervals import unit
 from tools.program import refuse
-from train_lora import Phase
+from train_lora import Phase, Record
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,7 +60,8 @@ class Eye:
     def __init__(self, name: str, device: str = "cpu") -> None:
         """Load it with what prepares pictures for it."""
         self.name, self.device = Path(name).name if Path(name).is_dir() else name, device
-        kind = train_lora.read_json_file(config_of(name)).get("model_type")
+        self.folder = config_of(name).parent
+        kind = train_lora.read_json_file(self.folder / "config.json").get("model_type")
         self.reads = kind == "clip"
         if kind not in ("clip", "dinov2", "vit"):
             raise refuse(name, "a CLIP, DINOv2 or ViT model", f"one of type {kind}")
@@ -66,6 +69,20 @@ class Eye:
         self.model = load(name, class_name).eval().to(device)
         self.processor = load(name, "AutoImageProcessor")
         self.tokenizer = load(name, "AutoTokenizer") if self.reads else None
+
+    @functools.cached_property
+    def digest(self) -> str | None:
+        """Tell the model by its numbers."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        whole = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as opened:
+                whole.update(hashlib.file_digest(opened, "sha256").digest())
+        return whole.hexdigest() if files else None
+
+    def record(self) -> Record:
+        """Say which model a number was made with."""
+        return {"model": self.name, "sha256": self.digest}
 
     def see(self, files: Sequence[Path], phase: Phase, done: int = 0) -> Numbers:
         """Turn pictures, of which is known that they can be read, into rows of length one."""

@@ -23,16 +23,29 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_lora
+from tools.base_model import (
+    Attached,
+    Sketch,
+    add_to_weights,
+    ask_for,
+    draw,
+    find_model,
+    load_models,
+    pipeline_of,
+    title_of,
+)
 from tools.program import as_json, command_line, refuse, remark, run, take_events
-from train_lora import Emitter, Phase, Record, StopRequest, TrainingConfig
+from train_lora import Emitter, Models, Phase, Record, StopRequest, TrainingConfig, natural_key
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from tools.lora_file import LoRA
+    from tools.base_model import Tokens
 
 MOST_SIDE = 16_384  # pixels of a sheet; beyond, it goes on on another
-MARGIN, LINE = 8, 20
+LEAST, MOST = 64, 4096  # pixels of a side
+MARGIN, LINE, THUMBNAIL = 8, 20, 256
+PEFT_FILE = "adapter_model.safetensors"
 CELL_KEY = "lora_grid"  # where a picture says which cell it is
 
 
@@ -44,15 +57,35 @@ class Source:
     file: Path | None = None
 
     @property
+    def weights(self) -> Path | None:
+        """Name the file itself, also in a folder of PEFT's."""
+        return self.file / PEFT_FILE if self.file and self.file.is_dir() else self.file
+
+    @functools.cached_property
+    def header(self) -> dict[str, str]:
+        """Read what the file says of itself."""
+        if self.weights is None:
+            return {}
+        from tools.lora_file import read_metadata
+
+        return read_metadata(self.weights)
+
+    @property
     def step(self) -> int | None:
-        """Take the step from a checkpoint's name."""
+        """Take the step from a checkpoint's name, or from what the file says."""
         found = re.search(r"step_(\d+)", self.file.stem) if self.file else None
-        return int(found[1]) if found else None
+        said = found[1] if found else self.header.get("ss_steps", "")
+        return int(said) if said.isdecimal() else None
+
+    @property
+    def short_hash(self) -> str:
+        """Tell what A1111 and Civitai know the file by: of its numbers, where it says so."""
+        return str(self.header.get("sshs_model_hash") or self.digest)[:12]
 
     @functools.cached_property
     def digest(self) -> str | None:
         """Tell the file by its bytes."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest() if self.file else None
+        return file_digest(self.weights) if self.weights else None
 
 
 @dataclass(frozen=True)
@@ -96,20 +129,28 @@ def parse_strengths(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected 0.6,0.8,1, got {text!r}") from error
 
 
+def file_digest(file: Path) -> str:
+    """Take a file's checksum, piece by piece."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def files_of(path: Path) -> list[Path]:
+    """List the checkpoints of a run and what came of it, once where that is the last of them."""
+    if path.is_file() or (path / PEFT_FILE).is_file():
+        return [path]
+    found = sorted(path.glob("checkpoints/*.safetensors"), key=lambda p: natural_key(p.name))
+    for final in path.glob("lora_final.safetensors"):
+        if not found or file_digest(found[-1]) != file_digest(final):
+            found.append(final)
+    if not found:
+        raise refuse(path, "a LoRA file or the output_path of a run", "neither")
+    return found
+
+
 def find_sources(asked: Sequence[Path]) -> list[Source]:
-    """Find the files; a run's folder stands for its checkpoints and what came of it."""
-    files: list[Path] = []
-    for path in asked:
-        if path.is_dir() and not (path / "adapter_config.json").is_file():
-            steps = sorted(
-                path.glob("checkpoints/*.safetensors"), key=lambda p: train_lora.natural_key(p.name)
-            )
-            found = [*steps, *path.glob("lora_final.safetensors")]
-            if not found:
-                raise refuse(path, "a LoRA file or the output_path of a run", "neither")
-            files += found
-        else:
-            files.append(path)
+    """Find the files, and names by which they can be told apart."""
+    files = [file for path in asked for file in files_of(path)]
     names = [file.stem.removeprefix("lora_") for file in files]
     twice = {name for name in names if names.count(name) > 1}
     full = [
@@ -163,108 +204,22 @@ def without(text: str, words: Sequence[str]) -> str:
 
 
 def config_of(arguments: argparse.Namespace) -> TrainingConfig:
-    """Say it as the trainer's previews are asked for."""
-    out = arguments.out or arguments.fuse
-    asked: Record = {
-        "base_model": arguments.base,
-        "dataset_path": str(out / ".no data"),
-        "output_path": str(out),
-        "trigger_words": ["none"],
-        "sample_steps": arguments.steps,
-        "sample_guidance": arguments.guidance,
-        "sample_negative_prompt": arguments.negative,
-        "device": arguments.device,
-        "resume": "never",
-    }
-    if arguments.resolution:
-        asked["resolution"] = arguments.resolution
-    return TrainingConfig.from_record(asked)
+    """Say which model is meant, and where it is to work."""
+    return ask_for(arguments.base, device=arguments.device)
 
 
-# --- A LoRA beside a model ---
-
-
-class Attached:
-    """A LoRA at work: its layers add what they compute to what the model's layers compute.
-
-    The model's own numbers stay as they are, so that nothing of one LoRA or strength is left when
-    the next one comes.
-    """
-
-    def __init__(self, models: Any, lora: LoRA) -> None:
-        """Put hooks on the layers it is for; refuse a LoRA of another family."""
-        self.strength, self.handles, unknown = 1.0, [], []
-        networks = networks_of(models)
-        for module, layer in lora.layers.items():
-            target = find_module(networks.get(module.network), module.name)
-            if target is None:
-                unknown.append(f"{module.network}.{module.name}")
-                continue
-            if tuple(target.weight.shape[1:]) != tuple(layer.down.shape[1:]):
-                found = f"{[*layer.down.shape]} for {[*target.weight.shape]} at {module.name}"
-                raise refuse(lora.source, "a LoRA of the base's family", found)
-            self.handles.append(target.register_forward_hook(self.hook(target, layer)))
-        self.unknown = unknown
-        if not self.handles:
-            found = f"none of its {len(unknown)} layers, such as {unknown[0]}"
-            raise refuse(lora.source, "a LoRA of the base's family", found)
-
-    def hook(self, target: Any, layer: Any) -> Any:
-        """Make what runs after a layer."""
-        import torch
-
-        weight, convolves = target.weight, isinstance(target, torch.nn.Conv2d)
-        down = layer.down.to(weight.device, weight.dtype)
-        up = (layer.up.float() * layer.scale).to(weight.device, weight.dtype)
-
-        def add(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            if not self.strength:
-                return output
-            compute = torch.nn.functional.linear
-            if convolves:
-                own = {"stride": target.stride, "padding": target.padding}
-                inner = torch.nn.functional.conv2d(inputs[0], down, **own)
-                return output + self.strength * torch.nn.functional.conv2d(inner, up)
-            return output + self.strength * compute(compute(inputs[0], down), up)
-
-        return add
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        for handle in self.handles:
-            handle.remove()
-
-
-def networks_of(models: Any) -> dict[str, Any]:
-    """List the networks that a LoRA may change, by their folders' names."""
-    family = models.base.family
-    texts = zip(family.text_encoders, models.text_encoders, strict=True)
-    return {family.denoiser.folder: models.denoiser, **{part.folder: net for part, net in texts}}
-
-
-def find_module(network: Any, name: str) -> Any:
-    """Find a layer by its name in files; some versions of libraries have one level more."""
-    for place in (name, f"text_model.{name}"):
-        try:
-            return network.get_submodule(place)
-        except AttributeError:
-            continue
-    return None
-
-
-def load_models(config: TrainingConfig, events: Emitter) -> Any:
-    """Load all of a base model, by the trainer's own loaders; text is read in full precision."""
-    import torch
-
-    train_lora.quiet_libraries()
-    _, base = train_lora.download_model(config, events)
-    device = train_lora.choose_device(config)
-    dtype = train_lora.choose_precision(config, device, events)
-    models = train_lora.Models.prepare(base, device, dtype)
-    models.load_text_encoders(torch.float32)
-    models.load_denoiser("auto")
-    models.load_vae()
-    return models
+def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch, Record]:
+    """Settle the pictures' size: as asked for, or the model's own; tell what the model is."""
+    config = config_of(arguments)
+    facts, base = find_model(config, events)
+    square = arguments.resolution or facts.native_resolution or 512
+    width, height = arguments.width or square, arguments.height or square
+    for option, side in (("--width", width), ("--height", height)):
+        if side % base.vae_scale_factor or not LEAST <= side <= MOST:
+            expected = f"a multiple of {base.vae_scale_factor} from {LEAST} to {MOST}"
+            raise refuse(option, f"{expected}, as the model's pictures are made of", str(side))
+    sketch = Sketch(width, height, arguments.steps, arguments.guidance, arguments.negative)
+    return sketch, {"id": title_of(config), "family": base.family.name}
 
 
 # --- Drawing ---
@@ -290,65 +245,98 @@ def is_drawn(path: Path, key: str) -> bool:
         return False
 
 
-def write_picture(path: Path, image: Image.Image, cell: Cell, key: str, config: Any) -> None:
-    """Write a picture with what it was made from, as A1111 says it and as this program does."""
-    from PIL.PngImagePlugin import PngInfo
-
-    side, info, buffer = config.resolution, PngInfo(), io.BytesIO()
-    told = f"{cell.prompt['text']}\nNegative prompt: {config.sample_negative_prompt}\n"
-    told += f"Steps: {config.sample_steps}, Sampler: DPM++ 2M, "
-    told += f"CFG scale: {config.sample_guidance}, "
-    told += f"Seed: {cell.seed}, Size: {side}x{side}, Lora: {cell.source.name}:{cell.strength:g}"
-    place = {"lora": cell.source.name, "strength": cell.strength, "prompt": cell.prompt["id"]}
-    info.add_itxt("parameters", told)
-    info.add_itxt(CELL_KEY, json.dumps(place | {"seed": cell.seed, "key": key}))
-    image.save(buffer, "PNG", pnginfo=info)
-    train_lora.write_whole(path, buffer.getvalue())
-
-
-def draw_all(
-    cells: Sequence[Cell],
-    config: TrainingConfig,
-    arguments: argparse.Namespace,
-    events: Emitter,
-    stop: StopRequest,
-) -> None:
-    """Draw what is missing, LoRA after LoRA and strength after strength."""
-    from tools.lora_file import read_lora
-
-    keys = {cell.name: key_of(cell, config) for cell in cells}
-    missing = [c for c in cells if not is_drawn(arguments.out / c.name, keys[c.name])]
-    phase = Phase("drawing", len(cells), events, stop)
-    if not missing:
-        return
-    models = load_models(config, events)
-    texts = [cell.prompt["text"] for cell in missing]
-    tokens = train_lora.tokenize([*texts, config.sample_negative_prompt], models, events)
-    cache, done = train_lora.Cache((), tokens), len(cells) - len(missing)
-    for source in dict.fromkeys(cell.source for cell in missing):
-        attached = Attached(models, read_lora(source.file)) if source.file else None
-        if attached and attached.unknown:
-            some = f"{len(attached.unknown)} layers, such as {attached.unknown[0]}"
-            remark(events, f"{source.name} changes {some} that the base does not have")
-        for part in batches([c for c in missing if c.source == source], arguments.batch):
-            if attached:
-                attached.strength = part[0].strength
-            wanted = [(cell.prompt["text"], cell.seed) for cell in part]
-            images = train_lora.draw_previews(models, cache, wanted, config, stop)
-            for cell, image in zip(part, images, strict=True):
-                write_picture(arguments.out / cell.name, image, cell, keys[cell.name], config)
-                done += 1
-            phase.at(done)
-        if attached:
-            attached.remove()
-
-
-def key_of(cell: Cell, config: TrainingConfig) -> str:
+def key_of(cell: Cell, base: Record, sketch: Sketch) -> str:
     """Sum up what a picture depends on."""
-    knobs = ("base_model", "resolution", "sample_steps", "sample_guidance")
-    asked = [str(config.value(knob)) for knob in (*knobs, "sample_negative_prompt")]
-    what = [asked, cell.source.digest, cell.strength, cell.prompt["text"], cell.seed]
+    what = [base, vars(sketch), cell.source.digest, cell.strength, cell.prompt["text"], cell.seed]
     return train_lora.digest_of(what, 12)
+
+
+@dataclass
+class Studio:
+    """Draws the cells of a grid, what is missing of them, into a folder."""
+
+    out: Path
+    base: Record  # what the model is
+    sketch: Sketch
+    cells: Sequence[Cell]
+
+    def __post_init__(self) -> None:
+        """Look what is there already."""
+        self.keys = {cell.name: key_of(cell, self.base, self.sketch) for cell in self.cells}
+        drawn = {name for name, key in self.keys.items() if is_drawn(self.out / name, key)}
+        self.missing = [cell for cell in self.cells if cell.name not in drawn]
+
+    def draw_all(self, arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> None:
+        """Draw what is missing, LoRA after LoRA and strength after strength."""
+        from tools.lora_file import read_lora
+
+        phase = Phase("drawing", len(self.cells), events, stop)
+        if not self.missing:
+            return
+        models = load_models(config_of(arguments), events)
+        texts = [cell.prompt["text"] for cell in self.missing]
+        tokens = train_lora.tokenize([*texts, self.sketch.negative], models, events)
+        done = len(self.cells) - len(self.missing)
+        for source in dict.fromkeys(cell.source for cell in self.missing):
+            attached = Attached(models, read_lora(source.file)) if source.file else None
+            if attached and attached.unknown:
+                some = f"{len(attached.unknown)} layers, such as {attached.unknown[0]}"
+                remark(events, f"{source.name} changes {some} that the base does not have")
+            own = [cell for cell in self.missing if cell.source == source]
+            for part in batches(own, arguments.batch):
+                if attached:
+                    attached.strength = part[0].strength
+                self.draw_batch(part, models, tokens, events, stop)
+                done += len(part)
+                phase.at(done)
+            if attached:
+                attached.remove()
+
+    def draw_batch(
+        self, cells: list[Cell], models: Models, tokens: Tokens, events: Emitter, stop: StopRequest
+    ) -> None:
+        """Draw some cells together; in halves where memory is short."""
+        wanted = [(cell.prompt["text"], cell.seed) for cell in cells]
+        try:
+            images = draw(models, tokens, wanted, self.sketch, stop)
+        except RuntimeError as error:
+            if not train_lora.is_out_of_memory(error) or len(cells) == 1:
+                raise
+            half = len(cells) // 2
+            for part in (cells[:half], cells[half:]):
+                self.draw_batch(part, models, tokens, events, stop)
+            return
+        for cell, image in zip(cells, images, strict=True):
+            if image is None:
+                remark(events, f"{cell.name}: numbers beyond all bounds; the picture is black")
+            self.write(cell, image or black(self.sketch))
+
+    def write(self, cell: Cell, image: Image.Image) -> None:
+        """Write a picture with what it was made from, as A1111 says it and as this program does."""
+        from PIL.PngImagePlugin import PngInfo
+
+        sketch, info, buffer = self.sketch, PngInfo(), io.BytesIO()
+        told = f"{cell.prompt['text']}\nNegative prompt: {sketch.negative}\n"
+        told += f"Steps: {sketch.steps}, Sampler: DPM++ 2M, CFG scale: {sketch.guidance}, "
+        told += f"Seed: {cell.seed}, Size: {sketch.width}x{sketch.height}, "
+        told += f"Model: {self.base['id']}"
+        if cell.source.file:
+            told += f', Lora hashes: "{cell.source.name}: {cell.source.short_hash}", '
+            told += f"Lora strength: {cell.strength:g}"
+        place = {"lora": cell.source.name, "strength": cell.strength, "prompt": cell.prompt["id"]}
+        info.add_itxt("parameters", told)
+        info.add_itxt(
+            CELL_KEY, json.dumps({**place, "seed": cell.seed, "key": self.keys[cell.name]})
+        )
+        image.save(buffer, "PNG", pnginfo=info)
+        train_lora.write_whole(self.out / cell.name, buffer.getvalue())
+
+
+def black(sketch: Sketch) -> Image.Image:
+    """Make the picture that stands for none."""
+    from PIL import Image
+
+    return Image.new("RGB", (sketch.width, sketch.height))
 
 
 def batches(cells: Sequence[Cell], most: int) -> Iterator[list[Cell]]:
@@ -362,43 +350,45 @@ def batches(cells: Sequence[Cell], most: int) -> Iterator[list[Cell]]:
 # --- Sheets ---
 
 
-def write_sheets(cells: Sequence[Cell], out: Path, side: int) -> list[Path]:
+def write_sheets(cells: Sequence[Cell], out: Path, sketch: Sketch) -> list[Path]:
     """Lay the pictures of each prompt out: a row for each LoRA and strength, a column a seed."""
     written = []
+    small = min(1.0, THUMBNAIL / max(sketch.width, sketch.height))
+    size = (round(sketch.width * small), round(sketch.height * small))
+    most = max(1, (MOST_SIDE - LINE) // (size[1] + LINE + MARGIN))
     for prompt in {cell.prompt["id"]: cell.prompt for cell in cells}.values():
-        own = [cell for cell in cells if cell.prompt["id"] == prompt["id"]]
         rows: dict[str, list[Cell]] = {}
-        for cell in own:
-            rows.setdefault(f"{cell.source.name} at {cell.strength:g}", []).append(cell)
-        edge = min(side, 256)
-        most = max(1, (MOST_SIDE - LINE) // (edge + LINE + MARGIN))
+        for cell in cells:
+            if cell.prompt["id"] == prompt["id"]:
+                rows.setdefault(f"{cell.source.name} at {cell.strength:g}", []).append(cell)
         labels = list(rows)
         for page, begin in enumerate(range(0, len(labels), most), start=1):
             part = {label: rows[label] for label in labels[begin : begin + most]}
             number = f"_{page}" if len(labels) > most else ""
             path = out / f"sheet_{prompt['id']}{number}.png"
-            train_lora.write_whole(path, train_lora.encode_png(sheet(part, prompt, out, edge)))
+            drawn = sheet(part, prompt["text"], out, size)
+            train_lora.write_whole(path, train_lora.encode_png(drawn))
             written.append(path)
     return written
 
 
-def sheet(rows: dict[str, list[Cell]], prompt: Record, out: Path, edge: int) -> Image.Image:
+def sheet(rows: dict[str, list[Cell]], title: str, out: Path, size: tuple[int, int]) -> Image.Image:
     """Draw one contact sheet."""
     from PIL import Image, ImageDraw, ImageFont
 
-    columns = min(max(map(len, rows.values())), MOST_SIDE // (edge + MARGIN) - 1)
-    size = (columns * (edge + MARGIN) + MARGIN, LINE + len(rows) * (edge + LINE + MARGIN))
-    page = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
-    draw.text((MARGIN, 2), prompt["text"], "black", font)
+    wide, high = size[0] + MARGIN, size[1] + LINE + MARGIN
+    columns = min(max(map(len, rows.values())), MOST_SIDE // wide - 1)
+    page = Image.new("RGB", (columns * wide + MARGIN, LINE + len(rows) * high), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    pen.text((MARGIN, 2), title, "black", font)
     for number, (label, cells) in enumerate(rows.items()):
-        top = LINE + number * (edge + LINE + MARGIN)
+        top = LINE + number * high
         seeds = ", ".join(str(cell.seed) for cell in cells[:columns])
-        draw.text((MARGIN, top), f"{label}; seeds {seeds}", "black", font)
+        pen.text((MARGIN, top), f"{label}; seeds {seeds}", "black", font)
         for column, cell in enumerate(cells[:columns]):
             with Image.open(out / cell.name, formats=("PNG",)) as opened:
-                small = opened.convert("RGB").resize((edge, edge), Image.Resampling.LANCZOS)
-            page.paste(small, (MARGIN + column * (edge + MARGIN), top + LINE))
+                small = opened.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            page.paste(small, (MARGIN + column * wide, top + LINE))
     return page
 
 
@@ -419,7 +409,9 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=parse_numbers, default=[1, 2, 3, 4], help="1-4")
     add("--out", type=Path, help="folder for the pictures")
     add("--fuse", type=Path, help="instead: save the model with the LoRA in it there")
-    add("--resolution", type=int, help="the model's own unless given")
+    add("--width", type=int, help="of the pictures; the model's own unless given")
+    add("--height", type=int)
+    add("--resolution", type=int, help="both of them")
     add("--steps", type=int, default=25)
     add("--guidance", type=float, default=7.0)
     add("--negative", default="", help="what pictures should not show")
@@ -438,27 +430,24 @@ def work(
         raise refuse("--out", "either --out or --fuse", "both" if arguments.out else "neither")
     sources = find_sources(arguments.lora)
     if arguments.fuse:
-        return fuse(sources, arguments, events)
+        return fuse(sources, arguments, events, stop)
     prompts = read_prompts(arguments.prompts, arguments.trigger)
+    sketch, base = choose_sides(arguments, events)
     cells = cells_of(sources, prompts, arguments)
+    studio, listed = Studio(arguments.out, base, sketch, cells), arguments.out / "grid.json"
     if arguments.dry_run:
-        return f"Would draw {len(cells)} pictures: {len(sources)} LoRAs, {len(prompts)} prompts", []
-    config = config_of(arguments)
-    if not arguments.resolution:
-        facts, _ = train_lora.inspect_model(config)
-        arguments.resolution = facts.native_resolution or 512
-        config = config_of(arguments)
-    draw_all(cells, config, arguments, events, stop)
-    sheets = write_sheets(cells, arguments.out, config.resolution)
-    grid = grid_record(cells, sources, prompts, config)
-    train_lora.write_whole(arguments.out / "grid.json", as_json(grid))
-    files = [arguments.out / "grid.json", *sheets]
-    return f"{len(cells)} pictures in {arguments.out.name}", list(map(str, files))
+        told = f"Would draw {len(studio.missing)} of {len(cells)} pictures"
+        return f"{told}: {len(sources)} LoRAs, {len(prompts)} prompts", []
+    grid = as_json(grid_record(studio, sources, prompts))
+    if listed.is_file() and listed.read_bytes() != grid:
+        listed.unlink()  # a list of other pictures, until all of these are there
+    studio.draw_all(arguments, events, stop)
+    sheets = write_sheets(cells, arguments.out, sketch)
+    train_lora.write_whole(listed, grid)
+    return f"{len(cells)} pictures in {arguments.out.name}", [str(listed), *map(str, sheets)]
 
 
-def grid_record(
-    cells: Sequence[Cell], sources: Sequence[Source], prompts: Sequence[Record], config: Any
-) -> Record:
+def grid_record(studio: Studio, sources: Sequence[Source], prompts: Sequence[Record]) -> Record:
     """List everything, for whoever judges it."""
     loras: list[Record] = [{"id": "base", "file": None}]
     for source in sources:
@@ -466,75 +455,52 @@ def grid_record(
         loras.append(
             {"id": source.name, "file": file, "step": source.step, "sha256": source.digest}
         )
+    images = [
+        {
+            "file": cell.name,
+            "prompt": cell.prompt["id"],
+            "lora": cell.source.name,
+            "strength": cell.strength,
+            "seed": cell.seed,
+        }
+        for cell in studio.cells
+    ]
     return {
         "format": "lora-grid",
         "version": 1,
-        "settings": {
-            "steps": config.sample_steps,
-            "guidance": config.sample_guidance,
-            "negative": config.sample_negative_prompt,
-            "width": config.resolution,
-            "height": config.resolution,
-        },
+        "base": studio.base,
+        "settings": vars(studio.sketch),
         "prompts": list(prompts),
         "loras": loras,
-        "images": [
-            {
-                "file": cell.name,
-                "prompt": cell.prompt["id"],
-                "lora": cell.source.name,
-                "strength": cell.strength,
-                "seed": cell.seed,
-            }
-            for cell in cells
-        ],
+        "images": images,
     }
 
 
 def fuse(
-    sources: Sequence[Source], arguments: argparse.Namespace, events: Emitter
+    sources: Sequence[Source], arguments: argparse.Namespace, events: Emitter, stop: StopRequest
 ) -> tuple[str, list[str]]:
     """Save the whole model with a LoRA in it, as a folder that diffusers loads."""
-    import torch
-
     from tools.lora_file import read_lora
 
     if len(sources) != 1 or len(arguments.strengths) != 1:
         raise refuse("--lora", "one LoRA at one strength", f"{len(sources)} LoRAs")
     if arguments.fuse.exists():
         raise refuse(arguments.fuse, "a new name", "something that is there")
-    models = load_models(config_of(arguments), events)
-    networks = networks_of(models)
-    models.denoiser.float()  # half precision would round small changes away
-    lora, changed = read_lora(sources[0].file or Path()), 0
-    for module, layer in lora.layers.items():
-        target = find_module(networks.get(module.network), module.name)
-        if target is not None:
-            delta = arguments.strengths[0] * layer.delta()
-            if delta.shape != target.weight.shape:
-                raise refuse(lora.source, "a LoRA of the base's family", f"another {module.name}")
-            with torch.no_grad():
-                target.weight += delta.to(target.weight)
-            changed += 1
-    if not changed:
-        raise refuse(lora.source, "a LoRA of the base's family", "no layer that the base has")
+    lora, (strength,) = read_lora(sources[0].file or Path()), arguments.strengths
+    if arguments.dry_run:
+        find_model(config_of(arguments), events)
+        return f"Would add {len(lora.layers)} layers at {strength:g} and save the model", []
+    stop.check()
+    models = load_models(config_of(arguments), events, exact=True)
+    stop.check()
+    changed, unknown = add_to_weights(models, lora, strength)
+    if unknown:
+        some = f"{len(unknown)} layers, such as {unknown[0]}"
+        remark(events, f"{lora.source} changes {some} that the base does not have")
     staging = arguments.fuse.with_name(f".{arguments.fuse.name}.tmp")
     pipeline_of(models).save_pretrained(staging, safe_serialization=True)
     staging.rename(arguments.fuse)
     return f"{arguments.fuse.name}: {changed} layers changed", [str(arguments.fuse)]
-
-
-def pipeline_of(models: Any) -> Any:
-    """Put the networks together as diffusers knows them."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    parts, family = networks_of(models), models.base.family
-    parts |= {part.folder: t for part, t in zip(family.tokenizers, models.tokenizers, strict=True)}
-    parts |= {family.vae.folder: models.vae, family.sampler.folder: models.schedule}
-    if len(family.text_encoders) > 1:
-        return StableDiffusionXLPipeline(**parts)
-    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(**parts, **nothing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

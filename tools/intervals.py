@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 SURE, LIKELY = 0.975, 0.8  # of a two-sided interval of 95 %, and of seeing what is there
+SURE_ONE_SIDED = 0.95
 MOST_FLIPS = 14  # prompts; beyond, a share of all sign patterns is drawn
 FEW_PROMPTS, FEW_SEEDS = 4, 2  # below, an interval would be a guess
 
@@ -120,33 +121,64 @@ def simplest_of_the_best(arms: Sequence[Mapping[str, Sequence[float]]]) -> tuple
 # --- Distances of sets, of rows that are vectors ---
 
 
+Kernel = Callable[[Numbers, Numbers], Numbers]  # how alike each row of one is to each of the other
+
+
+def gaussian(one: Numbers, other: Numbers) -> Numbers:
+    """Compare by CMMD's kernel: a Gaussian of width 10, times 1000."""
+    squares = (one**2).sum(1)[:, None] + (other**2).sum(1)[None] - 2 * one @ other.T
+    return np.asarray(1000 * np.exp(-np.maximum(squares, 0) / 200))
+
+
+def cubic(one: Numbers, other: Numbers) -> Numbers:
+    """Compare by the kernel of the Kernel Inception Distance."""
+    return np.asarray((one @ other.T / one.shape[1] + 1) ** 3)
+
+
 def cmmd(one: Numbers, other: Numbers) -> float:
-    """Compare two sets of unit vectors by a Gaussian kernel of width 10, without bias, times 1000.
+    """Compare two sets of unit vectors without bias: it means something for ten pictures already.
 
-    Unbiased, it means something for ten pictures already, and may fall below zero.
+    Without bias, it may fall below zero.
     """
-
-    def mean(a: Numbers, b: Numbers, *, same: bool) -> float:
-        squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-        kernel = np.exp(-np.maximum(squares, 0) / 200)
-        if not same:
-            return float(kernel.mean())
-        return float((kernel.sum() - np.trace(kernel)) / (len(a) * (len(a) - 1)))
-
-    apart = mean(one, one, same=True) + mean(other, other, same=True)
-    return 1000 * (apart - 2 * mean(one, other, same=False))
+    return unbiased(gaussian(one, one), gaussian(other, other), gaussian(one, other))
 
 
 def kid(one: Numbers, other: Numbers) -> float:
-    """Compare two sets by the cubic kernel of the Kernel Inception Distance, without bias."""
+    """Compare two sets by the Kernel Inception Distance, without bias."""
+    return unbiased(cubic(one, one), cubic(other, other), cubic(one, other))
 
-    def kernel(a: Numbers, b: Numbers) -> Numbers:
-        return np.asarray((a @ b.T / a.shape[1] + 1) ** 3)
 
-    inner, outer = kernel(one, one), kernel(other, other)
-    first = (inner.sum() - np.trace(inner)) / (len(one) * (len(one) - 1))
-    second = (outer.sum() - np.trace(outer)) / (len(other) * (len(other) - 1))
-    return float(first + second - 2 * kernel(one, other).mean())
+def unbiased(inner: Numbers, outer: Numbers, cross: Numbers, apart: Numbers | None = None) -> float:
+    """Compare two sets by how alike their rows are, leaving out rows with themselves.
+
+    `apart` tells which rows of the second set may be compared with each other.
+    """
+    count = len(inner)
+    first = (inner.sum() - np.trace(inner)) / (count * (count - 1))
+    second = outer[~np.eye(len(outer), dtype=bool) if apart is None else apart].mean()
+    return float(first + second - 2 * cross.mean())
+
+
+def set_distance(
+    kernel: Kernel, one: Numbers, other: Numbers, groups: Sequence[object]
+) -> Estimate:
+    """Tell how far two sets are apart, with an interval by leaving out one after the other.
+
+    Rows of the other set that have a group in common, as pictures of one prompt do, resemble each
+    other: they are left out together, and not compared with each other.
+    """
+    labels = np.asarray([*map(list(groups).index, groups)])
+    inner, outer, cross = kernel(one, one), kernel(other, other), kernel(one, other)
+    apart, kinds = labels[:, None] != labels[None], np.unique(labels)
+    whole = unbiased(inner, outer, cross, apart)
+    if len(one) < FEW_PROMPTS or len(kinds) < FEW_PROMPTS:
+        return Estimate(whole, None, len(kinds))
+    ones = [np.arange(len(one)) != number for number in range(len(one))]
+    others = [labels != kind for kind in kinds]
+    without = [unbiased(inner[np.ix_(k, k)], outer, cross[k], apart) for k in ones]
+    less = [unbiased(inner, outer[np.ix_(k, k)], cross[:, k], apart[np.ix_(k, k)]) for k in others]
+    error = math.sqrt(sum((len(each) - 1) * np.var(each) for each in (without, less)))
+    return Estimate(whole, t_quantile(SURE, min(len(one), len(kinds)) - 1) * error, len(kinds))
 
 
 def fid(one: Numbers, other: Numbers) -> float:
@@ -159,6 +191,44 @@ def fid(one: Numbers, other: Numbers) -> float:
     joint = np.linalg.norm(left @ right.T, "nuc") / math.sqrt(m * n)
     spread = (left**2).sum() / m + (right**2).sum() / n
     return float(((one.mean(0) - other.mean(0)) ** 2).sum() + spread - 2 * joint)
+
+
+def chance_of(one: Numbers, count: int, distance: Callable[[Numbers, Numbers], float]) -> float:
+    """Tell what a distance is in 95 of 100 cases at most, where both sets come from one."""
+    chance, found = np.random.default_rng(0), []
+    for _ in range(200):
+        rows = (chance.integers(len(one), size=size) for size in (len(one), count))
+        found.append(distance(*(one[each] for each in rows)))
+    return float(np.quantile(found, 0.95))
+
+
+def leading_share(others: float, count: int) -> float:
+    """Tell which share of so many may be above all of the others by chance, in 95 of 100 cases.
+
+    All being alike, the highest j are all of one kind with a probability that is a product.
+    """
+    likely = 1.0
+    for number in range(count):
+        likely *= (count - number) / (others + count - number)
+        if likely <= 1 - SURE_ONE_SIDED:
+            return number / count
+    return 1.0
+
+
+def higher_share(ones: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Tell how often one of the first is above one of the others, and how often by chance alone.
+
+    Half is what to expect; the second number is a p-value, by a thousand drawn orders.
+    """
+
+    def share(values: Numbers) -> float:
+        gaps = values[: len(ones), None] - values[None, len(ones) :]
+        return float(((gaps > 0) + (gaps == 0) / 2).mean())
+
+    both, chance = np.asarray([*ones, *others], float), np.random.default_rng(0)
+    found = share(both)
+    reached = sum(share(chance.permutation(both)) >= found - 1e-12 for _ in range(999))
+    return found, (reached + 1) / 1000
 
 
 def vendi(vectors: Numbers) -> float:

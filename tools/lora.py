@@ -4,6 +4,7 @@ python tools/lora.py info FILE…                          what is in them
 python tools/lora.py convert FILE OUT --to diffusers     the same LoRA for another kind of reader
 python tools/lora.py merge OUT FILE=0.7 FILE=-0.4        one LoRA that acts as all of them together
 python tools/lora.py resize FILE OUT --rank 8            the nearest one of fewer directions
+python tools/lora.py extract BASE TUNED OUT --rank 32    what turns one model into another
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.program import command_line, refuse, run, table, take_events
-from train_lora import Emitter, Phase, StopRequest
+from train_lora import Emitter, Phase, StopRequest, choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # Written numbers are rounded to their precision; more than that would be a mistake of the writer.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+MOST_RANK = 1280  # no layer of a family's denoiser has more directions on its narrow side
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -36,6 +39,14 @@ def parse_term(text: str) -> tuple[Path, float]:
         return (Path(name), float(strength)) if equals else (Path(text), 1.0)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH, got {text!r}") from error
+
+
+def parse_rank(text: str) -> int:
+    """Read a number of directions."""
+    rank = int(text)
+    if not 0 < rank <= MOST_RANK:
+        raise argparse.ArgumentTypeError(f"expected 1 to {MOST_RANK}, got {text}")
+    return rank
 
 
 def parse_energy(text: str) -> float:
@@ -57,18 +68,28 @@ def parser() -> argparse.ArgumentParser:
     resize = commands.add_parser("resize", help="reduce the rank")
     merge.add_argument("out", type=Path)
     merge.add_argument("terms", nargs="+", type=parse_term, metavar="FILE=STRENGTH")
+    extract = commands.add_parser("extract", help="find the LoRA between two models")
+    extract.add_argument("base", metavar="BASE", help="a folder, a file or an id")
+    extract.add_argument("tuned", metavar="TUNED", help="what was made of it")
     for command in (convert, resize):
         command.add_argument("file", type=Path, metavar="FILE")
+    for command in (convert, resize, extract):
         command.add_argument("out", type=Path)
-    for command in (merge, resize):
+    for command in (merge, resize, extract):
         amount = command.add_mutually_exclusive_group(required=command is not merge)
-        amount.add_argument("--rank", type=int, help="directions kept in each module")
+        amount.add_argument("--rank", type=parse_rank, help="directions kept in each module")
         amount.add_argument("--energy", type=parse_energy, help="share of the square kept in each")
-    for command in (convert, merge, resize):
+    extract.add_argument(
+        "--conv-rank", type=parse_rank, help="of convolutions; --rank unless given"
+    )
+    extract.add_argument("--text-encoder", choices=("auto", "no"), default="auto")
+    extract.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    for command in (convert, merge, resize, extract):
         command.add_argument("--to", choices=("kohya", "diffusers"), default="kohya")
         command.add_argument("--dtype", choices=list(PRECISIONS), help="of the numbers")
         command.add_argument("--overwrite", action="store_true", help="replace OUT")
-    for command in (info, convert, merge, resize):
+        command.add_argument("--dry-run", action="store_true", help="say what would be written")
+    for command in (info, convert, merge, resize, extract):
         take_events(command)
     return whole
 
@@ -86,13 +107,45 @@ def work(
         return f"{len(arguments.files)} LoRAs read", []
     if arguments.out.exists() and not arguments.overwrite:
         raise refuse(arguments.out, "a new name", "something that is there", "Or use --overwrite.")
+    if arguments.command == "extract":
+        return extract(arguments, events, stop)
     terms = getattr(arguments, "terms", None) or [(arguments.file, 1.0)]
-    loras = [(read_lora(file), strength) for file, strength in terms]
+    loras = []
+    for file, strength in terms:
+        stop.check()
+        loras.append((read_lora(file), strength))
     lora = merge(loras) if arguments.command == "merge" else loras[0][0]
     if arguments.command != "convert" and (arguments.rank or arguments.energy):
         phase = Phase("reducing ranks", len(lora.layers), events, stop)
         lora = reduce_rank(lora, arguments.rank, arguments.energy, phase)
     return write(lora, loras[0][0].dtype, arguments)
+
+
+def extract(
+    arguments: argparse.Namespace, events: Emitter, stop: StopRequest
+) -> tuple[str, list[str]]:
+    """Find what turns one model into another, and say how much of it a LoRA can hold."""
+    import torch
+
+    from tools import extraction
+    from tools.base_model import ask_for
+
+    asked = extraction.Wanted(
+        rank=arguments.rank,
+        conv_rank=arguments.conv_rank,
+        energy=arguments.energy,
+        text_encoders=arguments.text_encoder == "auto",
+        naming=arguments.to,
+        device=str(choose_device(ask_for(arguments.base, device=arguments.device))),
+    )
+    names = (arguments.base, arguments.tuned)
+    if arguments.dry_run:
+        base, _ = extraction.find_both(names, events)
+        return f"Would compare two {base.family.title} models", []
+    lora, found = extraction.extract(names, asked, events, stop)
+    lora = replace(lora, header={**lora.header, "ss_output_name": arguments.out.stem})
+    summary, files = write(lora, torch.float16, arguments)
+    return f"{summary}; {found.summary}", files
 
 
 def write(lora: LoRA, dtype: torch.dtype, arguments: argparse.Namespace) -> tuple[str, list[str]]:
@@ -102,14 +155,16 @@ def write(lora: LoRA, dtype: torch.dtype, arguments: argparse.Namespace) -> tupl
     from tools.lora_file import write_lora
 
     dtype = getattr(torch, PRECISIONS[arguments.dtype]) if arguments.dtype else dtype
+    ranks = sorted({layer.rank for layer in lora.layers.values()})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    told = f"{arguments.out.name}: {len(lora.layers)} modules, {rank}"
+    if arguments.dry_run:
+        return f"Would write {told}", []
     off = write_lora(arguments.out, lora, arguments.to, dtype)
     if not off <= TOLERANCE[str(dtype).removeprefix("torch.")]:
         arguments.out.unlink()
         raise refuse(arguments.out, "numbers that the precision holds", f"{off:.1%} off")
-    ranks = sorted({layer.rank for layer in lora.layers.values()})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    done = f"{arguments.out.name}: {len(lora.layers)} modules, {rank}, {off:.1e} off"
-    return done, [str(arguments.out)]
+    return f"{told}, {off:.1e} off", [str(arguments.out)]
 
 
 def describe(lora: LoRA, arguments: argparse.Namespace) -> None:

@@ -72,7 +72,9 @@ class LoRA:
 
     @property
     def is_sdxl(self) -> bool:
-        """Recognise SDXL by its second text encoder, or by what its attention reads."""
+        """Recognise SDXL by its header, its second text encoder, or what its attention reads."""
+        if "stable-diffusion-xl" in self.header.get("modelspec.architecture", ""):
+            return True
         reads = {
             layer.down.shape[1]
             for module, layer in self.layers.items()
@@ -102,9 +104,11 @@ PREFIXES = {
     for family in train_lora.FAMILIES.values()
     for part in (family.denoiser, *family.text_encoders)
 }
-# Inside a block of SDXL's original code, and outside of all blocks.
+# Inside a block of the original code, and outside of all blocks.
 INNER = {
+    "in_layers.0": "norm1",
     "in_layers.2": "conv1",
+    "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
@@ -116,6 +120,7 @@ OUTER = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
 MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
@@ -127,7 +132,7 @@ def dotted(name: str) -> str:
 
 
 def diffusers_name(name: str) -> str:
-    """Name a module of SDXL's original denoiser as diffusers does; others keep their names."""
+    """Name a module of the original denoiser as diffusers does; others keep their names."""
     if name in OUTER:
         return OUTER[name]
     if found := re.fullmatch(r"middle_block\.(\d)\.(.+)", name):
@@ -195,6 +200,8 @@ def read_lora(path: Path) -> LoRA:
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     if file.suffix in train_lora.PICKLES:
         raise refuse(path, "a safetensors file", "a pickle, which can run code when loaded")
+    if not file.is_file():
+        raise refuse(path, "a LoRA file", "no such file")
     try:
         train_lora.read_header(file)  # tells what is wrong with a damaged one
         with safe_open(file, "pt") as opened:
@@ -205,6 +212,15 @@ def read_lora(path: Path) -> LoRA:
     except (OSError, SafetensorError) as error:
         raise refuse(file, "a LoRA file", f"what cannot be read ({error})") from error
     return sort_out(tensors, header, alphas_beside(path, header), path)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read what a file says of itself, and none of its numbers."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise refuse(file, "a LoRA file", f"what cannot be read ({error})") from error
 
 
 def alphas_beside(path: Path, header: Mapping[str, str]) -> dict[str, Any]:

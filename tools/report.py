@@ -1,6 +1,7 @@
 """Tell a whole run on one page: an HTML file that needs nothing else, and goes anywhere.
 
-python tools/report.py RUN_DIR [--out report.html] [--max-mb 10]
+python tools/report.py RUN_DIR
+python tools/report.py RUN_DIR --eval GRID_DIR/eval.json --dataset DST/manifest.json
 
 It takes runs that are finished, stopped, failed, still under way, or were killed.
 """
@@ -8,14 +9,12 @@ It takes runs that are finished, stopped, failed, still under way, or were kille
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
+import functools
 import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
@@ -24,11 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_lora
+from tools.page import document, esc, grid, rows, thumbnails
 from tools.program import command_line, refuse, run, take_events
 from train_lora import Emitter, Phase, Record, StopRequest
 
 POINTS = 1000  # of a curve; a screen has no more
-SIDES = (384, 256, 192, 128, 96)  # of thumbnails, until the page is small enough
 LAST = {"complete", "interrupted", "error"}
 LINE_BYTES = 2**20  # whatever is longer was not written by the trainer
 
@@ -121,12 +120,6 @@ def number(value: Any) -> float | None:
 # --- Words ---
 
 
-def esc(value: object) -> str:
-    """Show a text as it is, whatever it holds, in ASCII."""
-    text = html.escape(str(value), quote=True)
-    return text.encode("ascii", "xmlcharrefreplace").decode()
-
-
 def say(value: Any) -> str:
     """Put a value of a config or an event as a person reads it."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
@@ -174,12 +167,6 @@ def facts_of(story: Story) -> Iterator[tuple[str, str]]:
     if last.get("type") == "complete":
         yield "File", f"{Path(str(last.get('final_path'))).name}, {last.get('bytes')} bytes"
         yield "SHA-256", str(last.get("sha256"))
-
-
-def rows(pairs: Iterable[tuple[object, ...]]) -> str:
-    """Lay out rows of a table."""
-    cells = ("".join(f"<td>{esc(cell)}</td>" for cell in row) for row in pairs)
-    return "".join(f"<tr>{row}</tr>" for row in cells)
 
 
 def settings(story: Story) -> str:
@@ -274,96 +261,85 @@ def curves(points: Sequence[tuple[float, float]], story: Story) -> str:
 # --- Pictures ---
 
 
-def thumbnail(path: Path, side: int) -> str | None:
-    """Make a small picture that stands in the page itself; None for what is no picture."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=train_lora.IMAGE_FORMATS) as opened:
-            opened.thumbnail((side, side))
-            buffer = io.BytesIO()
-            opened.convert("RGB").save(buffer, "WEBP", quality=80)
-    except Exception:  # noqa: BLE001, hostile bytes make decoders raise anything
-        return None
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def pictures(folder: Path, story: Story, most_bytes: int, phase: Phase) -> tuple[str, str]:
+def pictures(folder: Path, story: Story, most_bytes: int, at: Callable[[int], None]) -> str:
     """Lay the previews out, prompts down and steps across; say what was left out."""
-    steps = sorted({step for step, _ in story.samples})
-    for side in SIDES:
-        made = {}
-        for done, (place, event) in enumerate(story.samples.items()):
-            phase.at(done)
-            # The path may be one inside a container: only its name counts, inside this folder.
-            name = Path(str(event.get("image_path")).replace("\\", "/")).name
-            made[place] = thumbnail(folder / "samples" / name, side)
-        if sum(len(picture or "") for picture in made.values()) <= most_bytes:
-            return grid(made, steps), ""
-    largest = max(len(picture or "") for picture in made.values())
-    prompts = len({prompt for _, prompt in made})
-    count = max(2, most_bytes // max(1, largest * prompts))
-    kept = {steps[round(n * (len(steps) - 1) / (count - 1))] for n in range(count)}
-    told = f"{len(steps) - len(kept)} of {len(steps)} rounds of previews are left out for size."
-    return grid({p: made[p] for p in made if p[0] in kept}, sorted(kept)), told
-
-
-def grid(made: dict[tuple[int, str], str | None], steps: Sequence[int]) -> str:
-    """Make the table of previews."""
+    # The path may be one inside a container: only its name counts, inside this folder.
+    names = {
+        place: Path(str(event.get("image_path")).replace("\\", "/")).name
+        for place, event in story.samples.items()
+    }
+    files = {place: folder / "samples" / name for place, name in names.items()}
+    made = thumbnails(files, most_bytes, at)
+    if not made:
+        return "<p>None.</p>"
+    steps = sorted({step for step, _ in made})
     prompts = dict.fromkeys(prompt for _, prompt in made)
-    lines = [f"<tr><td></td>{''.join(f'<th>{step}</th>' for step in steps)}</tr>"]
-    for prompt in prompts:
-        cells = []
-        for step in steps:
-            source, words = made.get((step, prompt)), esc(f"{prompt}, step {step}")
-            picture = f'<img src="{source}" alt="{words}" title="{words}">' if source else "&ndash;"
-            cells.append(f"<td>{picture}</td>")
-        lines.append(f"<tr><th>{esc(prompt)}</th>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>' if prompts else "<p>None.</p>"
+    kept = steps
+    if sum(len(source or "") for source in made.values()) > most_bytes:
+        largest = max(len(source or "") for source in made.values())
+        count = min(len(steps), max(2, most_bytes // (largest * len(prompts))))
+        kept = sorted({steps[round(n * (len(steps) - 1) / (count - 1))] for n in range(count)})
+    lines = [
+        (prompt, [(made.get((step, prompt)), f"{prompt}, step {step}") for step in kept])
+        for prompt in prompts
+    ]
+    left = len(steps) - len(kept)
+    told = f"{left} of {len(steps)} rounds of previews are left out for size."
+    return grid(kept, lines) + (f"<p>{told}</p>" if left else "")
 
 
 # --- The page ---
 
-STYLE = """
-:root{color-scheme:light dark;--line:#8884;--strong:#2457a6;--pale:#b9cdea;--text:#667}
-@media(prefers-color-scheme:dark){:root{--strong:#8ab4f8;--pale:#35507a;--text:#99a}}
-body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}
-td,th{padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--line);text-align:left}
-td,th{vertical-align:top;overflow-wrap:anywhere}.wide{overflow-x:auto}.wide th{min-width:8rem}
-img{display:block;max-width:12rem}svg{width:100%;height:auto}
-svg text{font-size:11px;fill:var(--text)}
-polyline{fill:none}.raw{stroke:var(--pale);stroke-width:1}.mean{stroke:var(--strong);stroke-width:2.5}
-.checkpoint{stroke:var(--line)}.seam{stroke:#c60;stroke-dasharray:4 3}
-.steep{display:none}.steep:target{display:block}.steep:target+.flat{display:none}
-@media print{body{margin:0;max-width:none}details>*{display:block}}
-"""
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+Begin = Callable[[str, int], Phase]  # of something that takes so many turns
 
 
-def page(folder: Path, story: Story, arguments: argparse.Namespace, phase: Phase) -> str:
+def evaluation_part(path: Path, most_bytes: int, begin: Begin) -> str:
+    """Take in what tools/evaluate.py found, with the pictures if they lie beside it."""
+    from tools.evaluation_page import pictures_of, read_result, sections
+    from tools.grid import read_grid
+
+    place = path / "eval.json" if path.is_dir() else path
+    result, shown = read_result(place), ""
+    if (place.parent / "grid.json").is_file():
+        judged = read_grid(place.parent)
+        phase = begin("drawing pictures", len(judged.arms) * len(judged.prompts))
+        shown = pictures_of(judged, most_bytes, phase.at)
+    return "<h2>Evaluation</h2>" + "".join(sections(result, shown, 3))
+
+
+def dataset_part(path: Path, most_bytes: int, begin: Begin) -> str:
+    """Take in what tools/prepare.py found."""
+    from tools.dataset_page import read_dataset, sections
+
+    place = path / "manifest.json" if path.is_dir() else path
+    said = read_dataset(place)
+    phase = begin("drawing the dataset", len(said["pictures"]))
+    return "<h2>Dataset</h2>" + "".join(sections(said, place.parent, most_bytes, phase.at))
+
+
+def page(folder: Path, story: Story, arguments: argparse.Namespace, begin: Begin) -> bytes:
     """Write the page."""
     name = str(story.config.get("lora_name") or folder.resolve().name)
-    grid_of_previews, left_out = pictures(folder, story, int(arguments.max_mb * 2**20), phase)
+    most_bytes = int(arguments.max_mb * 2**20)
     warnings = story.warnings.most_common()
     warned = [(code, n, story.at_home(story.examples[code])) for code, n in warnings]
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     program = story.starts[-1].get("version", "?") if story.starts else "?"
+    evaluated, dataset = arguments.eval, arguments.dataset
+    previews = begin("drawing previews", len(story.samples))
     parts = [
         f"<h1>{esc(name)}</h1><p><strong>{esc(verdict(story))}</strong></p>",
         f"<table>{rows(facts_of(story))}</table>",
         f"<h2>Loss</h2>{curves(read_losses(folder, story), story)}",
-        f"<h2>Previews</h2>{grid_of_previews}<p>{esc(left_out)}</p>",
+        f"<h2>Previews</h2>{pictures(folder, story, most_bytes, previews.at)}",
+        evaluation_part(evaluated, most_bytes, begin) if evaluated else "",
+        dataset_part(dataset, most_bytes, begin) if dataset else "",
         f"<h2>Config</h2>{settings(story)}",
         f"<h2>Warnings</h2><table>{rows(warned)}</table>" if warned else "",
         f"<p>train_lora {esc(program)}{'' if arguments.deterministic else ', told ' + now}</p>",
     ]
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{esc(name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
-    )
+    return document(name, parts)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -371,7 +347,10 @@ def parser() -> argparse.ArgumentParser:
     whole = command_line(__doc__)
     whole.add_argument("folder", type=Path, metavar="RUN_DIR", help="the run's output_path")
     whole.add_argument("--out", type=Path, help="the page; RUN_DIR/report.html unless given")
+    whole.add_argument("--eval", type=Path, help="eval.json of tools/evaluate.py, or its folder")
+    whole.add_argument("--dataset", type=Path, help="manifest.json of tools/prepare.py")
     whole.add_argument("--max-mb", type=float, default=10, help="most that previews may take")
+    whole.add_argument("--dry-run", action="store_true", help="say what would be told")
     whole.add_argument("--deterministic", action="store_true", help="leave out when it was made")
     take_events(whole)
     return whole
@@ -385,9 +364,11 @@ def work(
     story = read_story(folder, stop)
     if not story.starts and not (folder / "loss_history.csv").is_file():
         raise refuse(folder, "the output_path of a run", "no events.jsonl and no loss_history.csv")
-    phase = Phase("drawing previews", len(story.samples), events, stop)
     out = arguments.out or folder / "report.html"
-    content = page(folder, story, arguments, phase).encode("ascii")
+    begin = functools.partial(Phase, events=events, stop=stop)
+    content = page(folder, story, arguments, begin)
+    if arguments.dry_run:
+        return f"Would write {out.name}. {verdict(story)}", []
     train_lora.write_whole(out, content)
     return f"{out.name}: {len(content) / 2**20:.1f} MiB. {verdict(story)}", [str(out)]
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +16,24 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
+import train_lora
 from tools import generate
-from tools.evaluate import read_grid
-from tools.generate import (
-    Attached,
-    config_of,
-    find_sources,
-    load_models,
-    networks_of,
-    parse_numbers,
-    read_prompts,
-    without,
-)
+from tools.base_model import Attached, Sketch, ask_for, draw, load_models, networks_of
+from tools.generate import find_sources, parse_numbers, read_prompts, without
+from tools.grid import read_grid
 from tools.lora_file import Layer, LoRA, Module, write_lora
-from train_lora import Emitter, TrainError
+from train_lora import Emitter, StopRequest, TrainError, TrainingInterrupted
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # numpy's
 
-FAMILIES = ("sd1", "sdxl")
+FAMILIES = ("sd1", "sd2", "sdxl")
 
 
 def load(base: Path) -> Any:
     """Load a tiny model as the program does."""
-    arguments = generate.parser().parse_args(["--base", str(base), "--out", "out"])
-    arguments.resolution, arguments.device = 256, "cpu"
-    return load_models(config_of(arguments), Emitter())
+    return load_models(ask_for(str(base), device="cpu"), Emitter())
 
 
 def make_lora(models: Any, size: float = 0.3) -> LoRA:
@@ -66,11 +61,17 @@ def ready(
     return base, file
 
 
-def draw(base: Path, out: Path, *options: object, code: int = 0) -> dict[str, Path]:
+def draw_grid(base: Path, out: Path, *options: object, code: int = 0) -> dict[str, Path]:
     """Run the program; return the pictures by what they show."""
     arguments = ["--base", base, "--out", out, "--steps", 2, "--resolution", 256, "--device", "cpu"]
     assert generate.main([str(each) for each in (*arguments, *options)]) == code
     return {path.relative_to(out / "images").as_posix(): path for path in out.rglob("images/*/*")}
+
+
+def grid_of(out: Path) -> dict[str, Any]:
+    """Read the list of all pictures."""
+    document: dict[str, Any] = json.loads((out / "grid.json").read_text(encoding="utf-8"))
+    return document
 
 
 def pixels(path: Path) -> torch.Tensor:
@@ -83,7 +84,7 @@ def test_strength_0_is_the_base_and_1_is_not(ready: tuple[Path, Path], tmp_path:
     """To the last bit; every strength is a picture of its own."""
     base, file = ready
     options = ("--lora", file, "--prompts", "zkb", "--seeds", "1", "--strengths", "0,1,-1")
-    found = draw(base, tmp_path, *options)
+    found = draw_grid(base, tmp_path, *options)
     name = file.stem.removeprefix("lora_")
     plain = pixels(found["base/p00_w0.00_s1.png"])
     drawn = {w: pixels(found[f"{name}/p00_w{w}_s1.png"]) for w in ("0.00", "1.00", "-1.00")}
@@ -98,8 +99,8 @@ def test_nothing_of_one_picture_is_left_in_the_next(
     """Strengths in either order, and seeds alone or together, give the same pictures."""
     base, file = ready
     common = ("--lora", file, "--prompts", "zkb", "--prompts", "a cat", "--seeds", "1,2")
-    one = draw(base, tmp_path / "one", *common, "--strengths", "1,-1", "--batch", "1")
-    other = draw(base, tmp_path / "other", *common, "--strengths=-1,1", "--batch", "4")
+    one = draw_grid(base, tmp_path / "one", *common, "--strengths", "1,-1", "--batch", "1")
+    other = draw_grid(base, tmp_path / "other", *common, "--strengths=-1,1", "--batch", "4")
     assert one.keys() == other.keys()
     assert all(int((pixels(one[n]) - pixels(other[n])).abs().max()) <= 1 for n in one)
 
@@ -116,8 +117,8 @@ def test_a_fused_model_draws_what_the_lora_beside_it_does(
         with safe_open(weights, "pt") as opened:
             assert not any("lora" in key or "base_layer" in key for key in opened.keys())  # noqa: SIM118
     common = ("--prompts", "zkb", "--seeds", "5")
-    own = draw(base, tmp_path / "own", *common, "--lora", file, "--strengths", "0.7")
-    anew = draw(fused, tmp_path / "anew", *common)
+    own = draw_grid(base, tmp_path / "own", *common, "--lora", file, "--strengths", "0.7")
+    anew = draw_grid(fused, tmp_path / "anew", *common)
     name = file.stem.removeprefix("lora_")
     beside, inside = own[f"{name}/p00_w0.70_s5.png"], anew["base/p00_w0.00_s5.png"]
     assert int((pixels(beside) - pixels(inside)).abs().max()) <= 1
@@ -129,15 +130,66 @@ def test_what_is_drawn_is_not_drawn_again(ready: tuple[Path, Path], tmp_path: Pa
     """Only what is missing, damaged, or was asked for differently."""
     base, file = ready
     options = ("--lora", file, "--prompts", "zkb", "--seeds", "1-3")
-    found = draw(base, tmp_path, *options)
+    found = draw_grid(base, tmp_path, *options)
     before = {name: path.stat().st_mtime_ns for name, path in found.items()}
     found["base/p00_w0.00_s1.png"].write_bytes(b"broken")
     found["base/p00_w0.00_s2.png"].unlink()
-    after = {n: p.stat().st_mtime_ns for n, p in draw(base, tmp_path, *options).items()}
+    after = {n: p.stat().st_mtime_ns for n, p in draw_grid(base, tmp_path, *options).items()}
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"base/p00_w0.00_s1.png", "base/p00_w0.00_s2.png"}
-    again = draw(base, tmp_path, *options, "--guidance", "3")
+    again = draw_grid(base, tmp_path, *options, "--guidance", "3")
     assert all(again[name].stat().st_mtime_ns != after[name] for name in again)
+
+
+class Hasty(StopRequest):
+    """A stop that comes when it has been asked for so often."""
+
+    def __init__(self, checks: int) -> None:
+        """Count down."""
+        super().__init__()
+        self.left = checks
+
+    def check(self) -> None:
+        """Come at the last."""
+        self.left -= 1
+        if self.left == 0:
+            self.request("SIGINT")
+        super().check()
+
+
+def test_a_stopped_grid_keeps_what_is_drawn_and_goes_on(built: Path, tmp_path: Path) -> None:
+    """Nothing is drawn twice, nothing is missing, and the list comes last."""
+    options = ["--base", built / "sd1", "--out", tmp_path, "--prompts", "zkb", "--seeds", "1-4"]
+    options += ["--steps", 2, "--width", 64, "--height", 64, "--device", "cpu", "--batch", 1]
+    arguments = generate.parser().parse_args([str(each) for each in options])
+    with pytest.raises(TrainingInterrupted):
+        generate.work(arguments, Emitter(), Hasty(7))
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert 0 < len(kept) < 4
+    assert not (tmp_path / "grid.json").exists()
+    generate.work(arguments, Emitter(), StopRequest())
+    assert len(list(tmp_path.rglob("images/*/*.png"))) == 4
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+
+
+def test_a_killed_grid_goes_on_where_it_was(built: Path, tmp_path: Path) -> None:
+    """A picture is there whole or not at all."""
+    program = str(Path(generate.__file__))
+    command = [sys.executable, program, "--base", built / "sd1", "--out", tmp_path, "--batch", 1]
+    command += ["--prompts", "zkb", "--seeds", "1-40", "--steps", 4, "--device", "cpu"]
+    command += ["--width", 64, "--height", 64]
+    killed = subprocess.Popen([str(each) for each in command], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.rglob("*.png")) and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert 0 < len(kept) < 40
+    assert generate.main([str(each) for each in command[2:]]) == 0
+    pictures = list(tmp_path.rglob("images/*/*.png"))
+    assert len(pictures) == 40
+    assert all(len(pixels(path)) == 64 * 64 * 3 for path in pictures)
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
 
 
 def test_pictures_say_how_they_were_made_and_the_list_has_all_of_them(
@@ -148,11 +200,12 @@ def test_pictures_say_how_they_were_made_and_the_list_has_all_of_them(
     prompts = [{"text": "zkb on grass", "role": "subject"}, {"text": "a dog", "role": "prior"}]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     options = ("--prompts", tmp_path / "prompts.json", "--trigger", "zkb", "--seeds", "1,2")
-    found = draw(base, tmp_path / "out", "--lora", file, *options)
+    found = draw_grid(base, tmp_path / "out", "--lora", file, *options)
     with Image.open(found["base/p00_w0.00_s1.png"]) as image:
         told = image.info["parameters"]
     assert told.startswith("zkb on grass\nNegative prompt: \nSteps: 2, ")
-    assert "Seed: 1, Size: 256x256" in told
+    assert f"Seed: 1, Size: 256x256, Model: {base.name}" in told
+    assert (grid_of(tmp_path / "out")["base"]["id"]) == base.name
     grid = read_grid(tmp_path / "out")
     assert [arm.lora for arm in grid.arms] == ["base", file.stem.removeprefix("lora_")]
     assert {p["plain"]: p["role"] for p in grid.prompts.values()} == {
@@ -168,7 +221,7 @@ def test_a_lora_of_another_family_is_refused(built: Path, tmp_path: Path) -> Non
     """It would change nothing, or fail in the middle."""
     write_lora(tmp_path / "x.safetensors", make_lora(load(built / "sdxl")), "kohya")
     options = ("--lora", tmp_path / "x.safetensors", "--prompts", "zkb", "--seeds", "1")
-    found = draw(built / "sd1", tmp_path / "out", *options, code=1)
+    found = draw_grid(built / "sd1", tmp_path / "out", *options, code=1)
     assert not any(name.startswith("x/") for name in found)
 
 
@@ -182,23 +235,167 @@ def test_hooks_are_taken_off_again(built: Path) -> None:
     assert not any(m._forward_hooks for net in networks_of(models).values() for m in net.modules())
 
 
+def write_pair(path: Path, number: float, **header: str) -> Path:
+    """Write a LoRA of one layer, told from others by its number."""
+    layer = Layer(torch.full((1, 32, 1, 1), number), torch.ones(32, 1, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_lora(
+        path, LoRA({Module("unet", "mid_block.attentions.0.proj_in"): layer}, header), "kohya"
+    )
+    return path
+
+
 def test_a_runs_folder_stands_for_all_that_it_made(tmp_path: Path) -> None:
     """In the order of the steps; files of one name are told apart by their run."""
     for run in ("one", "two"):
-        for name in ("checkpoints/lora_step_9", "checkpoints/lora_step_10", "lora_final"):
-            path = tmp_path / run / f"{name}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+        for number, name in enumerate(("checkpoints/lora_step_9", "checkpoints/lora_step_10")):
+            write_pair(tmp_path / run / f"{name}.safetensors", number + 1)
+        write_pair(tmp_path / run / "lora_final.safetensors", 3, ss_steps="12")
     alone = find_sources([tmp_path / "one"])
     assert [(each.name, each.step) for each in alone] == [
         ("step_9", 9),
         ("step_10", 10),
-        ("final", None),
+        ("final", 12),
     ]
     both = find_sources([tmp_path / "one", tmp_path / "two"])
     assert [each.name for each in both[3:]] == ["two_step_9", "two_step_10", "two_final"]
+    write_pair(tmp_path / "one" / "lora_final.safetensors", 2)  # as the last checkpoint is
+    assert [each.name for each in find_sources([tmp_path / "one"])] == ["step_9", "step_10"]
     with pytest.raises(TrainError, match="neither"):
         find_sources([tmp_path])
+
+
+# --- against the trainer and diffusers ---
+
+
+def ask(models: Any, prompt: str, sketch: Sketch) -> Any:
+    """Draw one picture with seed 5."""
+    tokens = train_lora.tokenize([prompt, sketch.negative], models, Emitter())
+    (image,) = draw(models, tokens, [(prompt, 5)], sketch, StopRequest())
+    return image
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_square_is_the_picture_that_the_trainer_previews(family: str, built: Path) -> None:
+    """To the last bit: the same loop, of which the trainer's knows squares alone."""
+    models, size = load(built / family), {"resolution": 256, "sample_steps": 3}
+    config = ask_for(str(built / family), sample_guidance=4.0, sample_negative_prompt="a", **size)
+    cache = train_lora.Cache((), train_lora.tokenize(["a cat", "a"], models, Emitter()))
+    (preview,) = train_lora.draw_previews(models, cache, [("a cat", 5)], config, StopRequest())
+    drawn = ask(models, "a cat", Sketch(256, 256, 3, 4.0, "a"))
+    assert drawn.tobytes() == preview.tobytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_that_is_no_square_is_the_one_that_diffusers_draws(
+    family: str, built: Path
+) -> None:
+    """From the same noise, by its own pipeline."""
+    models = load(built / family)
+    drawn = ask(models, "a cat", Sketch(128, 192, 3, 4.0, "a"))
+    pipe: Any = DiffusionPipeline.from_pretrained(built / family, local_files_only=True)
+    pipe.scheduler = models.base.objective.solver(models.schedule, 3, torch.zeros(1))
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, 4, 24, 16), generator=torch.Generator().manual_seed(5))
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "negative_prompt": "a"}
+    (wanted,) = pipe("a cat", latents=noise, width=128, height=192, **options).images
+    assert drawn.size == wanted.size == (128, 192)
+    apart = [abs(a - b) for a, b in zip(drawn.tobytes(), wanted.tobytes(), strict=True)]
+    assert max(apart) <= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_file_draws_what_its_folder_does(
+    family: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the configs of its kind from the Hugging Face cache."""
+    name = train_lora.FAMILIES[family].reference.replace("/", "--")
+    place = tmp_path / "hub" / f"models--{name}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("x", encoding="ascii")
+    shutil.copytree(built / family, place / "snapshots" / "x")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    bases, sketch = (built / family, built / f"{family}.safetensors"), Sketch(64, 64, 2, 4.0, "")
+    folder, single = (ask(load(base), "a cat", sketch).tobytes() for base in bases)
+    assert folder == single
+
+
+@pytest.mark.parametrize(
+    ("option", "side", "words"),
+    [("--width", "100", "a multiple of 8"), ("--height", "8192", "from 64 to 4096")],
+)
+def test_a_size_that_no_picture_has_is_refused_before_anything_is_loaded(
+    option: str, side: str, words: str, built: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """Naming the option and what would do."""
+    draw_grid(built / "sd1", tmp_path, "--prompts", "zkb", option, side, code=1)
+    told = capfd.readouterr().err
+    assert option in told
+    assert words in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_tells_what_is_missing_and_writes_nothing(
+    ready: tuple[Path, Path], tmp_path: Path, capfd: Any
+) -> None:
+    """Also of a grid that is half drawn."""
+    base, _ = ready
+    options = ("--prompts", "zkb", "--seeds", "1,2")
+    draw_grid(base, tmp_path, *options, "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    draw_grid(base, tmp_path, "--prompts", "zkb", "--seeds", "1")
+    draw_grid(base, tmp_path, *options, "--dry-run")
+    assert "Would draw 1 of 2 pictures" in capfd.readouterr().out
+
+
+def test_numbers_beyond_all_bounds_make_a_black_picture_that_is_named(
+    ready: tuple[Path, Path], tmp_path: Path, capfd: Any
+) -> None:
+    """As of a strength that no LoRA stands; the others are drawn."""
+    base, file = ready
+    options = ("--lora", file, "--prompts", "zkb", "--seeds", "1", "--strengths", "1,1e38")
+    found = draw_grid(base, tmp_path, *options)
+    black = [name for name, path in found.items() if not pixels(path).any()]
+    assert len(black) == 1
+    assert "numbers beyond all bounds" in capfd.readouterr().err
+    assert black[0] in {
+        image["file"].removeprefix("images/") for image in grid_of(tmp_path)["images"]
+    }
+
+
+def test_where_memory_is_short_a_batch_is_drawn_in_halves(built: Path, tmp_path: Path) -> None:
+    """The pictures are the same; one alone that does not fit is an error."""
+    out, models = tmp_path / "out", load(built / "sd1")
+    arguments = generate.parser().parse_args(["--base", str(built / "sd1"), "--seeds", "1-4"])
+    prompts, sketch = read_prompts(["zkb"], []), Sketch(128, 128, 1, 2.0, "")
+    cells = generate.cells_of([], prompts, arguments)
+    studio = generate.Studio(out, {"id": "x"}, sketch, cells)
+    tokens = train_lora.tokenize(["zkb", ""], models, Emitter())
+
+    def run_out(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle, limit = models.denoiser.register_forward_pre_hook(run_out), 4
+    studio.draw_batch(cells, models, tokens, Emitter(), StopRequest())
+    assert len(list(out.rglob("*.png"))) == 4
+    limit = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        studio.draw_batch(cells, models, tokens, Emitter(), StopRequest())
+    handle.remove()
+
+
+def test_a_list_of_other_pictures_does_not_outlive_them(
+    ready: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Else a stopped run would leave a list of which half is drawn anew."""
+    base, _ = ready
+    options = ("--prompts", "zkb", "--seeds", "1")
+    draw_grid(base, tmp_path, *options)
+    (tmp_path / "images/base/p00_w0.00_s1.png").unlink()
+    (tmp_path / "images/base/p00_w0.00_s1.png").mkdir()  # cannot be written
+    draw_grid(base, tmp_path, *options, "--guidance", "3", code=1)
+    assert not (tmp_path / "grid.json").exists()
 
 
 @pytest.mark.parametrize(

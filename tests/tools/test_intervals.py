@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 
 from tools.intervals import (
+    chance_of,
     cmmd,
     compare,
+    cubic,
     estimate,
     fid,
+    gaussian,
+    higher_share,
     kid,
+    leading_share,
+    set_distance,
     sign_flip_share,
     simplest_of_the_best,
     t_cumulative,
@@ -137,7 +143,71 @@ def test_of_equal_arms_the_simplest_is_chosen() -> None:
     assert 0 not in alike
 
 
+def test_what_may_lead_by_chance_is_what_drawn_orders_have() -> None:
+    """Of ten of one kind among five of another: how many of the highest are of the first."""
+    chance, leads = CHANCE(11), []
+    for _ in range(4000):
+        order = chance.permutation([1] * 10 + [0] * 5)
+        leads.append(int(np.argmin(order)))
+    limit = leading_share(5, 10)
+    assert np.mean(np.array(leads) / 10 > limit) <= 0.06
+    assert np.mean(np.array(leads) / 10 >= limit) > 0.05
+
+
+def test_one_set_above_another_is_told_from_chance() -> None:
+    """A share of pairs, by counting them; ties count half."""
+    share, by_chance = higher_share([3, 4, 5], [1, 2, 3])
+    assert share == pytest.approx(8.5 / 9)
+    assert by_chance == pytest.approx(2 / 20, abs=0.03)  # of 20 orders, two are as far
+    chance = CHANCE(12)
+    sets = [chance.standard_normal((2, 8)).tolist() for _ in range(100)]
+    shares = [higher_share(one, other) for one, other in sets]
+    assert np.mean([share for share, _ in shares]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([p <= 0.1 for _, p in shares]) < 0.2
+
+
 # --- distances ---
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.5])
+def test_the_interval_of_a_distance_holds_the_truth_for_twelve_training_pictures(
+    shift: float,
+) -> None:
+    """Of 400 simulated sets, pictures of one prompt being alike, in at least 93 of 100."""
+    chance, held, size = CHANCE(13), 0, 24
+    centre, moved = np.eye(size)[0], np.eye(size)[0] + shift * np.eye(size)[1]
+
+    def pictures(mean: np.ndarray, prompts: int, seeds: int) -> np.ndarray:
+        own = mean + 0.7 * chance.standard_normal((prompts, 1, size)) / size**0.5
+        each = own + 0.7 * chance.standard_normal((prompts, seeds, size)) / size**0.5
+        return unit(each.reshape(-1, size))
+
+    truth, found = cmmd(pictures(centre, 3000, 1), pictures(moved, 3000, 1)), []
+    for _ in range(400):
+        groups = [number for number in range(12) for _ in range(4)]
+        drawn = pictures(moved, 12, 4)
+        told = set_distance(gaussian, pictures(centre, 12, 1), drawn, groups)
+        held += abs(told.mean - truth) <= (told.half_width or 0)
+        found.append(told.mean)
+    assert held / 400 >= 0.93
+    assert abs(np.mean(found) - truth) < 4 * np.std(found) / 20  # no bias, in spite of prompts
+
+
+def test_a_distance_of_few_has_no_interval() -> None:
+    """Three prompts or three pictures are too few."""
+    rows = unit(CHANCE(14).standard_normal((12, 4)))
+    assert set_distance(gaussian, rows[:3], rows[3:], range(9)).half_width is None
+    assert set_distance(cubic, rows[:6], rows[6:], list("aabbcc")).half_width is None
+    assert set_distance(cubic, rows[:6], rows[6:], list("abcdef")).half_width
+
+
+def test_by_chance_alone_fid_is_what_halves_of_one_set_have() -> None:
+    """A set drawn anew stays below it, one that is elsewhere does not."""
+    chance = CHANCE(15)
+    one = chance.standard_normal((30, 8))
+    limit = chance_of(one, 30, fid)
+    assert fid(one, chance.standard_normal((30, 8))) < 2 * limit
+    assert fid(one, 3 + chance.standard_normal((30, 8))) > 5 * limit
 
 
 def test_cmmd_is_the_sum_over_all_pairs_without_their_own() -> None:

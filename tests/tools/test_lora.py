@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +304,88 @@ def test_loras_of_two_families_are_not_merged(pipes: dict[str, Any]) -> None:
     loras = [(make_lora(pipes[family], family), 1.0) for family in NETWORKS]
     with pytest.raises(TrainError, match="one family"):
         merge(loras)
+
+
+def test_damaged_files_are_refused_and_never_crash(tmp_path: Path) -> None:
+    """Five hundred of them, cut short or with bits turned: a sentence each, or still a LoRA."""
+    layers = {
+        Module("unet", f"conv_in.{n}"): Layer(torch.ones(2, 3), torch.ones(4, 2)) for n in "ab"
+    }
+    write_lora(tmp_path / "whole.safetensors", LoRA(layers, {"ss_steps": "7"}), "kohya")
+    content, chance = (tmp_path / "whole.safetensors").read_bytes(), random.Random(0)
+    refused = 0
+    for number in range(500):
+        damaged = bytearray(content)
+        if number % 3 == 0:
+            damaged = damaged[: chance.randrange(len(damaged))]
+        for _ in range(chance.randrange(1, 4) if damaged else 0):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        (tmp_path / "x.safetensors").write_bytes(bytes(damaged))
+        found = None
+        with contextlib.suppress(TrainError):  # anything else would end the test
+            found = read_lora(tmp_path / "x.safetensors")
+        refused += found is None
+    assert refused > 250
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.safetensors", "x.safetensors"}
+
+
+def applied_by_comfyui(tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor | None:
+    """Add up what ComfyUI adds to a weight, by its rule for a name in the file.
+
+    Of its weight_adapter/lora.py: alpha by rank, or 1 without; up times down, as the weight is.
+    """
+    up, down = (tensors.get(f"{key}.lora_{side}.weight") for side in ("up", "down"))
+    if up is None or down is None:
+        return None
+    alpha = tensors.get(f"{key}.alpha")
+    scale = 1.0 if alpha is None else float(alpha) / len(down)
+    delta = torch.mm(up.flatten(start_dim=1).float(), down.flatten(start_dim=1).float())
+    return scale * delta.reshape(len(up), *down.shape[1:])
+
+
+@pytest.mark.parametrize("alphas", ["equal", "unequal", "mixed"])
+def test_comfyui_applies_what_was_written_at_its_true_strength(
+    alphas: str, pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Every layer is found under a name that ComfyUI makes of the model's own."""
+    wanted = make_lora(pipes["sd1"], "sd1", alphas=alphas)
+    write_lora(tmp_path / "x.safetensors", wanted, "kohya")
+    tensors = load_file(tmp_path / "x.safetensors")
+    starts = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+    for module, layer in wanted.layers.items():
+        found = applied_by_comfyui(tensors, starts[module.network] + module.name.replace(".", "_"))
+        assert found is not None, module
+        assert torch.allclose(found, layer.delta().float(), atol=1e-5), module
+    assert len(tensors) == 3 * len(wanted.layers)
+
+
+def test_sdxl_is_known_by_its_header_where_no_layer_tells(
+    pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Such as one that changes self-attention alone; A1111 and kohya's programs then find it."""
+    wanted = make_lora(pipes["sdxl"], "sdxl", only="attn1.to_q")
+    told = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    layers = {m: la for m, la in wanted.layers.items() if m.network == "unet"}
+    write_lora(tmp_path / "x.safetensors", LoRA(layers, told), "kohya")
+    keys = load_file(tmp_path / "x.safetensors")
+    assert all(re.match(r"lora_unet_(input|output|middle)_block", key) for key in keys)
+    assert read_lora(tmp_path / "x.safetensors").layers.keys() == layers.keys()
+
+
+def test_a_tucker_kernel_is_read_as_the_layer_it_is(tmp_path: Path) -> None:
+    """Three convolutions one after the other, as kohya's and LyCORIS' programs write them."""
+    chance = torch.Generator().manual_seed(0)
+    shapes = {"lora_down": (3, 5, 1, 1), "lora_mid": (3, 3, 3, 3), "lora_up": (6, 3, 1, 1)}
+    parts = {side: torch.randn(shape, generator=chance) for side, shape in shapes.items()}
+    tensors = {f"lora_unet_conv_in.{side}.weight": part for side, part in parts.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    (layer,) = read_lora(tmp_path / "x.safetensors").layers.values()
+    picture, compute = torch.randn((1, 5, 7, 7), generator=chance), torch.nn.functional.conv2d
+    wanted = picture
+    for side in shapes:
+        wanted = compute(wanted, parts[side])
+    found = compute(picture, layer.delta().float())
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 # --- the program ---

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_image
+from conftest import write_image, write_json
 from PIL import Image
+from web_page import HOSTILE, Page
 
 from tools import report
+from tools.page import POLICY
 from train_lora import StopRequest
 
 START = {
@@ -29,8 +30,6 @@ COMPLETE = {
     "final_path": "/output/lora_final.safetensors",
     "peak_memory_bytes": 2**30,
 }
-HOSTILE = """<img src=x onerror="alert(1)"> & 'é' \u202e </title><script>"""
-VOID = {"meta", "img", "br", "line", "polyline"}
 
 
 def progress(step: int, loss: float | None = 0.5) -> dict[str, Any]:
@@ -64,33 +63,6 @@ def make(folder: Path, *options: str) -> str:
     return (folder / "report.html").read_text(encoding="ascii")
 
 
-class Page(HTMLParser):
-    """What a browser would make of a page."""
-
-    def __init__(self, text: str) -> None:
-        """Read all of it."""
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note a tag."""
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        """Close the innermost."""
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        """Collect what is read."""
-        self.text += data
-
-
 @pytest.mark.parametrize(
     ("last", "words"),
     [
@@ -117,7 +89,7 @@ def test_the_page_needs_nothing_and_runs_nothing(folder: Path) -> None:
     assert "http" not in text.replace("http-equiv", "")
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
     policy = [a["content"] for tag, a in page.tags if a.get("http-equiv")]
-    assert policy == [report.POLICY]
+    assert policy == [POLICY]
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert [image["alt"] for image in images] == ["zkb, step 2", "zkb, step 4"]
     assert all(str(image["src"]).startswith("data:image/webp;base64,") for image in images)
@@ -201,6 +173,72 @@ def test_a_page_is_no_larger_than_asked_for(folder: Path) -> None:
     assert "40 rounds of previews are left out" in small
     assert 'step 10"' in small
     assert 'step 49"' in small
+
+
+def write_manifest(folder: Path, **more: Any) -> Path:
+    """Write the manifest of two pictures beside them."""
+    for number in range(2):
+        write_image(folder / "train" / f"{number}.png", (64, 64))
+    images = [
+        {"file": "train/0.png", "source": "a.jpg", "caption": HOSTILE, "flags": []},
+        {"file": "train/1.png", "source": "b.jpg", "caption": "zkb", "flags": ["small", HOSTILE]},
+    ]
+    excluded = [{"source": "c.jpg", "reason": "exact_duplicate", "of": "a.jpg"}]
+    document = {"format": "lora-dataset", "images": images, "excluded": excluded}
+    return write_json(folder / "manifest.json", document | more)
+
+
+def test_the_dataset_is_told_with_its_pictures(folder: Path, tmp_path: Path) -> None:
+    """What to look at, what was left out; a name that leads elsewhere shows nothing."""
+    write_events(folder, START, COMPLETE)
+    place = write_manifest(tmp_path / "set")
+    page = Page(make(folder, "--dataset", str(place)))
+    assert "2 pictures, 1 of them without a remark" in page.text
+    assert "exact_duplicate" in page.text
+    images = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert images == [f"train/0.png: {HOSTILE}", "train/1.png: zkb"]
+    write_image(tmp_path / "secret.png")
+    outside = [{"file": "../secret.png", "caption": "x"}]
+    write_manifest(tmp_path / "set", images=outside)
+    assert "<img" not in make(folder, "--dataset", str(place.parent))
+    report_of_check = {"pictures": [{"source": "a.jpg", "flags": ["blurred"]}], "remarks": ["Few"]}
+    text = make(folder, "--dataset", str(write_json(tmp_path / "check.json", report_of_check)))
+    assert "blurred" in text
+    assert "<li>Few</li>" in text
+
+
+def test_the_evaluation_is_told_with_its_pictures(folder: Path, tmp_path: Path) -> None:
+    """As on its own page, one level below."""
+    from test_evaluate import BASE, arm, planted, write_grid
+
+    from tools.verdict import verdict_on
+
+    write_events(folder, START, COMPLETE)
+    grid = write_grid(tmp_path / "grid")
+    features = {"vision": {"model": HOSTILE}, "clip": None}
+    result = verdict_on(planted({BASE: (0, 0), arm(9): (2, 0)})) | {"features": features}
+    place = write_json(grid / "eval.json", result)
+    page = Page(make(folder, "--eval", str(place)))
+    assert "Recommended: step_9 at 1" in page.text
+    assert f"like the subject ({HOSTILE})" in page.text
+    assert [tag for tag, _ in page.tags].count("img") == 8
+    (grid / "grid.json").unlink()
+    assert "<img" not in make(folder, "--eval", str(grid))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "nonsense", '{"format": "lora-evaluation"}'])
+@pytest.mark.parametrize("option", ["--eval", "--dataset"])
+def test_what_is_no_evaluation_and_no_dataset_is_refused(
+    option: str, content: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Naming the file and who writes such; no page is written."""
+    write_events(folder, START, COMPLETE)
+    (tmp_path / "x.json").write_text(content, encoding="utf-8")
+    assert report.main([str(folder), option, str(tmp_path / "x.json")]) == 1
+    told = capfd.readouterr().err
+    assert "x.json: expected" in told
+    assert "tools/" in told
+    assert not (folder / "report.html").exists()
 
 
 def test_the_same_run_gives_the_same_page(folder: Path) -> None:
