@@ -112,6 +112,7 @@ def test_help_names_every_flag_of_the_contract(tmp_path: Path) -> None:
     """There are no others: everything else is config."""
     done = start("--help", cwd=tmp_path, COLUMNS="100")
     flags = ["--config", "--validate-only", "--set", "--fresh", "--debug", "--event-schema"]
+    flags += ["--json", "--devices"]
     words = done.stdout.decode().replace(",", " ").split()
     named = {word for word in words if word.startswith("--")}
     assert named == {*flags, "--version", "--help"}

@@ -39,6 +39,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = write_program(tmp_path / "bin" / "nvidia-smi", script)
     monkeypatch.setenv("PATH", str(program.parent))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(train_lora, "built_for_cpu", lambda: False)
     return tmp_path / "answer"
 
 

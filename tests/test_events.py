@@ -122,6 +122,7 @@ VALID = ValidFacts(
     effective_batch=1,
     steps_per_epoch=3,
     total_steps=30,
+    resumed_step=0,
     family="sd1",
     device="cpu",
     disk_needed_bytes=1000,

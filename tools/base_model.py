@@ -38,11 +38,15 @@ def ask_for(base_model: str, **knobs: Any) -> TrainingConfig:
     return TrainingConfig.from_record(asked | {k: v for k, v in knobs.items() if v is not None})
 
 
-def find_model(config: TrainingConfig, events: Emitter) -> tuple[ModelFacts, BaseModel]:
+def find_model(
+    config: TrainingConfig, events: Emitter, stop: StopRequest | None = None
+) -> tuple[ModelFacts, BaseModel]:
     """Find a model on this machine, or fetch it; an error names the model and no knob."""
     try:
         facts, base = train_lora.inspect_model(config)
-        return (facts, base) if base else train_lora.download_model(config, events)
+        if base:
+            return facts, base
+        return train_lora.download_model(config, events, stop or StopRequest())
     except TrainError as error:
         problem = error.problems[0]
         if problem.path != "base_model":
@@ -57,7 +61,9 @@ def title_of(config: TrainingConfig) -> str:
     return place.name if place.exists() else config.base_model
 
 
-def load_models(config: TrainingConfig, events: Emitter, *, exact: bool = False) -> Models:
+def load_models(
+    config: TrainingConfig, events: Emitter, stop: StopRequest, *, exact: bool = False
+) -> Models:
     """Load all of a base model, by the trainer's own loaders; text is read in full precision.
 
     What is to be saved again is loaded exactly, where there is room for it: in main memory.
@@ -65,8 +71,8 @@ def load_models(config: TrainingConfig, events: Emitter, *, exact: bool = False)
     import torch
 
     train_lora.quiet_libraries()
-    find_model(config, events)  # whose errors name the model
-    _, base = train_lora.download_model(config, events)
+    find_model(config, events, stop)  # whose errors name the model
+    _, base = train_lora.download_model(config, events, stop)
     device = torch.device("cpu") if exact else train_lora.choose_device(config)
     dtype = torch.float32 if exact else train_lora.choose_precision(config, device, events)
     models = Models.prepare(base, device, dtype)

@@ -273,9 +273,10 @@ class Studio:
         phase = Phase("drawing", len(self.cells), events, stop)
         if not self.missing:
             return
-        models = load_models(config_of(arguments), events)
-        texts = [cell.prompt["text"] for cell in self.missing]
-        tokens = train_lora.tokenize([*texts, self.sketch.negative], models, events)
+        models = load_models(config_of(arguments), events, stop)
+        texts = [(cell.name, cell.prompt["text"]) for cell in self.missing]
+        texts.append(("the negative prompt", self.sketch.negative))
+        tokens = train_lora.tokenize(texts, models, events)
         done = len(self.cells) - len(self.missing)
         for source in dict.fromkeys(cell.source for cell in self.missing):
             attached = Attached(models, read_lora(source.file)) if source.file else None
@@ -488,10 +489,10 @@ def fuse(
         raise refuse(arguments.fuse, "a new name", "something that is there")
     lora, (strength,) = read_lora(sources[0].file or Path()), arguments.strengths
     if arguments.dry_run:
-        find_model(config_of(arguments), events)
+        find_model(config_of(arguments), events, stop)
         return f"Would add {len(lora.layers)} layers at {strength:g} and save the model", []
     stop.check()
-    models = load_models(config_of(arguments), events, exact=True)
+    models = load_models(config_of(arguments), events, stop, exact=True)
     stop.check()
     changed, unknown = add_to_weights(models, lora, strength)
     if unknown:

@@ -33,7 +33,7 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 
 def load(base: Path) -> Any:
     """Load a tiny model as the program does."""
-    return load_models(ask_for(str(base), device="cpu"), Emitter())
+    return load_models(ask_for(str(base), device="cpu"), Emitter(), StopRequest())
 
 
 def make_lora(models: Any, size: float = 0.3) -> LoRA:
@@ -270,7 +270,7 @@ def test_a_runs_folder_stands_for_all_that_it_made(tmp_path: Path) -> None:
 
 def ask(models: Any, prompt: str, sketch: Sketch) -> Any:
     """Draw one picture with seed 5."""
-    tokens = train_lora.tokenize([prompt, sketch.negative], models, Emitter())
+    tokens = train_lora.tokenize([("", prompt), ("", sketch.negative)], models, Emitter())
     (image,) = draw(models, tokens, [(prompt, 5)], sketch, StopRequest())
     return image
 
@@ -280,7 +280,8 @@ def test_a_square_is_the_picture_that_the_trainer_previews(family: str, built: P
     """To the last bit: the same loop, of which the trainer's knows squares alone."""
     models, size = load(built / family), {"resolution": 256, "sample_steps": 3}
     config = ask_for(str(built / family), sample_guidance=4.0, sample_negative_prompt="a", **size)
-    cache = train_lora.Cache((), train_lora.tokenize(["a cat", "a"], models, Emitter()))
+    tokens = train_lora.tokenize([("", "a cat"), ("", "a")], models, Emitter())
+    cache = train_lora.Cache((), tokens)
     (preview,) = train_lora.draw_previews(models, cache, [("a cat", 5)], config, StopRequest())
     drawn = ask(models, "a cat", Sketch(256, 256, 3, 4.0, "a"))
     assert drawn.tobytes() == preview.tobytes()
@@ -370,7 +371,7 @@ def test_where_memory_is_short_a_batch_is_drawn_in_halves(built: Path, tmp_path:
     prompts, sketch = read_prompts(["zkb"], []), Sketch(128, 128, 1, 2.0, "")
     cells = generate.cells_of([], prompts, arguments)
     studio = generate.Studio(out, {"id": "x"}, sketch, cells)
-    tokens = train_lora.tokenize(["zkb", ""], models, Emitter())
+    tokens = train_lora.tokenize([("", "zkb"), ("", "")], models, Emitter())
 
     def run_out(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if len(inputs[0]) > limit:
