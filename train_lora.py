@@ -421,7 +421,7 @@ class DatasetFacts(Facts, topic="dataset"):
 class PhaseFacts(Facts, topic="phase"):
     """How far a longer preparation has come."""
 
-    says = "{name}: {done} of {total} {unit}"
+    says = "{name}, {done} of {total} {unit}"
     name: Annotated[str, "what is done: `checking images`, …"]
     done: Annotated[int, "how much is done"]
     total: Annotated[int | None, "how much there is in all"]
@@ -4987,7 +4987,7 @@ class LoRATrainer:
             check_copies(config)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
-            events.emit(PhaseFacts(name="importing libraries", done=0, total=1))
+            events.emit(PhaseFacts(name="importing libraries", done=0, total=None))
             self.stop.wait_for(imports)
             self.models = self.load(base, plan)
             self.cache = self.encode(dataset.pictures)
@@ -5202,7 +5202,7 @@ class LoRATrainer:
         if kind == "off" or (kind == "auto" and not wins):
             return held
         self.phase = "compiling"
-        self.events.emit(PhaseFacts(name=self.phase, done=0, total=1))
+        self.events.emit(PhaseFacts(name=self.phase, done=0, total=None))
         try:
             work = functools.partial(compile_blocks, models, self.cache, self.learner, self.config)
             self.stop.wait_for(beside(work))
