@@ -490,7 +490,7 @@ class ProgressEvent(Event, type="progress"):
     says = "Step {step} of {total_steps}, loss {loss}"
     step: Annotated[int, "updates done"]
     total_steps: Annotated[int, "updates in all"]
-    percent: Annotated[int, "0 … 99; 100 stands in `complete` alone"]
+    percent: Annotated[int, "0 … 99; 100 stands in `complete` alone", {"minimum": 0, "maximum": 99}]
     epoch: Annotated[int, "times every image of dataset_path was seen"]
     loss: Annotated[float | None, "mean since the last progress line"]
     learning_rate: Annotated[float | None, "of the update just made"]
@@ -527,7 +527,7 @@ class CompleteEvent(Event, type="complete", ends_run=True):
 
     says = "Complete: {step:step} in {total_time:duration}"
     step: Annotated[int, "updates done"]
-    percent: Annotated[int, "100"] = 100
+    percent: Annotated[int, "100", {"const": 100}] = 100
     final_path: Annotated[str, "lora_final.safetensors"]
     bytes: Annotated[int, "its size"]
     sha256: Annotated[str, "its checksum"]
@@ -579,7 +579,8 @@ def describe_type(hint: Any) -> Record:
     """Translate a type annotation into JSON Schema."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return {**describe_type(arguments[0]), "description": arguments[1]}
+        described, *limits = arguments[1:]
+        return {**describe_type(arguments[0]), "description": described, **dict(*limits)}
     if origin in (typing.Union, types.UnionType):
         return {"type": [describe_type(argument)["type"] for argument in arguments]}
     if origin is Literal:  # a later version may know more
@@ -619,6 +620,17 @@ def describe_object(fields: Mapping[str, Any], description: str) -> Record:
     }
 
 
+def describe_unknown(key: str, word: str, known: Iterable[type[Event]]) -> Record:
+    """Let a line pass whose type or topic a later version of the program has added."""
+    words = sorted({cls.wire[key] for cls in known if key in cls.wire})
+    line = describe_object(ENVELOPE, "What a later version may send; ignore it.")
+    if word:
+        line["required"].append(key)
+        line["properties"]["type"] = {"const": word}
+    line["properties"][key] = {"type": "string", "not": {"enum": words}}
+    return line
+
+
 def event_schema() -> Record:
     """Describe every line the program can print, from the event classes alone."""
     lines = []
@@ -627,6 +639,7 @@ def event_schema() -> Record:
             line = describe_object(ENVELOPE | payload_types(cls), cls.__doc__ or "")
             line["properties"] |= {key: {"const": word} for key, word in cls.wire.items()}
             lines.append(line)
+    lines += [describe_unknown("type", "", EVENTS), describe_unknown("topic", "info", FACTS)]
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": f"Events of train_lora.py, protocol {PROTOCOL}",

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from conftest import (
     EVENT_VALIDATOR,
@@ -1115,3 +1116,43 @@ def test_a_mirror_that_cannot_be_written_is_a_warning(
     codes = [line["code"] for line in ended.lines if line["type"] == "warning"]
     assert codes.count("mirror_failed") == 1
     assert codes.count("image_skipped") == 3
+
+
+# --- later versions ---
+
+LATER: Record = {"seq": 1, "timestamp": "2026-01-01T00:00:00.000Z", "message": "m"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"type": "novelty"},
+        {"type": "info", "topic": "novelty", "data": {}},
+        {"type": "interrupted", "step": 1, "reason": "novelty", "path": None, "total_time": 1.0},
+        {"type": "warning", "code": "novelty", "data": {}},
+    ],
+)
+def test_the_schema_takes_what_a_later_version_may_add(line: Record) -> None:
+    """A host that validates goes on when the minor part of the protocol grows."""
+    EVENT_VALIDATOR.validate({**LATER, **line})
+
+
+@pytest.mark.parametrize(
+    "line", [{"type": "start"}, {"type": "info"}, {"type": "info", "topic": "phase", "data": {}}]
+)
+def test_the_schema_is_strict_about_what_it_knows(line: Record) -> None:
+    """A known type lacks no field."""
+    assert not EVENT_VALIDATOR.is_valid({**LATER, **line})
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("complete", 99), ("progress", 100)])
+def test_only_a_complete_run_stands_at_100_percent(kind: str, wrong: int) -> None:
+    """The schema knows it, too: hosts mark a job as done when they see it."""
+    (described,) = [
+        each["properties"]["percent"]
+        for each in train_lora.event_schema()["oneOf"]
+        if each["properties"]["type"].get("const") == kind
+    ]
+    jsonschema.validate({"complete": 100, "progress": 99}[kind], described)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, described)
