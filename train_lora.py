@@ -3402,20 +3402,23 @@ def rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     return SCHEDULES[config.lr_scheduler]((step - peak) / (total_steps - peak + 1))
 
 
-# The optimizers that torch does not have, by module and class; imported only when asked for.
-OPTIMIZERS = {"adamw8bit": ("bitsandbytes.optim", "AdamW8bit"), "lion": ("lion_pytorch", "Lion")}
+# By module and class; what torch does not have is imported only when asked for.
+OPTIMIZERS = {
+    "adamw": ("torch.optim", "AdamW"),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "lion": ("lion_pytorch", "Lion"),
+}
 
 
 def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.device) -> Any:
     """Make the optimizer that was asked for."""
-    if config.optimizer in OPTIMIZERS:
-        module, name = OPTIMIZERS[config.optimizer]
-        cls = getattr(importlib.import_module(module), name)
-        return cls(groups, weight_decay=config.weight_decay)
-    # The fused form is the fastest, and it skips a bad update without asking the host;
-    # Apple's takes the request to skip and does not heed it.
-    fused = device.type != "mps"
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+    module, name = OPTIMIZERS[config.optimizer]
+    options: Record = {"weight_decay": config.weight_decay}
+    if module == "torch.optim":
+        # The fused form is the fastest, and it skips a bad update without asking the host;
+        # Apple's takes the request to skip and does not heed it.
+        options["fused"] = device.type != "mps"
+    return getattr(importlib.import_module(module), name)(groups, **options)
 
 
 class Learner:
@@ -4637,8 +4640,8 @@ def check_images(folder: Path | None, knob: str) -> None:
 
 def check_extras(config: TrainingConfig) -> None:
     """Look for what only some configs need: another VAE, configs for a file, a package."""
-    if config.optimizer in OPTIMIZERS:
-        package, _, _ = OPTIMIZERS[config.optimizer][0].partition(".")
+    package, _, _ = OPTIMIZERS[config.optimizer][0].partition(".")
+    if package != "torch":  # which preflight does without
         check_package(package, "optimizer")
     folder = config.model_config_path
     if folder and not any(config.is_file() for config in denoisers_in(folder)):

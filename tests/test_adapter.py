@@ -329,9 +329,24 @@ def test_a_run_of_one_update_learns(kind: str, ground: Path) -> None:
     assert largest_difference(before, snapshot(ready)) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_every_schedule_of_the_schema_is_one_there_is() -> None:
-    """And the other way round."""
-    assert list(train_lora.SCHEDULES) == train_lora.knobs()["lr_scheduler"]["enum"]
+PREDICTIONS = {each.prediction_type for f in train_lora.FAMILIES.values() for each in f.objectives}
+
+
+@pytest.mark.parametrize(
+    ("knob", "table"),
+    [
+        ("lr_scheduler", train_lora.SCHEDULES),
+        ("optimizer", train_lora.OPTIMIZERS),
+        ("model_family", train_lora.FAMILIES),
+        ("prediction_type", PREDICTIONS),
+        ("base_precision", train_lora.NUMBER_BYTES),
+    ],
+)
+def test_every_choice_of_the_schema_stands_in_the_table_that_makes_it(
+    knob: str, table: Any
+) -> None:
+    """And the other way round: nothing falls through to something else."""
+    assert set(train_lora.knobs()[knob]["enum"]) - {"auto"} == set(table)
 
 
 @pytest.mark.parametrize(
