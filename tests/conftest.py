@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import struct
@@ -224,6 +225,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (path.parent / "__init__.py").touch()
         path.write_text(text, encoding="utf-8")
         names.add(path.relative_to(folder).parts[0])
+        importlib.invalidate_caches()
 
     monkeypatch.syspath_prepend(folder)
     yield install_file
