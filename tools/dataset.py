@@ -38,8 +38,8 @@ OPENINGS = re.compile(r"^(the|this) (image|picture|photo)\w* (shows|is|depicts)"
 class Wishes:
     """What was asked for."""
 
-    resolution: int
-    trigger: Sequence[str]
+    resolution: int = 512
+    trigger: Sequence[str] = ()
     drop: set[str] = field(default_factory=lambda: {"exact", "broken"})
     fit: str = "keep"
     link: str = "hard"
@@ -279,11 +279,9 @@ def remarks_on_captions(usable: Sequence[Found], wishes: Wishes) -> Iterator[str
     if not captions:
         return
     for name, caption in captions.items():
-        words = caption.split()
-        threes = Counter(zip(words, words[1:], words[2:], strict=False))
-        if (tokens := round(len(words) * TOKENS_PER_WORD)) > TOKENS:
+        if (tokens := round(len(caption.split()) * TOKENS_PER_WORD)) > TOKENS:
             yield f"{name}: about {tokens} tokens (estimated), of which {TOKENS} are read"
-        if threes and threes.most_common(1)[0][1] >= LOOPS:
+        if repeats_itself(caption):
             yield f"{name}: its caption repeats itself"
         if REFUSALS.search(caption):
             yield f"{name}: its caption is a refusal"
@@ -299,6 +297,13 @@ def remarks_on_captions(usable: Sequence[Found], wishes: Wishes) -> Iterator[str
         if count >= max(3, SHARED * len(captions)):
             share = f"{count} of {len(captions)} captions"
             yield f'"{part}" stands in {share}: it may take the place of the trigger word'
+
+
+def repeats_itself(caption: str) -> bool:
+    """Tell whether the same three words come again and again, as models go round in circles."""
+    words = caption.split()
+    threes = Counter(zip(words, words[1:], words[2:], strict=False))
+    return bool(threes) and threes.most_common(1)[0][1] >= LOOPS
 
 
 # --- Planning ---

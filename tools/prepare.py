@@ -1,7 +1,8 @@
-"""Judge a folder of pictures, and make a dataset of it. What is in the folder stays as it is.
+"""Judge a folder of pictures, make a dataset of it, and caption that. The folder stays as it is.
 
 python tools/prepare.py check SRC                        what is good, what is doubtful, and why
 python tools/prepare.py build SRC DST --trigger zkb      train and validation folders with captions
+python tools/prepare.py caption DIR --with florence2     captions beside pictures that have none
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from tools.dataset import Found, Wishes
 
 DROPS = ("exact", "near", "small", "broken")
+WRITERS = ("template", "florence2", "blip", "vlm", "tagger")
+TASKS = ("caption", "detailed", "more_detailed", "tags")
 
 
 def parse_drops(text: str) -> set[str]:
@@ -40,18 +43,35 @@ def parse_share(text: str) -> float:
     return share
 
 
+def parse_batch(text: str) -> int:
+    """Read how many pictures a model looks at together."""
+    number = int(text)
+    if not 1 <= number <= 1024:
+        raise argparse.ArgumentTypeError(f"expected 1 … 1024, got {text}")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     whole = command_line(__doc__)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="judge the pictures and their captions")
     build = commands.add_parser("build", help="make folders to train on and to validate with")
+    caption = commands.add_parser("caption", help="write captions beside pictures")
     for command in (check, build):
         command.add_argument("source", type=Path, metavar="SRC")
         command.add_argument("--resolution", type=int, default=512, help="of the training")
+    check.add_argument("--report", type=Path, help="also write all of it as JSON")
+    describe_build(build)
+    describe_caption(caption)
+    for command in (check, build, caption):
         command.add_argument("--trigger", action="append", default=[], help="a trigger word")
         take_events(command)
-    check.add_argument("--report", type=Path, help="also write all of it as JSON")
+    return whole
+
+
+def describe_build(build: argparse.ArgumentParser) -> None:
+    """Describe what a dataset may be made of, and how."""
     add = build.add_argument
     add("target", type=Path, metavar="DST")
     add(
@@ -64,22 +84,66 @@ def parser() -> argparse.ArgumentParser:
     add("--link", choices=("hard", "copy"), default="hard", help="hard: no space, the same bytes")
     add("--template", help="a caption for pictures without one: a photo of {trigger} {label}")
     add("--existing", choices=("keep", "replace", "prepend", "append"), default="keep")
-    add("--captions-from", metavar="FILE", help="JSON of another program, or a pattern: the newest")
-    add("--image-key", default="image", help="where a picture's name stands in it, as a.b.c")
-    add("--caption-key", default="caption", help="where its caption stands in it")
+    take_given_captions(build)
     add("--validation", type=parse_share, default=0.1, help="share that is held back")
     add("--seed", type=int, default=0, help="chooses which ones are held back")
     add("--dry-run", action="store_true", help="say what would be done, write nothing")
-    return whole
+
+
+def take_given_captions(command: Any) -> None:
+    """Add the options for captions that another program wrote."""
+    add = command.add_argument
+    add("--captions-from", metavar="FILE", help="JSON of another program, or a pattern: the newest")
+    add(
+        "--image-key",
+        default="image",
+        metavar="KEY",
+        help="where a picture's name stands in it, as a.b.c",
+    )
+    add("--caption-key", default="caption", metavar="KEY", help="where its caption stands in it")
+
+
+def describe_caption(caption: argparse.ArgumentParser) -> None:
+    """Describe who may write captions, and how."""
+    add = caption.add_argument
+    add("source", type=Path, metavar="DIR")
+    add("--with", dest="captioner", choices=WRITERS, help="who writes them")
+    add(
+        "--model",
+        metavar="MODEL",
+        help="folder or Hugging Face id; the usual one, if it is here, unless given",
+    )
+    add("--task", choices=TASKS, default="detailed", help="of florence2: " + ", ".join(TASKS))
+    add("--prompt", metavar="TEXT", help="question to a vlm; beginning of a sentence for blip")
+    add("--threshold", type=float, default=0.35, metavar="N", help="how likely a tag has to be")
+    add(
+        "--character-threshold",
+        type=float,
+        default=0.85,
+        metavar="N",
+        help="the same, of a character's name",
+    )
+    add("--exclude", default="", metavar="TAGS", help="tags to leave out: a,b,c")
+    add(
+        "--template", metavar="TEXT", help="what becomes of it: {trigger}, {caption} at the {label}"
+    )
+    take_given_captions(caption)
+    add("--overwrite", action="store_true", help="replace captions that are there")
+    add("--batch", type=parse_batch, default=8, help="pictures described together")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--dry-run", action="store_true", help="say how many captions would be written")
 
 
 def work(
     arguments: argparse.Namespace, events: Emitter, stop: StopRequest
 ) -> tuple[str, list[str]]:
-    """Look at the pictures; judge them, or make a dataset of them."""
+    """Look at the pictures; judge them, make a dataset of them, or caption them."""
     from tools.dataset import Wishes, find_pictures, judge
 
-    wishes = Wishes(**{k: v for k, v in vars(arguments).items() if k in Wishes.__annotations__})
+    known = vars(arguments)
+    wishes = Wishes(**{key: known[key] for key in Wishes.__annotations__ if key in known})
+    if arguments.command == "caption":
+        return caption(wishes, arguments, events, stop)
     if arguments.command == "build":
         check_places(arguments.source, arguments.target)
     found = find_pictures(arguments.source, wishes, events, stop)
@@ -89,6 +153,26 @@ def work(
     if arguments.command == "check":
         return tell(found, remarks, arguments)
     return make(found, wishes, arguments, events, stop)
+
+
+def caption(
+    wishes: Wishes, arguments: argparse.Namespace, events: Emitter, stop: StopRequest
+) -> tuple[str, list[str]]:
+    """Write captions beside pictures."""
+    from tools.captioners import Request
+    from tools.captions import Job, caption_folder
+
+    if bool(arguments.captioner) == bool(arguments.captions_from):
+        found = "both" if arguments.captioner else "neither"
+        raise refuse("--with", "either --with or --captions-from", found)
+    if arguments.captioner == "template" and not arguments.template:
+        raise refuse("--template", "a caption with places to fill", "nothing")
+    known = vars(arguments)
+    request = Request(**{key: known[key] for key in Request.__annotations__})
+    job = Job.find(arguments.source, wishes, request, events, stop)
+    if arguments.dry_run:
+        return f"Would write {len(job.wanted)} captions, and keep {job.kept}", []
+    return caption_folder(job, events, stop), [str(arguments.source)]
 
 
 def check_places(source: Path, target: Path) -> None:
@@ -145,7 +229,13 @@ def make(
 def check_target(target: Path, manifest: Record) -> None:
     """Refuse a folder that holds what this dataset does not; what was begun is gone on with."""
     there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    ours = {"manifest.json", ".building", "train/metadata.jsonl", "validation/metadata.jsonl"}
+    ours = {
+        "manifest.json",
+        ".building",
+        ".captioning",
+        "train/metadata.jsonl",
+        "validation/metadata.jsonl",
+    }
     ours |= {name for image in manifest["images"] for name in (image["file"], image["text_file"])}
     if foreign := sorted(name for name in there - ours if not name.endswith(".tmp")):
         hint = "Give another folder, or remove this one."
