@@ -23,6 +23,7 @@ from train_lora import (
     WarningCode,
     claim_stdout,
     deadline_in,
+    draw_bar,
     exit_code,
     fill_closed_streams,
     reason_of,
@@ -80,6 +81,10 @@ def table(rows: Iterable[Sequence[object]]) -> None:
 
 def tell(record: Record) -> None:
     """Tell a person what an event says; a table says more than the last line of a success."""
+    if record["type"] == "progress":
+        if sys.stderr.isatty():  # a log is better off without
+            sys.stderr.write(draw_bar(record).decode())
+        return
     problems = record.get("problems") or []
     lines = [record["message"]] if len(problems) < 2 else [f"{len(problems)} problems:"]
     lines += [
@@ -87,7 +92,8 @@ def tell(record: Record) -> None:
         for p in problems[len(problems) == 1 :]
     ]
     stream = sys.stdout if record["type"] == "complete" else sys.stderr
-    stream.write("\n".join(lines) + "\n")
+    clear = "\r\x1b[K" if stream.isatty() else ""  # of a bar
+    stream.write(clear + "\n".join(lines) + "\n")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,551 @@
+"""Go the whole way from a folder of pictures to a judged LoRA; what is done is not done again.
+
+python tools/pipeline.py --config pipeline.yaml              do what is not done yet
+python tools/pipeline.py --config pipeline.yaml --dry-run    say what that would be, and why
+python tools/pipeline.py --keys                              list what the file may hold
+
+The file has an output_path and up to five sections: data, caption, training, generate, evaluate.
+Each runs one program, again only when what it reads or is asked for has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import glob
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_lora
+from tools import evaluate, generate, prepare
+from tools.child import follow
+from tools.program import as_json, command_line, refuse, remark, run, table, take_events
+from train_lora import (
+    Emitter,
+    ErrorCode,
+    Facts,
+    Problem,
+    Record,
+    StopRequest,
+    TrainError,
+    TrainingConfig,
+    write_whole,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = "pipeline.json"
+FORMAT, VERSION = "lora-pipeline", 1
+AFTER = "a step before it comes first"
+# What a person looks for at the end.
+RESULTS = ("dataset/manifest.json", "run/lora_final.safetensors", "grid/grid.json", "eval.json")
+
+
+class StepFacts(Facts, topic="step", says="{name}: {state}"):
+    """How a step of the way stands."""
+
+    name: Annotated[str, "`data`, `caption`, `training`, `generate` or `evaluate`"]
+    state: Annotated[str, "what happens, in a few words"]
+    number: Annotated[int, "which step, from 1"]
+    of: Annotated[int, "steps in all"]
+
+
+# --- What may stand in the file ---
+
+
+@dataclass(frozen=True)
+class Step:
+    """A section of the file: the program it runs, and which of its options the file may give."""
+
+    name: str
+    program: str
+    whole: Callable[[], argparse.ArgumentParser] | None  # its command line; the trainer has knobs
+    describe: Callable[[argparse.ArgumentParser], None] = lambda _: None  # what of it is for a file
+    needs: str | None = None  # the section that has to be there too
+
+
+def describe_data(parser: argparse.ArgumentParser) -> None:
+    """List what a dataset may be made of, and how."""
+    parser.add_argument("source", help="folder with the pictures; it stays as it is")
+    prepare.describe_build(parser)
+
+
+STEPS = (
+    Step("data", "tools/prepare.py", prepare.parser, describe_data),
+    Step("caption", "tools/prepare.py", prepare.parser, prepare.describe_caption, "data"),
+    Step("training", "train_lora.py", None),
+    Step("generate", "tools/generate.py", generate.parser, needs="training"),
+    Step("evaluate", "tools/evaluate.py", evaluate.parser, needs="generate"),
+)
+# What follows from the rest of the file, or is for the command line.
+FOLLOWS = {
+    "data": ("target",),
+    "caption": ("source",),
+    "generate": ("base", "lora", "out", "fuse"),
+    "evaluate": ("folder", "train", "out"),
+}
+COMMON = ("help", "events", "dry_run", "trigger")
+
+
+def keys_of(step: Step) -> dict[str, argparse.Action]:
+    """List the keys of a section: the options of its program, without dashes in front."""
+    if step.whole is None:
+        return {}
+    parser = argparse.ArgumentParser()
+    step.describe(parser)
+    if step.name in ("generate", "evaluate"):
+        parser = step.whole()
+    found = {}
+    for action in parser._actions:  # noqa: SLF001, the only list that there is
+        name = (action.option_strings or [action.dest])[-1].lstrip("-").replace("-", "_")
+        if name not in (*COMMON, *FOLLOWS[step.name]):
+            found[name] = action
+    return found
+
+
+def list_keys() -> None:
+    """Print what the file may hold."""
+    rows = [("key", "what it says"), ("output_path", "folder for all that is made")]
+    for step in STEPS:
+        rows += [(f"{step.name}.{key}", a.help or "") for key, a in keys_of(step).items()]
+        if step.whole is None:
+            told = "the knobs of REFERENCE.md; output_path and, with data, dataset_path follow"
+            rows.append((f"{step.name}.…", told))
+    table(rows)
+
+
+def read_file(path: Path) -> Record:
+    """Read the file, in YAML or in JSON by its name."""
+    text = train_lora.read_config(path)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return train_lora.parse_config(text)
+    try:
+        document = json.loads(json.dumps(load_yaml(text), allow_nan=False))
+    except ImportError as error:
+        hint = "Run: pip install -r tools/requirements.txt, or write JSON"
+        code, expected = ErrorCode.PACKAGE_MISSING, "the package pyyaml"
+        raise TrainError.at(code, path, expected, "none", hint) from error
+    except Exception as error:  # the library raises more than its own
+        said = " ".join(str(error).split())
+        raise TrainError.at(ErrorCode.CONFIG_NOT_JSON, path, "plain YAML", said) from error
+    if not isinstance(document, dict):
+        raise TrainError.at(ErrorCode.CONFIG_NOT_JSON, path, "sections", train_lora.show(document))
+    return document
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML as people write it: 1e-4 is a number, a key stands once, nothing is repeated."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # the library has no types
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of them could fill any memory
+                raise yaml.YAMLError("aliases (*name) are not read")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            if twice := {str(name) for name in names if names.count(name) > 1}:
+                raise yaml.YAMLError(f"{twice.pop()} stands twice")
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return yaml.load(text, Loader)
+
+
+def put(document: Record, key: str, value: Any) -> None:
+    """Override one value, such as training.steps."""
+    *path, last = key.split(".")
+    place = document
+    for part in path:
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise refuse(f"--set {key}", "a key inside a section", train_lora.show(inner))
+        place = inner
+    place[last] = value
+
+
+def check_document(document: Record) -> None:
+    """Refuse what cannot be meant, all of it at once, before anything is done."""
+    problems = [*problems_of_sections(document)]
+    for step in STEPS if not problems else ():
+        known = keys_of(step)
+        strange = [key for key in document.get(step.name, ()) if known and key not in known]
+        problems += [unknown(key, known, f"{step.name}.") for key in strange]
+    if problems:
+        raise TrainError.listing(ErrorCode.CONFIG_INVALID, problems)
+
+
+def problems_of_sections(document: Record) -> Iterator[Problem]:
+    """Check that there is a place for the results, and sections that go together."""
+    known = ["output_path", *(step.name for step in STEPS)]
+    yield from (unknown(key, known, "") for key in document if key not in known)
+    if not isinstance(document.get("output_path"), str) or not document["output_path"]:
+        found = train_lora.show(document.get("output_path"))
+        yield Problem("output_path", "a folder for all that is made", found, "")
+    for step in STEPS:
+        section = document.get(step.name, {})
+        if not isinstance(section, dict):
+            yield Problem(step.name, "keys and values", train_lora.show(section), "")
+        if step.name in document and step.needs and step.needs not in document:
+            hint = f"Add a section {step.needs}, or remove this one."
+            yield Problem(step.name, f"it behind {step.needs}", "it alone", hint)
+    if "data" in document and "training" not in document:
+        yield Problem("training", "a section with trigger_words", "nothing", "Add it.")
+
+
+def unknown(key: str, known: Iterable[str], prefix: str) -> Problem:
+    """Guess which key was meant."""
+    known = [*known]
+    likely = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    hint = f"Did you mean {likely[0]}?" if likely else f"Known are: {', '.join(known)}."
+    return Problem(f"{prefix}{key}", "a known key", "an unknown one", hint)
+
+
+def as_options(step: Step, section: Record) -> list[str]:
+    """Write a section as the options of its program."""
+    options, known = [], keys_of(step)
+    for name, value in section.items():
+        path, flag = f"{step.name}.{name}", f"--{name.replace('_', '-')}"
+        if name == "prompts":  # they may be more than words, and go through a file
+            continue
+        if not known[name].option_strings:
+            options.append(as_word(path, value))
+        elif known[name].nargs == 0:
+            if not isinstance(value, bool):
+                raise refuse(path, "true or false", train_lora.show(value))
+            options += [flag] * value
+        else:
+            options.append(f"{flag}={as_word(path, value)}")
+    return options
+
+
+def as_word(path: str, value: Any) -> str:
+    """Write a value as it stands on a command line; a list has commas."""
+    if isinstance(value, list):
+        return ",".join(as_word(path, item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise refuse(path, "text, a number or a list of them", train_lora.show(value))
+    return str(value)
+
+
+def check_command(step: Step, command: Sequence[str]) -> None:
+    """Let the program's own command line check the values."""
+    if step.whole is None:
+        return
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            step.whole().parse_args(command)
+        except SystemExit:
+            found = said.getvalue().strip().rpartition("error: ")[2]
+            raise refuse(step.name, f"what {step.program} takes", found, "See --keys.") from None
+
+
+# --- What follows from the file ---
+
+
+@dataclass
+class Plan:
+    """The file, and where things of it lie."""
+
+    document: Record
+    out: Path
+    done: dict[str, Record] = field(default_factory=dict)  # what STATE remembers of each step
+
+    @classmethod
+    def of(cls, document: Record) -> Plan:
+        """Check all that can be checked before anything is done."""
+        check_document(document)
+        plan = cls(document, train_lora.expand_home(document["output_path"]))
+        if "training" in document:
+            plan.config()
+        if "generate" in document:
+            plan.prompts()
+        for step in plan.steps:
+            check_command(step, plan.command(step))
+        with contextlib.suppress(OSError, LookupError, *train_lora.NOT_JSON):
+            known = json.loads((plan.out / STATE).read_bytes())
+            plan.done = {name: dict(entry) for name, entry in known["steps"].items()}
+        return plan
+
+    @property
+    def steps(self) -> list[Step]:
+        """List the steps in their order."""
+        return [step for step in STEPS if step.name in self.document]
+
+    @property
+    def dataset(self) -> Path:
+        """Tell what is trained on."""
+        if "data" in self.document:
+            return self.out / "dataset" / "train"
+        return train_lora.expand_home(str(self.document["training"]["dataset_path"]))
+
+    @property
+    def triggers(self) -> list[str]:
+        """List the trigger words."""
+        return [str(word) for word in self.document["training"].get("trigger_words") or ()]
+
+    def training(self) -> Record:
+        """Complete the knobs of the training."""
+        said = dict(self.document["training"])
+        follows = {"output_path": str(self.out / "run")}
+        if "data" in self.document:
+            follows["dataset_path"] = str(self.dataset)
+        for key in follows.keys() & said.keys():
+            raise refuse(f"training.{key}", "nothing: it follows from the rest", said[key])
+        return said | follows
+
+    def config(self) -> TrainingConfig:
+        """Check the knobs of the training by the trainer's own rules."""
+        try:
+            return TrainingConfig.from_record(self.training())
+        except TrainError as error:
+            problems = [
+                dataclasses.replace(problem, path=f"training.{problem.path}")
+                for problem in error.problems
+            ]
+            raise TrainError.listing(error.code, problems) from error
+
+    def prompts(self) -> list[Any]:
+        """List the prompts: texts, objects with a text, or what stands in a file."""
+        asked = self.document["generate"].get("prompts")
+        if isinstance(asked, str):
+            return [*generate.read_prompts([asked], self.triggers)]
+        for each in asked if isinstance(asked, list) and asked else [asked]:
+            said = each.get("text") if isinstance(each, dict) else each
+            if not isinstance(said, str):
+                expected = "a list of texts, or of objects with a text"
+                raise refuse("generate.prompts", expected, train_lora.show(each))
+        return list(asked)
+
+    def command(self, step: Step) -> list[str]:
+        """Write down how the program of a step is called."""
+        triggers = [f"--trigger={word}" for word in self.triggers]
+        section, out = self.document[step.name], self.out
+        if step.name == "training":
+            return ["--config", str(out / "training.json")]
+        options, dataset = as_options(step, section), str(out / "dataset")
+        if step.name == "data":
+            size = f"--resolution={self.config().resolution}"
+            return ["build", *options, dataset, size, *triggers]
+        if step.name == "caption":
+            return ["caption", dataset, *options, *triggers]
+        if step.name == "generate":
+            base = [f"--base={self.document['training']['base_model']}"]
+            size = [f"--resolution={self.config().resolution}"] * ("resolution" not in section)
+            places = [f"--lora={out / 'run'}", f"--out={out / 'grid'}"]
+            prompts = f"--prompts={out / 'prompts.json'}"
+            return [*base, *places, *size, prompts, *options, *triggers]
+        return [
+            str(out / "grid"),
+            f"--train={self.dataset}",
+            f"--out={out / 'eval.json'}",
+            *options,
+        ]
+
+    def write_files(self, step: Step) -> None:
+        """Write what the program of a step reads."""
+        if step.name == "training":
+            write_whole(self.out / "training.json", as_json(self.training()))
+        if step.name == "generate":
+            text = json.dumps(self.prompts(), indent=1, ensure_ascii=False)
+            write_whole(self.out / "prompts.json", text.encode())
+
+    def reads(self, step: Step) -> list[Path]:
+        """List the files and folders that a step reads."""
+        out, section = self.out, self.document[step.name]
+        knobs = self.document["training"]
+        base = [knobs.get(key) for key in ("base_model", "vae", "model_config_path")]
+        given = glob.glob(str(section.get("captions_from", "")))  # noqa: PTH207, absolute ones too
+        reads = {
+            "data": [section.get("source"), *given],
+            "caption": [section.get("model"), *given],
+            "training": [self.dataset, *base, knobs.get("regularization_path")],
+            "generate": [out / "run/checkpoints", out / "run/lora_final.safetensors", *base],
+            "evaluate": [out / "grid", self.dataset, section.get("clip"), section.get("vision")],
+        }
+        return [train_lora.expand_home(str(path)) for path in reads[step.name] if path]
+
+    def makes(self, step: Step) -> list[Path]:
+        """List the files that a step has made."""
+        out, dataset = self.out, self.out / "dataset"
+        if step.name in ("data", "caption"):
+            ending = ".txt" if step.name == "caption" else ""
+            files = [p for p in dataset.rglob("*") if p.is_file() and p.name.endswith(ending)]
+            return [p for p in files if not p.name.startswith(".")]
+        if step.name == "generate":
+            return [out / "grid" / "grid.json", *(out / "grid" / "images").rglob("*.png")]
+        name = {"training": "run/lora_final.safetensors", "evaluate": "eval.json"}[step.name]
+        return [out / name]
+
+    def inputs(self, step: Step) -> str:
+        """Sum up what a step is asked for and what it reads."""
+        asked: list[Any] = [self.document[step.name], self.command(step)]
+        if step.name == "training":
+            asked.append(self.training())
+        if step.name == "caption":  # it changes what it reads, which so tells nothing
+            asked.append(self.done.get("data", {}).get("inputs"))
+        return train_lora.short_digest([*asked, *map(contents, self.reads(step))])
+
+    def reason(self, step: Step) -> str | None:
+        """Say why a step has to be done; none where it need not be."""
+        known = self.done.get(step.name)
+        if known is None:
+            return "it was never done"
+        if known["inputs"] != self.inputs(step):
+            return "what it reads or is asked for has changed"
+        if known.get("outputs") is None:
+            return "it was not finished"
+        missing = [name for name in known["outputs"] if not (self.out / name).is_file()]
+        return f"{missing[0]} is missing" if missing else None
+
+    def remember(self, step: Step, inputs: str, outputs: list[Path] | None) -> None:
+        """Note what a step began with, and in the end what it made."""
+        names = None
+        if outputs is not None:
+            names = sorted(path.relative_to(self.out).as_posix() for path in outputs)
+        self.done[step.name] = {"inputs": inputs, "outputs": names}
+        known = {"format": FORMAT, "version": VERSION, "steps": self.done}
+        write_whole(self.out / STATE, as_json(known))
+
+
+def contents(path: Path) -> Any:
+    """Tell a file or a folder by what is in it; an id of a model by itself."""
+    if path.is_file():
+        return train_lora.sampled_digest(path)
+    if not path.is_dir():
+        return str(path)
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not file.name.startswith("."):
+            told = [file.relative_to(path).as_posix(), train_lora.sampled_digest(file)]
+            found.update(json.dumps(told).encode())
+    return found.hexdigest()
+
+
+# --- Going the way ---
+
+
+@dataclass
+class Walk:
+    """One start: which steps are made anew, and who is told."""
+
+    plan: Plan
+    begin: str | None  # the first step to be made anew
+    events: Emitter
+    stop: StopRequest
+    anew: bool = False
+
+    def go(self, *, dry: bool) -> tuple[str, list[str]]:
+        """Do the steps that have to be done; return what the last one said, and the results."""
+        plan, told, would = self.plan, "Nothing to do: all is done", []
+        for step in plan.steps:
+            self.stop.check()
+            self.anew = self.anew or step.name == self.begin
+            reason = "it was asked for" if self.anew else plan.reason(step) if not would else AFTER
+            if not reason:
+                self.tell(step, "done already")
+            elif dry:
+                would.append(step.name)
+                self.tell(step, f"would run, as {reason}")
+            else:
+                self.tell(step, f"runs, as {reason}")
+                told = self.do(step)
+                self.tell(step, told)
+        if dry:
+            return f"Would run: {', '.join(would) or 'nothing'}", []
+        return told, [str(plan.out / name) for name in RESULTS if (plan.out / name).exists()]
+
+    def tell(self, step: Step, state: str) -> None:
+        """Say how a step stands."""
+        number, of = self.plan.steps.index(step) + 1, len(self.plan.steps)
+        self.events.info(StepFacts(name=step.name, state=state, number=number, of=of))
+
+    def do(self, step: Step) -> str:
+        """Do one step, and note that it is done; return what it said."""
+        plan, inputs = self.plan, self.plan.inputs(step)
+        others = plan.done.get(step.name, {}).get("inputs") != inputs
+        if self.anew or (others and step.name == "data"):
+            self.set_aside(step)
+        plan.remember(step, inputs, None)
+        plan.write_files(step)
+        command = [str(ROOT / step.program), *plan.command(step)]
+        command += ["--events"] if step.whole else []
+        if self.anew and step.name == "caption":
+            command.append("--overwrite")
+        try:
+            told = follow(step.name, command, self.events, self.stop)
+        except TrainError as error:
+            if error.code not in (ErrorCode.RUN_CHANGED, ErrorCode.RUN_EXISTS):
+                raise
+            # The trainer alone knows what goes on with an earlier run, such as more steps.
+            told = follow(step.name, [*command, "--fresh"], self.events, self.stop)
+        plan.remember(step, inputs, plan.makes(step))
+        return told
+
+    def set_aside(self, step: Step) -> None:
+        """Keep what an earlier start made, under another name."""
+        folder = {"data": "dataset", "training": "run", "generate": "grid"}.get(step.name)
+        if not folder or not (self.plan.out / folder).exists():
+            return
+        target = train_lora.free_name(self.plan.out / f"{folder}_earlier")
+        (self.plan.out / folder).rename(target)
+        remark(self.events, f"What was in {folder} is in {target.name} now")
+
+
+# --- The program ---
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    whole = command_line(__doc__)
+    names, add = [step.name for step in STEPS], whole.add_argument
+    add("--config", type=Path, metavar="FILE", help="YAML or JSON")
+    add("--set", type=train_lora.parse_override, action="append", default=[], metavar="KEY=JSON")
+    add("--from", dest="begin", choices=names, help="do this step and those behind it anew")
+    add("--dry-run", action="store_true", help="say what would be done, and why")
+    add("--keys", action="store_true", help="list what the file may hold")
+    take_events(whole)
+    return whole
+
+
+def work(
+    arguments: argparse.Namespace, events: Emitter, stop: StopRequest
+) -> tuple[str, list[str]]:
+    """Go the way."""
+    if arguments.keys:
+        list_keys()
+        return "That is all", []
+    if not arguments.config:
+        raise refuse("--config", "a file in YAML or JSON", "nothing")
+    document = read_file(arguments.config)
+    for key, value in arguments.set:
+        put(document, key, value)
+    plan = Plan.of(document)
+    if arguments.begin and arguments.begin not in document:
+        raise refuse("--from", "a section of the file", arguments.begin)
+    walk = Walk(plan, arguments.begin, events, stop)
+    if arguments.dry_run:
+        return walk.go(dry=True)
+    with train_lora.claimed(plan.out):
+        return walk.go(dry=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program."""
+    return run(parser(), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
