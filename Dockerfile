@@ -1,6 +1,6 @@
 # A slim Python is base enough: the torch wheels bring CUDA and cuDNN, the host brings the driver.
 # The tag fixes Python's and Debian's release and still gets their security rebuilds.
-FROM python:3.13-slim-trixie
+FROM python:3.13-slim-trixie AS trainer
 
 LABEL org.opencontainers.image.title="train_lora" \
       org.opencontainers.image.description="Trains LoRA adapters for Stable Diffusion" \
@@ -47,3 +47,15 @@ HEALTHCHECK NONE
 ENTRYPOINT ["/usr/bin/tini", "--", "sh", "-c", \
             "case $1 in -*) exec python /app/train_lora.py \"$@\";; *) exec \"$@\";; esac", "run"]
 CMD ["--help"]
+
+# `docker build --target tools .`: the programs around the trainer, each run as a command:
+# docker run … python tools/pipeline.py --config …
+FROM trainer AS tools
+USER 0:0
+COPY tools/requirements.txt tools/
+RUN pip install --no-cache-dir --root-user-action=ignore --requirement tools/requirements.txt
+COPY --chmod=644 tools/*.py tools/
+USER 1000:1000
+
+# Without a target, the last stage is built: the trainer alone.
+FROM trainer

@@ -23,9 +23,9 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def requirements() -> list[str]:
-    """List what requirements.txt asks for."""
-    lines = read("requirements.txt").splitlines()
+def requirements(name: str = "requirements.txt") -> list[str]:
+    """List what a file of requirements asks for."""
+    lines = read(name).splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -43,7 +43,8 @@ def copied() -> list[str]:
 
 def test_every_package_is_pinned() -> None:
     """Another version of a package would be another program."""
-    loose = [line for line in requirements() if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
+    asked = [*requirements(), *requirements("tools/requirements.txt")]
+    loose = [line for line in asked if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
 
     assert requirements()
     assert loose == []
@@ -69,7 +70,7 @@ def test_the_context_of_the_image_holds_what_is_copied_and_nothing_else() -> Non
 def test_every_file_of_the_image_exists() -> None:
     """A file that is renamed is renamed in the Dockerfile too."""
     assert "train_lora.py" in copied()
-    assert [name for name in copied() if not (ROOT / name).is_file()] == []
+    assert [name for name in copied() if not any(p.is_file() for p in ROOT.glob(name))] == []
 
 
 def test_the_image_takes_files_from_nowhere_else() -> None:
@@ -108,8 +109,23 @@ def test_the_image_takes_options_alone_and_a_whole_command(command: list[str]) -
 
 
 def test_the_program_does_not_run_as_root() -> None:
-    """The user is a number, as Kubernetes cannot tell from a name that it is not root."""
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", arguments("USER")[-1])
+    """The user is a number, as Kubernetes cannot tell from a name that it is not root.
+
+    Each stage goes back to it that installs something.
+    """
+    for stage in re.split(r"(?m)^FROM ", read("Dockerfile")):
+        if users := re.findall(r"(?m)^USER (.*)$", stage):
+            assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
+
+
+def test_the_image_is_the_trainer_unless_the_tools_are_asked_for() -> None:
+    """The last stage is what is built without a target; the tools are one more on top."""
+    stages = arguments("FROM")
+    assert stages[0].endswith(" AS trainer")
+    assert stages[1:] == ["trainer AS tools", "trainer"]
+    tools = read("Dockerfile").partition("AS tools")[2]
+    assert "tools/*.py" in tools
+    assert "--requirement tools/requirements.txt" in tools
 
 
 def test_packages_are_installed_before_the_program_is_copied() -> None:

@@ -183,6 +183,8 @@ def check_document(document: Record) -> None:
         known = keys_of(step)
         strange = [key for key in document.get(step.name, ()) if known and key not in known]
         problems += [unknown(key, known, f"{step.name}.") for key in strange]
+        if step.name == "data" and not document.get("data", {"source": 1}).get("source"):
+            problems.append(Problem("data.source", "a folder with pictures", "nothing", "Name it."))
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_INVALID, problems)
 
