@@ -79,9 +79,14 @@ class Job:
         return len(self.texts) - len(self.wanted)
 
     def is_free(self, name: str) -> bool:
-        """Tell whether a picture has no caption; one that cannot be read is one."""
-        text = self.texts[name]
-        if name in self.images.captions or text.is_symlink():
+        """Tell whether a picture has no caption, or trigger words alone, as a dataset gets them.
+
+        One that cannot be read is one.
+        """
+        text, said = self.texts[name], self.images.captions.get(name)
+        if said and said == train_lora.compose_caption("", self.wishes.trigger):
+            return True
+        if said or text.is_symlink():
             return False
         return not text.exists() or (text.is_file() and is_blank(text))
 

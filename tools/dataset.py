@@ -30,6 +30,7 @@ CROPPED = 0.2  # of a picture, cut away by a square
 SHARED, LOOPS = 0.8, 4  # of all captions; the same three words so often
 TOKENS, TOKENS_PER_WORD = 75, 1.35  # what text encoders read; an estimate
 FOLDER = re.compile(r"(\d{1,4})_(.+)")  # as kohya's programs name them: 10_zkb dog
+FOREIGN = re.compile(r'[\x00-\x1f<>:"\\|?*\ud800-\udfff]')  # to some file system, or no text
 REFUSALS = re.compile(r"\b(i can(?:no|')t|as an ai|i'm sorry|i am sorry)\b", re.IGNORECASE)
 OPENINGS = re.compile(r"^(the|this) (image|picture|photo)\w* (shows|is|depicts)", re.IGNORECASE)
 
@@ -139,10 +140,11 @@ def find_pictures(source: Path, wishes: Wishes, events: Emitter, stop: StopReque
 
 def look_at(name: str, folder: train_lora.ImageFolder, side: int) -> Found:
     """Measure one picture of the folder."""
-    path = folder.files[name]
-    picture = train_lora.load_picture(path)
-    found = Found(name=name, path=path, width=picture.width, height=picture.height)
-    found.bytes, found.measures = path.stat().st_size, measure(picture, side)
+    path, known = folder.files[name], folder.images[name]
+    with folder.room_for(known.width * known.height if known else 0):
+        picture = train_lora.load_picture(path)
+        found = Found(name=name, path=path, width=picture.width, height=picture.height)
+        found.bytes, found.measures = path.stat().st_size, measure(picture, side)
     found.flags = ["location"] if has_location(path) else []
     return found
 
@@ -401,7 +403,7 @@ def free_name(split: str, found: Found, wishes: Wishes, taken: set[str]) -> str:
     """Name a picture in the dataset; no two names may be one on any file system."""
     suffix = ".png" if wishes.fit == "crop" else PurePosixPath(found.name).suffix.lower()
     parts = [split, *([found.label] if found.label else []), PurePosixPath(found.name).stem]
-    plain = [re.sub(r'[\x00-\x1f<>:"\\|?*]', "_", part)[:100].strip(". ") or "_" for part in parts]
+    plain = [FOREIGN.sub("_", part)[:100].strip(". ") or "_" for part in parts]
     stem = "/".join(plain)
     numbers = iter(range(2, 10**6))
     name = stem

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, cast
@@ -26,6 +27,7 @@ from train_lora import (
     draw_bar,
     exit_code,
     fill_closed_streams,
+    plain,
     reason_of,
     reporting,
     stop_for,
@@ -72,11 +74,16 @@ def remark(events: Emitter, message: str, **data: Any) -> None:
 
 def table(rows: Iterable[Sequence[object]]) -> None:
     """Print columns for a person. Where events go to stdout, this reaches stderr."""
-    texts = [[str(cell) for cell in row] for row in rows]
+    texts = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for row in texts:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def shown(value: object) -> str:
+    """Write a value for a person; a file's name may hold what moves the cursor, or is no text."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", str(value))
 
 
 def tell(record: Record) -> None:
@@ -93,7 +100,7 @@ def tell(record: Record) -> None:
     ]
     stream = sys.stdout if record["type"] == "complete" else sys.stderr
     clear = "\r\x1b[K" if stream.isatty() else ""  # of a bar
-    stream.write(clear + "\n".join(lines) + "\n")
+    stream.write(clear + "\n".join(map(shown, lines)) + "\n")
 
 
 @contextlib.contextmanager
@@ -116,7 +123,7 @@ def command_line(about: str | None) -> argparse.ArgumentParser:
 
 def as_json(document: Record) -> bytes:
     """Write JSON for people and for comparing: the same content gives the same bytes."""
-    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(plain(document), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def take_events(parser: argparse.ArgumentParser) -> None:

@@ -185,6 +185,16 @@ def test_captions_are_replaced_only_when_asked(models: Path, pictures: Path) -> 
     assert not (pictures / captions.JOURNAL).exists()
 
 
+def test_trigger_words_alone_are_no_caption(pictures: Path, models: Path) -> None:
+    """A dataset has them where nothing else was known; so it can be captioned as it is."""
+    made = pictures.parent / "made"
+    triggers = ("--trigger", "zkb", "--trigger", "big imp")
+    assert prepare.main(["build", str(pictures), str(made), *triggers]) == 0
+    told = caption(made, "--with", "tagger", "--model", models / "tagger", *triggers)
+    assert told.pop("train/b.txt") == "zkb, big imp, by hand"
+    assert all(text.startswith("big imp, zkb (imp), ") for text in told.values())
+
+
 def test_what_cannot_be_read_as_a_caption_is_not_lost(pictures: Path) -> None:
     """It may be all that somebody wrote; and nobody waits for a pipe."""
     (pictures / "a.txt").write_bytes(b"caf\xe9")

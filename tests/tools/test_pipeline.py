@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Recorder, write_image, write_json
+from scenes import scene
 
 import train_lora
 from tools import pipeline
@@ -80,8 +81,8 @@ def gone(
     """Go the whole way once; provide the folder of it, and what was said."""
     root = tmp_path_factory.mktemp("way")
     for number in range(6):
-        write_image(root / "raw" / f"{number}.png", (256 + number, 256))
-        (root / "raw" / f"{number}.png").with_suffix(".md").write_text("no picture", "utf-8")
+        (root / "raw").mkdir(exist_ok=True)
+        scene(number, 256).save(root / "raw" / f"{number}.png")
     config = write_json(root / "pipeline.json", document(root, built / "sd1", eyes))
     code, lines = way(config)
     assert code == 0, lines[-1]

@@ -350,6 +350,22 @@ def test_names_that_are_one_on_other_systems_get_numbers(tmp_path: Path) -> None
     assert not any(set('<>:"\\|?*') & set(name) for name in files)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_text_does_no_harm(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nor one that would move the cursor; in the dataset they have plain ones."""
+    names = [os.fsdecode(b"a\xff.png"), "b\x1b[2J\n.png"]
+    for number, name in enumerate(names):
+        write(tmp_path / "source", name, scene(number, 64))
+    files = [i["file"] for i in build(tmp_path / "source", "--trigger", "zkb")["images"]]
+    assert sorted(files) == ["train/a_.png", "train/b_[2J_.png"]
+    assert prepare.main(["check", str(tmp_path / "source")]) == 0
+    told = capfd.readouterr()
+    assert "a?.png" in told.out
+    assert "\x1b" not in told.out + told.err
+
+
 def test_links_and_pipes_are_named_and_left_out(source: Path) -> None:
     """Nothing outside is read, and nothing is waited for."""
     write_image(source.parent / "secret.png")
