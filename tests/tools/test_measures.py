@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter
 from scenes import centred, jpeg, marked, scene
 
 from tools.pictures import (
@@ -26,6 +26,7 @@ from tools.pictures import (
     measure,
     phash_of,
     sharpness_of,
+    worst_tile,
 )
 
 
@@ -59,6 +60,10 @@ EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "half the size": lambda image: image.resize((256, 256), Image.Resampling.LANCZOS),
     "a small mark": marked,
     "moved by a little": lambda image: ImageChops.offset(image, 2, 1),
+    "lighter": lambda image: ImageEnhance.Brightness(image).enhance(1.15),
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.75),
+    "harder": lambda image: ImageEnhance.Contrast(image).enhance(1.2),
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(4)),
 }
 
 
@@ -77,6 +82,13 @@ def test_different_things_in_the_middle_of_white_are_not_near() -> None:
     assert len(pairs) == 780
     assert sum(are_near(*pair) for pair in pairs) == 0
     assert len(list(close_hashes([each.phash for each in measures]))) > 20
+
+
+def test_black_and_white_are_not_one_but_for_their_light() -> None:
+    """What an edit would not do is not made up for."""
+    black, white = (measure(Image.new("RGB", (64, 64), name), 64) for name in ("black", "white"))
+    assert worst_tile(black, white) == 255
+    assert worst_tile(black, black) == 0
 
 
 def test_the_same_in_other_colours_is_another_picture() -> None:
