@@ -65,50 +65,56 @@ class StepFacts(Facts, topic="step", says="{name}: {state}"):
 
 @dataclass(frozen=True)
 class Step:
-    """A section of the file: the program it runs, and which of its options the file may give."""
+    """A section of the file, and the program it runs."""
 
     name: str
     program: str
-    whole: Callable[[], argparse.ArgumentParser] | None  # its command line; the trainer has knobs
-    describe: Callable[[argparse.ArgumentParser], None] = lambda _: None  # what of it is for a file
+    whole: Callable[[], argparse.ArgumentParser] | None = None  # all it takes; the trainer: knobs
+    asked: Callable[[], argparse.ArgumentParser] | None = None  # what of it the file may say
+    follows: Sequence[str] = ()  # what of that follows from the rest of the file
     needs: str | None = None  # the section that has to be there too
 
 
-def describe_data(parser: argparse.ArgumentParser) -> None:
+def asked_of_data() -> argparse.ArgumentParser:
     """List what a dataset may be made of, and how."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("source", help="folder with the pictures; it stays as it is")
     prepare.describe_build(parser)
+    return parser
 
 
-STEPS = (
-    Step("data", "tools/prepare.py", prepare.parser, describe_data),
-    Step("caption", "tools/prepare.py", prepare.parser, prepare.describe_caption, "data"),
-    Step("training", "train_lora.py", None),
-    Step("generate", "tools/generate.py", generate.parser, needs="training"),
-    Step("evaluate", "tools/evaluate.py", evaluate.parser, needs="generate"),
+def asked_of_captions() -> argparse.ArgumentParser:
+    """List who may write captions, and how."""
+    parser = argparse.ArgumentParser()
+    prepare.describe_caption(parser)
+    return parser
+
+
+DATA = Step("data", "tools/prepare.py", prepare.parser, asked_of_data, ("target",))
+CAPTION = Step(
+    "caption", "tools/prepare.py", prepare.parser, asked_of_captions, ("source",), "data"
 )
-# What follows from the rest of the file, or is for the command line.
-FOLLOWS = {
-    "data": ("target",),
-    "caption": ("source",),
-    "generate": ("base", "lora", "out", "fuse"),
-    "evaluate": ("folder", "train", "out"),
-}
-COMMON = ("help", "events", "dry_run", "trigger")
+TRAINING = Step("training", "train_lora.py")
+GENERATE = Step(
+    *("generate", "tools/generate.py", generate.parser, generate.parser),
+    follows=("base", "lora", "out", "fuse"),
+    needs="training",
+)
+EVALUATE = Step(
+    *("evaluate", "tools/evaluate.py", evaluate.parser, evaluate.parser),
+    follows=("folder", "train", "out"),
+    needs="generate",
+)
+STEPS = (DATA, CAPTION, TRAINING, GENERATE, EVALUATE)
+COMMON = ("help", "events", "dry_run", "trigger")  # for no file
 
 
 def keys_of(step: Step) -> dict[str, argparse.Action]:
     """List the keys of a section: the options of its program, without dashes in front."""
-    if step.whole is None:
-        return {}
-    parser = argparse.ArgumentParser()
-    step.describe(parser)
-    if step.name in ("generate", "evaluate"):
-        parser = step.whole()
     found = {}
-    for action in parser._actions:  # noqa: SLF001, the only list that there is
+    for action in step.asked()._actions if step.asked else ():  # noqa: SLF001, the only list
         name = (action.option_strings or [action.dest])[-1].lstrip("-").replace("-", "_")
-        if name not in (*COMMON, *FOLLOWS[step.name]):
+        if name not in (*COMMON, *step.follows):
             found[name] = action
     return found
 
@@ -118,7 +124,7 @@ def list_keys() -> None:
     rows = [("key", "what it says"), ("output_path", "folder for all that is made")]
     for step in STEPS:
         rows += [(f"{step.name}.{key}", a.help or "") for key, a in keys_of(step).items()]
-        if step.whole is None:
+        if step is TRAINING:
             told = "the knobs of REFERENCE.md; output_path and, with data, dataset_path follow"
             rows.append((f"{step.name}.…", told))
     table(rows)
@@ -183,7 +189,7 @@ def check_document(document: Record) -> None:
         known = keys_of(step)
         strange = [key for key in document.get(step.name, ()) if known and key not in known]
         problems += [unknown(key, known, f"{step.name}.") for key in strange]
-        if step.name == "data" and not document.get("data", {"source": 1}).get("source"):
+        if step is DATA and not document.get("data", {"source": 1}).get("source"):
             problems.append(Problem("data.source", "a folder with pictures", "nothing", "Name it."))
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_INVALID, problems)
@@ -335,15 +341,15 @@ class Plan:
         """Write down how the program of a step is called."""
         triggers = [f"--trigger={word}" for word in self.triggers]
         section, out = self.document[step.name], self.out
-        if step.name == "training":
+        if step is TRAINING:
             return ["--config", str(out / "training.json")]
         options, dataset = as_options(step, section), str(out / "dataset")
-        if step.name == "data":
+        if step is DATA:
             size = f"--resolution={self.config().resolution}"
             return ["build", *options, dataset, size, *triggers]
-        if step.name == "caption":
+        if step is CAPTION:
             return ["caption", dataset, *options, *triggers]
-        if step.name == "generate":
+        if step is GENERATE:
             base = [f"--base={self.document['training']['base_model']}"]
             size = [f"--resolution={self.config().resolution}"] * ("resolution" not in section)
             places = [f"--lora={out / 'run'}", f"--out={out / 'grid'}"]
@@ -358,9 +364,9 @@ class Plan:
 
     def write_files(self, step: Step) -> None:
         """Write what the program of a step reads."""
-        if step.name == "training":
+        if step is TRAINING:
             write_whole(self.out / "training.json", as_json(self.training()))
-        if step.name == "generate":
+        if step is GENERATE:
             text = json.dumps(self.prompts(), indent=1, ensure_ascii=False)
             write_whole(self.out / "prompts.json", text.encode())
 
@@ -383,10 +389,10 @@ class Plan:
         """List the files that a step has made."""
         out, dataset = self.out, self.out / "dataset"
         if step.name in ("data", "caption"):
-            ending = ".txt" if step.name == "caption" else ""
+            ending = ".txt" if step is CAPTION else ""
             files = [p for p in dataset.rglob("*") if p.is_file() and p.name.endswith(ending)]
             return [p for p in files if not p.name.startswith(".")]
-        if step.name == "generate":
+        if step is GENERATE:
             return [out / "grid" / "grid.json", *(out / "grid" / "images").rglob("*.png")]
         name = {"training": "run/lora_final.safetensors", "evaluate": "eval.json"}[step.name]
         return [out / name]
@@ -394,9 +400,9 @@ class Plan:
     def inputs(self, step: Step) -> str:
         """Sum up what a step is asked for and what it reads."""
         asked: list[Any] = [self.document[step.name], self.command(step)]
-        if step.name == "training":
+        if step is TRAINING:
             asked.append(self.training())
-        if step.name == "caption":  # it changes what it reads, which so tells nothing
+        if step is CAPTION:  # it changes what it reads, which so tells nothing
             asked.append(self.done.get("data", {}).get("inputs"))
         return train_lora.short_digest([*asked, *map(contents, self.reads(step))])
 
@@ -455,7 +461,7 @@ class Walk:
         for step in plan.steps:
             self.stop.check()
             self.anew = self.anew or step.name == self.begin
-            reason = "it was asked for" if self.anew else plan.reason(step) if not would else AFTER
+            reason = self.reason(step, AFTER if would else None)
             if not reason:
                 self.tell(step, "done already")
             elif dry:
@@ -469,6 +475,12 @@ class Walk:
             return f"Would run: {', '.join(would) or 'nothing'}", []
         return told, [str(plan.out / name) for name in RESULTS if (plan.out / name).exists()]
 
+    def reason(self, step: Step, waits: str | None) -> str | None:
+        """Say why a step is done; of what waits for another, the files are yet to come."""
+        if self.anew:
+            return "it was asked for"
+        return waits or self.plan.reason(step)
+
     def tell(self, step: Step, state: str) -> None:
         """Say how a step stands."""
         number, of = self.plan.steps.index(step) + 1, len(self.plan.steps)
@@ -478,13 +490,13 @@ class Walk:
         """Do one step, and note that it is done; return what it said."""
         plan, inputs = self.plan, self.plan.inputs(step)
         others = plan.done.get(step.name, {}).get("inputs") != inputs
-        if self.anew or (others and step.name == "data"):
+        if self.anew or (others and step is DATA):
             self.set_aside(step)
         plan.remember(step, inputs, None)
         plan.write_files(step)
         command = [str(ROOT / step.program), *plan.command(step)]
         command += ["--events"] if step.whole else []
-        if self.anew and step.name == "caption":
+        if self.anew and step is CAPTION:
             command.append("--overwrite")
         try:
             told = follow(step.name, command, self.events, self.stop)
