@@ -61,7 +61,7 @@ def make_florence(folder: Path) -> Path:
     vocabulary = {word: number for number, word in enumerate(words)}
     more = {"image_token": "<image>"}
     tokenizer = BartTokenizer(vocab=vocabulary, merges=[], extra_special_tokens=more)
-    images = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
+    images: Any = CLIPImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
     images.image_seq_length = 5  # two by two, and their mean
     rules: dict[str, Any] = {"pure_text": {}, "description_with_bboxes": OBJECTS}
     processor = Florence2Processor(
@@ -74,13 +74,11 @@ def make_florence(folder: Path) -> Path:
         sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
         layers |= {f"{side}_{name}": size for name, size in sizes.items()}
     text = {"model_type": "bart", "d_model": 32, "vocab_size": len(tokenizer), **layers}
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     config = Florence2Config(
         vision_config={**levels, "window_size": 2, "projection_dim": 32},
         text_config=text | {"max_position_embeddings": 320},
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
+        **ids | {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")},
     )
     return save(Florence2ForConditionalGeneration(config), processor, folder)
 
