@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import train_lora
 from tools.dataset import repeats_itself
 from tools.program import refuse
-from train_lora import Emitter, ErrorCode, PhaseFacts, Record, TrainError, TrainingConfig
+from train_lora import (
+    Emitter,
+    ErrorCode,
+    PhaseFacts,
+    Record,
+    StopRequest,
+    TrainError,
+    TrainingConfig,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,7 +68,7 @@ class Captioner(Protocol):
 # --- Finding a model ---
 
 
-def find_model(request: Request, events: Emitter) -> Path:
+def find_model(request: Request, events: Emitter, stop: StopRequest) -> Path:
     """Find a captioner's folder, and download what was asked for by its id."""
     kind = str(request.captioner)
     name = request.model or USUAL_MODELS.get(kind)
@@ -75,9 +83,9 @@ def find_model(request: Request, events: Emitter) -> Path:
     if not request.model:
         hint = f"With a network: --model {name}"
         raise refuse("--model", f"{name} on this machine, or a model's name", "neither", hint)
-    events.info(PhaseFacts(name="downloading the captioner", done=0, total=None))
+    events.emit(PhaseFacts(name="downloading the captioner", done=0, total=None))
     files = TAGGER_FILES if kind == "tagger" else MODEL_FILES
-    folder = train_lora.fetch(hub_id, list(files), "--model")
+    folder = train_lora.fetch(events, stop, hub_id, list(files), "--model")
     if lacks := lacking(folder, kind):
         raise refuse(name, f"a {kind} model", f"one without {lacks}")
     return folder

@@ -146,7 +146,7 @@ class Journal:
         if not self.needed:
             return
         knobs = {k: v for k, v in vars(job.request).items() if k not in ("batch", "device")}
-        asked = train_lora.short_digest([knobs, job.wishes.template, [*job.wishes.trigger]])
+        asked = train_lora.digest_of([knobs, job.wishes.template, [*job.wishes.trigger]], 12)
         lines = self.path.read_text("utf-8").split("\n") if self.path.is_file() else [""]
         if lines[0] == asked:  # the last line is empty, or torn
             self.done = set(map(json.loads, lines[1:-1])) & set(job.wanted)
@@ -172,8 +172,8 @@ def said_of(
     """Tell what is said of pictures: by another program, by a model, by a template alone."""
     phase = Phase("captioning pictures", len(names), events, stop)
     if job.request.captioner in CAPTIONERS and names:
-        folder = find_model(job.request, events)
-        events.info(PhaseFacts(name="loading the captioner", done=0, total=None))
+        folder = find_model(job.request, events, stop)
+        events.emit(PhaseFacts(name="loading the captioner", done=0, total=None))
         captioner = CAPTIONERS[str(job.request.captioner)](folder, job.request, events)
         try:
             yield from looked_at(job, names, captioner, phase)

@@ -92,9 +92,10 @@ def as_event(record: Record) -> Event | None:
     if cls is None or cls.ends_run:
         return None
     said = record["data"] if issubclass(cls, Facts) else record
-    values = {each.name: said.get(each.name) for each in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # each kind of event is made one
+    values = {each.name: said[each.name] for each in fields if each.name in said}
     if "code" in values:
-        values["code"] = code_called(values["code"], (WarningCode, ToolWarning))
+        values["code"] = code_called(str(record["code"]), (WarningCode, ToolWarning))
     return cls(**values)
 
 

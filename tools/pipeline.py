@@ -51,9 +51,10 @@ AFTER = "a step before it comes first"
 RESULTS = ("dataset/manifest.json", "run/lora_final.safetensors", "grid/grid.json", "eval.json")
 
 
-class StepFacts(Facts, topic="step", says="{name}: {state}"):
+class StepFacts(Facts, topic="step"):
     """How a step of the way stands."""
 
+    says = "{name}: {state}"
     name: Annotated[str, "`data`, `caption`, `training`, `generate` or `evaluate`"]
     state: Annotated[str, "what happens, in a few words"]
     number: Annotated[int, "which step, from 1"]
@@ -344,16 +345,17 @@ class Plan:
         if step is TRAINING:
             return ["--config", str(out / "training.json")]
         options, dataset = as_options(step, section), str(out / "dataset")
+        size = [f"--resolution={self.config().resolution}"]
         if step is DATA:
-            size = f"--resolution={self.config().resolution}"
-            return ["build", *options, dataset, size, *triggers]
+            return ["build", *options, dataset, *size, *triggers]
         if step is CAPTION:
             return ["caption", dataset, *options, *triggers]
         if step is GENERATE:
             base = [f"--base={self.document['training']['base_model']}"]
-            size = [f"--resolution={self.config().resolution}"] * ("resolution" not in section)
             places = [f"--lora={out / 'run'}", f"--out={out / 'grid'}"]
             prompts = f"--prompts={out / 'prompts.json'}"
+            if {"resolution", "width", "height"} & set(section):
+                size = []
             return [*base, *places, *size, prompts, *options, *triggers]
         return [
             str(out / "grid"),
@@ -404,7 +406,7 @@ class Plan:
             asked.append(self.training())
         if step is CAPTION:  # it changes what it reads, which so tells nothing
             asked.append(self.done.get("data", {}).get("inputs"))
-        return train_lora.short_digest([*asked, *map(contents, self.reads(step))])
+        return train_lora.digest_of([*asked, *map(contents, self.reads(step))], 12)
 
     def reason(self, step: Step) -> str | None:
         """Say why a step has to be done; none where it need not be."""
@@ -457,7 +459,8 @@ class Walk:
 
     def go(self, *, dry: bool) -> tuple[str, list[str]]:
         """Do the steps that have to be done; return what the last one said, and the results."""
-        plan, told, would = self.plan, "Nothing to do: all is done", []
+        plan, told = self.plan, "Nothing to do: all is done"
+        would: list[str] = []
         for step in plan.steps:
             self.stop.check()
             self.anew = self.anew or step.name == self.begin
@@ -484,7 +487,7 @@ class Walk:
     def tell(self, step: Step, state: str) -> None:
         """Say how a step stands."""
         number, of = self.plan.steps.index(step) + 1, len(self.plan.steps)
-        self.events.info(StepFacts(name=step.name, state=state, number=number, of=of))
+        self.events.emit(StepFacts(name=step.name, state=state, number=number, of=of))
 
     def do(self, step: Step) -> str:
         """Do one step, and note that it is done; return what it said."""

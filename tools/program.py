@@ -24,7 +24,7 @@ from train_lora import (
     WarningCode,
     claim_stdout,
     deadline_in,
-    draw_bar,
+    draw,
     exit_code,
     fill_closed_streams,
     plain,
@@ -90,7 +90,7 @@ def tell(record: Record) -> None:
     """Tell a person what an event says; a table says more than the last line of a success."""
     if record["type"] == "progress":
         if sys.stderr.isatty():  # a log is better off without
-            sys.stderr.write(draw_bar(record).decode())
+            sys.stderr.write(draw(record).decode())
         return
     problems = record.get("problems") or []
     lines = [record["message"]] if len(problems) < 2 else [f"{len(problems)} problems:"]

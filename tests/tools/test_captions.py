@@ -20,7 +20,7 @@ from tiny_captioners import make_blip, make_florence, make_llava, make_tagger
 
 from tools import captioners, captions, prepare
 from tools.captioners import Request, things_in
-from train_lora import Emitter, TrainError, TrainingInterrupted
+from train_lora import Emitter, StopRequest, TrainError, TrainingInterrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -271,7 +271,7 @@ def with_moody(
 ) -> Moody:
     """Put a captioner that can fail into the place of one."""
     moody = Moody(fails, error or RuntimeError("shape '[3, -1]' is invalid"))
-    monkeypatch.setitem(captioners.CAPTIONERS, "blip", moody)  # type: ignore[arg-type]
+    monkeypatch.setitem(captioners.CAPTIONERS, "blip", moody)
     monkeypatch.setattr(captions, "find_model", lambda *_: Path())
     return moody
 
@@ -421,9 +421,9 @@ def test_the_usual_model_is_not_downloaded_unasked(
     """Who names it wants it; a model for vlm has to be named."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(TrainError, match="With a network: --model florence-community"):
-        captioners.find_model(request("florence2"), Emitter())
+        captioners.find_model(request("florence2"), Emitter(), StopRequest())
     with pytest.raises(TrainError, match="got nothing"):
-        captioners.find_model(request("vlm"), Emitter())
+        captioners.find_model(request("vlm"), Emitter(), StopRequest())
 
 
 def test_a_model_in_the_cache_is_found_by_its_id(
@@ -435,7 +435,7 @@ def test_a_model_in_the_cache_is_found_by_its_id(
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("1", encoding="ascii")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    found = captioners.find_model(request("tagger", model="some/tagger"), Emitter())
+    found = captioners.find_model(request("tagger", model="some/tagger"), Emitter(), StopRequest())
     assert found == place / "snapshots" / "1"
 
 

@@ -45,6 +45,12 @@ class Case:
 CASES = {
     "prepare check": Case("prepare", "check images --report out/x.json", "check gone", plans=False),
     "prepare build": Case("prepare", "build images out/set --trigger zkb", "build gone out/set"),
+    "prepare caption": Case(
+        "prepare",
+        "caption images --with template --template {name} --overwrite",
+        "caption gone --with template --template {name}",
+        writes=False,  # but beside the pictures
+    ),
     "generate": Case(
         "generate",
         "--base sd1 --lora run --prompts zkb --seeds 1 --steps 1 --width 64 --height 64"
