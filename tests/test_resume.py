@@ -911,10 +911,10 @@ def knob(**changes: Any) -> Callable[[Place], None]:
 
 IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "base model": (other_weights, {"base_model"}),
-    "image bytes": (repaint, {"images"}),
-    "one image more": (add_picture, {"images", "captions"}),
-    "caption": (retell, {"captions"}),
-    "trigger words": (knob(trigger_words=["qxw"]), {"captions"}),
+    "image bytes": (repaint, {"dataset_path"}),
+    "one image more": (add_picture, {"dataset_path"}),
+    "caption": (retell, {"dataset_path"}),
+    "trigger words": (knob(trigger_words=["qxw"]), {"dataset_path"}),
     "resolution": (knob(resolution=264), {"resolution"}),
     "rank": (knob(lora_rank=4), {"lora_rank"}),
     "alpha": (knob(lora_alpha=2.5), {"lora_alpha"}),
@@ -923,8 +923,8 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "text encoder": (knob(train_text_encoder=True), {"train_text_encoder"}),
     "optimizer": (knob(optimizer="lion"), {"optimizer"}),
     "seed": (knob(seed=1), {"seed"}),
-    "regularization": (regularize, {"regularization", "images", "captions"}),
-    "global batch": (knob(gradient_accumulation_steps=4), {"effective_batch"}),
+    "regularization": (regularize, {"regularization_path", "dataset_path"}),
+    "global batch": (knob(gradient_accumulation_steps=4), {"batch_size"}),
     "two at once": (knob(seed=1, lora_rank=4), {"seed", "lora_rank"}),
 }
 
