@@ -4797,6 +4797,7 @@ def token_counter(folder: Path) -> Callable[[str], int] | None:
         split = pre_tokenizers.Split(words, behavior="removed", invert=True)
         level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     except Exception:  # noqa: BLE001, a damaged one is refused when it is loaded
         return None
     return lambda text: 2 + len(tokenizer.encode(text).ids)  # with the marks of both ends
