@@ -451,9 +451,9 @@ class ResumeFacts(Facts, topic="resume"):
 
 
 class RequestFacts(Facts, topic="request"):
-    """What `request.json` asked for was done."""
+    """`request.json` was answered; what of it failed, a warning before this line tells."""
 
-    says = "Did what was asked for at step {step}"
+    says = "Did what request.json asks for at step {step}"
     step: Annotated[int, "updates done so far"]
     asked: Annotated[dict[str, Any], "what the file held"]
 
@@ -941,22 +941,33 @@ def parse_config(text: str) -> Record:
     return document
 
 
+# What JSON's parser says, what stands there behind any character, and what people mostly did.
+MISTAKES = (
+    (r"escape", r"", "JSON wants \\\\ for a backslash; / does as well in a path."),
+    (r"control character", r"", "A text ends in its line; \\n stands for a line break in it."),
+    (r"Unterminated", r"", "A closing quote is missing."),
+    (r"", r"['\u201c\u201d]", 'Only straight double quotes count: "…".'),
+    (r"", r"(//|/\*|#)", "JSON has no comments; the key $comment may hold one."),
+    (r"trailing comma|Expecting", r"?,\s*[}\]]", "Remove the comma before the closing bracket."),
+    (r"", r"True\b", "Write true."),
+    (r"", r"False\b", "Write false."),
+    (r"", r"None\b", "Write null."),
+    (r"property name", r"\w", "Put double quotes around the name."),
+    (r"',' delimiter", r".", "A comma may be missing before this place."),
+    (r"delimiter|Expecting", r"$", "The end is missing, such as a closing bracket."),
+)
+
+
 def mistake(error: json.JSONDecodeError) -> str:
     """Name the usual mistake that JSON's parser stumbles over in this place."""
-    rest, before = error.doc[error.pos :], error.doc[: error.pos].rstrip()
-    if "escape" in error.msg:
-        return "JSON wants \\\\ for a backslash; / does as well in a path."
-    if rest.startswith(("'", "\u201c", "\u201d")):
-        return 'Only straight double quotes count: "…".'
-    if rest.startswith(("//", "/*", "#")):
-        return "JSON has no comments; the key $comment may hold one."
-    if before.endswith(",") or (rest.startswith(",") and rest[1:].lstrip()[:1] in ("}", "]")):
-        return "Remove the comma before the closing bracket."
-    if word := re.match(r"True|False|None", rest):
-        return f"Write {json.dumps({'True': True, 'False': False}.get(word[0]))}."
-    if before.endswith(('"', "}", "]")) or before[-1:].isalnum():
-        return "A comma may be missing before this place."
-    return "Mend this place."
+    before = error.doc[: error.pos].rstrip()
+    text = before[-1:].rjust(1) + error.doc[error.pos :]
+    fits = (
+        hint
+        for said, there, hint in MISTAKES
+        if re.search(said, error.msg) and re.match(f".{there}", text, re.DOTALL)
+    )
+    return next(fits, "Mend this place.")
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -1044,6 +1055,8 @@ def correction(knob: Record, value: Any) -> str:
         known = [item for item in knob["enum"] if isinstance(item, str)]
         for close in difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.6):
             return f"Did you mean {close}?"
+        if value.lower() in map(json.dumps, knob["enum"]):
+            return "Remove the quotes."
     elif isinstance(value, str) and kind not in ("string", "array"):
         with contextlib.suppress(ValueError):
             if isinstance(json.loads(value.lower()), (int, float, bool)):
@@ -2722,7 +2735,7 @@ def fetch(
         wanted = [file for file in asked if file.will_download]
     try:
         if wanted:
-            watch_download(beside(download), hub_id, wanted, events, stop)
+            return watch_download(beside(download), hub_id, wanted, events, stop)
         return Path(stop.wait_for(beside(download)))
     except TrainingInterrupted:
         raise
@@ -2735,8 +2748,8 @@ def fetch(
 
 def watch_download(
     outcome: Future[Any], hub_id: str, files: Sequence[Any], events: Emitter, stop: StopRequest
-) -> None:
-    """Tell how much of a download is here, by what grows in the cache."""
+) -> Path:
+    """Tell how much of a download is here, by what grows in the cache; return its folder."""
     total = sum(file.file_size or 0 for file in files) // 2**20
     blobs = hub_folder(hub_id) / "blobs"
 
@@ -2750,7 +2763,7 @@ def watch_download(
     while not outcome.done():
         phase.at(max(0, min(total, (held() - before) // 2**20)))
         wait([outcome], timeout=0.2)
-    outcome.result()
+    return Path(outcome.result())
 
 
 def cause_of(error: BaseException) -> str:
@@ -3131,8 +3144,8 @@ def report_long(
     texts: Texts, count: Callable[[str], int], most: int, events: Emitter, *, estimated: bool
 ) -> None:
     """Tell whose texts are too long to be read to the end."""
-    counted = functools.cache(count)
-    long = [name for name, text in texts if counted(text) > most]
+    tokens_in = functools.cache(count)
+    long = [name for name, text in texts if tokens_in(text) > most]
     if long:
         how = ", by a rough count" if estimated else ""
         message = f"Read up to {most - 2} tokens{how}: {counted(len(long), 'caption')}, such as "
@@ -3530,6 +3543,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
+MOST_NAMES = 10_000  # that a name is compared with
 
 
 def whereabouts(path: Path) -> str:
@@ -3540,7 +3554,7 @@ def whereabouts(path: Path) -> str:
             return "A backslash was read as part of a control character: write / or two of them."
         folder = nearest_folder(path)
         name = path.absolute().relative_to(folder).parts[:1]
-        there = [entry.name for entry in folder.iterdir()]
+        there = [entry.name for entry in itertools.islice(folder.iterdir(), MOST_NAMES)]
         near = difflib.get_close_matches("".join(name), there, n=3)
         named = f", which has {', '.join(near)}" if near else ""
         return f"{hint}The nearest folder there is: {folder}{named}."
@@ -3993,7 +4007,7 @@ def state_folders(output: Path) -> list[Path]:
 KNOBS_BEHIND = {
     "images": ("dataset_path", ""),
     "captions": ("dataset_path", ""),
-    "effective_batch": ("batch_size", " images per update"),
+    "effective_batch": ("batch_size", " per update"),
     "regularization": ("regularization_path", ""),
 }
 
@@ -4702,7 +4716,7 @@ class Preflight:
         self.disk_free_bytes = shutil.disk_usage(nearest_folder(config.output_path)).free
         self.disk_needed_bytes: int | None = None
         if self.structure:
-            left = self.order.total_steps - self.done
+            left = max(0, self.order.total_steps - self.done)
             self.disk_needed_bytes = disk_needed(config, self.structure, left)
 
     def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
@@ -4773,7 +4787,8 @@ def report_captions(
     config: TrainingConfig, base: BaseModel | None, dataset: Dataset, events: Emitter
 ) -> None:
     """Tell which captions are too long; without the tokenizer at hand, words are counted."""
-    count = token_counter(base.parts[base.family.tokenizers[0]].folder) if base else None
+    here = base and not base.reference  # else its tokenizer is to be fetched
+    count = token_counter(base.parts[base.family.tokenizers[0]].folder) if base and here else None
     rough = count or (lambda text: 2 + len(WORDS.findall(text)))
     most, texts = base.tokens if base else TOKENS, texts_of(config, dataset.pictures)
     report_long(texts, rough, most, events, estimated=count is None)
@@ -4798,6 +4813,7 @@ def token_counter(folder: Path) -> Callable[[str], int] | None:
         split = pre_tokenizers.Split(words, behavior="removed", invert=True)
         level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     except Exception:  # noqa: BLE001, a damaged one is refused when it is loaded
         return None
     return lambda text: 2 + len(tokenizer.encode(text).ids)  # with the marks of both ends
@@ -4952,6 +4968,7 @@ class LoRATrainer:
     learner: Learner = field(init=False)
     replay: Replay | None = None
     prompts: tuple[str, ...] = ()  # that were asked for while it runs, in place of the config's
+    deaf: bool = False  # to request.json, which cannot be removed
     written: int | None = None  # the step of the newest LoRA file
     previewed: int | None = None  # that of the newest previews
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
@@ -4969,7 +4986,8 @@ class LoRATrainer:
             report_model(self.config, (facts, base), self.events)
             dataset = scan_dataset(self.config, self.events, self.stop)
             plan = Preflight(self.config, facts, base, dataset, self.state.step)
-            self.compare(plan, base)
+            if self.saved or self.earlier.complete:  # else nobody needs to read all images again
+                self.compare(plan, base)
             report_captions(self.config, base, dataset, self.events)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
@@ -5410,14 +5428,14 @@ class LoRATrainer:
     def answer_request(self) -> None:
         """Do what request.json asks for, if it is there and makes sense; it goes either way."""
         path, step = self.config.output_path / "request.json", self.state.step
-        if not os.path.lexists(path):
-            return
+        if not step or self.deaf or not os.path.lexists(path):
+            return  # before the first update, there is nothing to save or to show
         try:
             asked = read_request(path)
             path.unlink()
-            if prompts := asked.get("sample_prompts"):
-                self.change_prompts(tuple(prompts))
-            if asked.get("checkpoint") and step:
+            if "sample_prompts" in asked:
+                self.change_prompts(tuple(asked["sample_prompts"]))
+            if asked.get("checkpoint"):
                 self.checkpoint("requested")
             if asked.get("preview"):
                 self.preview()
@@ -5425,6 +5443,7 @@ class LoRATrainer:
         except Exception as error:  # noqa: BLE001, whatever it is, training can go on
             with contextlib.suppress(OSError):
                 path.unlink()
+            self.deaf = os.path.lexists(path)
             message, reason = f"Cannot do what request.json asks: {error}", reason_of(error)
             self.events.warn(WarningCode.REQUEST_REFUSED, message, step=step, reason=reason)
 
@@ -5649,10 +5668,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+LONGEST_REASON = 200  # it quotes what was asked
+
+
 def read_request(path: Path) -> Record:
     """Read what a host asks of a living run; raise what is wrong with it in words."""
     with os.fdopen(open_own(path), "rb") as file:
-        content = file.read(CONFIG_BYTES)
+        content = file.read(CONFIG_BYTES + 1)
+    if len(content) > CONFIG_BYTES:
+        raise ValueError("it is larger than 1 MiB")
     asked, problems = parse_json(content.decode())
     known: Record = knobs()["sample_prompts"] | {"type": "array"}
     parts = {"preview": {"type": "boolean"}, "checkpoint": {"type": "boolean"}}
@@ -5663,7 +5687,7 @@ def read_request(path: Path) -> Record:
     wrong = [error.message for error in validator.iter_errors(asked)]
     wrong += [f"{problem.path}: {problem.expected}" for problem in problems]
     if wrong:
-        raise ValueError(wrong[0])
+        raise ValueError(shorten(wrong[0], LONGEST_REASON))
     return dict(asked)
 
 
@@ -5879,11 +5903,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if 1 in closed:
             stop.request("host_gone")
         stdout = claim_stdout()
-        watched = os.isatty(stdout) and not arguments.json  # by a person
-        host = LineWriter(
-            stdout, functools.partial(stop_for, stop), draw if watched else encode_line
-        )
-        beside_it = os.isatty(2) and not watched
+        shown = os.isatty(stdout)  # to a person, who has it told once
+        encode = draw if shown and not arguments.json else encode_line
+        host = LineWriter(stdout, functools.partial(stop_for, stop), encode)
+        beside_it = os.isatty(2) and not shown
         people = [LineWriter(os.dup(2), lambda _: None, draw)] if beside_it else []
         events = Emitter(host, *people)
         stop.end = functools.partial(end_at_once, events, host)
@@ -5932,7 +5955,8 @@ def draw(record: Record) -> bytes:
         lines = [f"Warning: {lines[0]}"]
     elif kind == "error":
         problems = [Problem(**each) for each in record["problems"]]
-        lines = [f"Error: {lines[0]}", *(f"  {problem}" for problem in problems[1:] and problems)]
+        told = [str(problem) for problem in problems]
+        lines = [f"Error: {lines[0]}", *(f"  {each}" for each in told if each not in lines[0])]
         lines += [] if problems else [f"  {record['hint']}"]
     elif kind == "complete":
         lines += [f"  {record['final_path']}"]
@@ -5945,7 +5969,7 @@ def draw(record: Record) -> bytes:
         speed = "" if pace is None else f" {pace:.2f} s/step, {left} left"
         done = 24 * step // total
         text = f"{'█' * done}{'░' * (24 - done)} {step}/{total}{loss}{speed}"
-    return f"\r\x1b[K{text}".encode()
+    return f"\r\x1b[K{text}".encode(errors="replace")  # a file name need not be text
 
 
 if __name__ == "__main__":

@@ -767,7 +767,8 @@ def test_a_caption_that_is_too_long_is_warned_of(
     recorder = encode(built / "sd2", long, long, "short").recorder
     assert recorder.codes() == codes
     found = [warning["data"] for warning in recorder.of_type("warning")]
-    assert found == [{"captions": 1, "first": long}] * len(codes)
+    told = {"captions": 2, "files": ["0.png", "1.png"], "estimated": False}
+    assert found == [told] * len(codes)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -777,7 +778,7 @@ def test_as_many_tokens_are_read_as_the_text_encoders_have_places(here: Path, fa
     found = encode(base, long)
     assert found.cache.texts[long]["prompt_embeds"].shape[1] == 16
     (warning,) = found.recorder.of_type("warning")
-    assert warning["message"].startswith("1 captions have more than 14 tokens")
+    assert warning["message"] == "Read up to 14 tokens: 1 caption, such as that of 0.png"
 
 
 # --- memory, phases, stopping ---

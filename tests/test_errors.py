@@ -256,6 +256,17 @@ def again(change: Callable[[Path], object], **changes: Any) -> Scene:
     return play
 
 
+def ask_for_nonsense(folder: Path) -> list[Record]:
+    """Ask a run for what it does not know, once it has begun."""
+    write_tiny_run(folder, steps=2)
+
+    def ask(record: Record) -> None:
+        if record.get("topic") == "dataset":
+            write_text("out/request.json", '{"pause": true}')(folder)
+
+    return start(folder, ask)
+
+
 def damage_newest_state(folder: Path) -> None:
     """Flip what the last update of a run of two wrote."""
     (folder / "out" / "state" / "step_2" / "adapter.safetensors").write_bytes(b"flipped")
@@ -371,12 +382,14 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.SAMPLE_FAILED: trained(obstruct("samples/step_1.png", by_folder=True)),
     WarningCode.PREDICTION_ASSUMED: prepared(write_sd2_file, base_model="sd2.safetensors"),
     WarningCode.CHECKPOINT_FAILED: obstruct_a_checkpoint_meanwhile,
+    WarningCode.STEPS_DONE: again(lambda folder: write_tiny_run(folder, steps=1), steps=2),
     WarningCode.STATE_IGNORED: again(damage_newest_state, steps=2, checkpoint_steps=1),
     WarningCode.CACHE_DAMAGED: damage_cache,
     # A name that is just short enough, but not for the file that is written before it is renamed.
     WarningCode.COPY_FAILED: trained(loras_path=".", lora_name="\u5b57" * 80),
     WarningCode.CACHE_FAILED: trained(cache_dir="/dev/null"),
     WarningCode.COMPILE_FAILED: compile_without_compiler,
+    WarningCode.REQUEST_REFUSED: ask_for_nonsense,
     WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),
     WarningCode.OUTPUT_REMOVED: remove_output,
 }

@@ -51,6 +51,7 @@ from train_lora import (
     PhaseFacts,
     Problem,
     ProgressEvent,
+    RequestFacts,
     ResumeFacts,
     SampleEvent,
     StartEvent,
@@ -137,6 +138,7 @@ FACTS: list[Facts] = [
     PhaseFacts(name="checking images", done=1, total=2),
     MemoryFacts(phase="encoding", in_use_bytes=1, peak_bytes=2, planned_bytes=3),
     ResumeFacts(step=0, aimed_at=None, set_aside=None),
+    RequestFacts(step=3, asked={"preview": True}),
     VALID,
 ]
 EXAMPLES: list[Event] = [
@@ -235,10 +237,11 @@ def test_a_message_does_not_say_none(events: Emitter, recorder: Recorder) -> Non
 
 def test_numbers_are_written_for_people(events: Emitter, recorder: Recorder) -> None:
     """A status bar shows neither powers of ten nor a row of digits."""
-    events.emit(replace(COMPLETE, step=20_000, total_time=12_345.678))
     events.emit(replace(FACTS[1], parameters=860_000_000))  # type: ignore[call-arg]
+    events.emit(replace(COMPLETE, step=20_000, total_time=12_345.678))
 
-    assert recorder.records[0]["message"] == "Complete: 20,000 steps in 12,346 s"
+    assert recorder.records[0]["message"].endswith("family sd1, 860,000,000 parameters")
+    assert recorder.records[1]["message"] == "Complete: 20,000 steps in 3 h 25 min"
 
 
 class Renamed(ProgressEvent):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import Recorder, snapshot, write_earlier_run
 from processes import program, run_program, script, started
-from tiny_runs import tiny_config
+from tiny_runs import tiny_base, tiny_config
 
 import train_lora
 from train_lora import TrainError
@@ -161,8 +161,14 @@ def test_a_fresh_run_in_a_new_folder_has_nothing_to_set_aside(workspace: Path) -
 
 
 @pytest.fixture
-def small_disk() -> Iterator[int]:
-    """Let no file grow beyond 16 KiB, as on a full disk."""
+def model(ground: Path) -> Path:
+    """Provide a tiny base model."""
+    return tiny_base("sd1", ground / "bases")
+
+
+@pytest.fixture
+def small_disk(model: Path) -> Iterator[int]:
+    """Let no file grow beyond 16 KiB, as on a disk that is full once the model is there."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
     yield 16384

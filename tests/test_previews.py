@@ -370,6 +370,7 @@ def test_after_a_preview_without_memory_the_next_ones_take_less(
     ready.preview()
     hook.remove()
     assert ready.recorder.codes().count("sample_failed") == 1
+    ready.make_updates()
     ready.preview()
     assert len(ready.recorder.of_type("sample")) == 2
     assert (ready.models.previews_at_once, ready.models.tiling) == (1, True)

@@ -556,6 +556,45 @@ def test_fewer_steps_than_done_end_at_once_with_what_was_learned(half: Place) ->
     assert half.tree() == before
 
 
+def preflight(place: Place, *, fresh: bool = False) -> Recorder:
+    """Check a config and hear what is told, to the last line, whatever that is."""
+    heard = Recorder()
+    config = TrainingConfig.from_json(place.folder / "config.json")
+    with contextlib.suppress(TrainError):
+        LoRATrainer(config, Emitter(heard), fresh=fresh).validate()
+    check_stream(b"".join(map(train_lora.encode_line, heard.records)))
+    return heard
+
+
+@pytest.mark.parametrize(("finished", "made"), [(False, 6), (True, 12)])
+def test_who_asks_for_fewer_steps_than_were_made_is_told(
+    finished: bool, made: int, half: Place, whole: Place, tmp_path: Path
+) -> None:
+    """By a preflight and by a start, of an unfinished run and of one that is complete."""
+    place = whole.copy(tmp_path / "done") if finished else half
+    place.change(steps=4)
+    checked, started = preflight(place), start(place)
+    for heard in (checked, started):
+        (warned,) = [w for w in heard.of_type("warning") if w["code"] == "steps_done"]
+        assert warned["data"] == {"done": made, "total_steps": 4}
+        assert f"has made {made}" in warned["message"]
+    report = checked.records[-1]["data"]
+    assert (report["resumed_step"], report["total_steps"]) == (made, 4)
+    assert report["disk_needed_bytes"] > 0
+    assert (started.records[-1]["type"], started.records[-1]["step"]) == ("complete", made)
+
+
+@pytest.mark.parametrize("steps", [6, 7, 12, 20])
+def test_who_asks_for_as_many_steps_as_were_made_or_more_is_told_nothing(
+    steps: int, half: Place
+) -> None:
+    """Only what will not be done is worth a warning."""
+    half.change(steps=steps)
+    heard = preflight(half)
+    assert "steps_done" not in heard.codes()
+    assert heard.records[-1]["data"]["total_steps"] == steps
+
+
 def test_fewer_steps_than_planned_end_where_they_say(half: Place) -> None:
     """Shortening is allowed as long as the end is ahead."""
     half.change(steps=7)
@@ -911,10 +950,10 @@ def knob(**changes: Any) -> Callable[[Place], None]:
 
 IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "base model": (other_weights, {"base_model"}),
-    "image bytes": (repaint, {"images"}),
-    "one image more": (add_picture, {"images", "captions"}),
-    "caption": (retell, {"captions"}),
-    "trigger words": (knob(trigger_words=["qxw"]), {"captions"}),
+    "image bytes": (repaint, {"dataset_path"}),
+    "one image more": (add_picture, {"dataset_path"}),
+    "caption": (retell, {"dataset_path"}),
+    "trigger words": (knob(trigger_words=["qxw"]), {"dataset_path"}),
     "resolution": (knob(resolution=264), {"resolution"}),
     "rank": (knob(lora_rank=4), {"lora_rank"}),
     "alpha": (knob(lora_alpha=2.5), {"lora_alpha"}),
@@ -923,8 +962,8 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "text encoder": (knob(train_text_encoder=True), {"train_text_encoder"}),
     "optimizer": (knob(optimizer="lion"), {"optimizer"}),
     "seed": (knob(seed=1), {"seed"}),
-    "regularization": (regularize, {"regularization", "images", "captions"}),
-    "global batch": (knob(gradient_accumulation_steps=4), {"effective_batch"}),
+    "regularization": (regularize, {"regularization_path", "dataset_path"}),
+    "global batch": (knob(gradient_accumulation_steps=4), {"batch_size"}),
     "two at once": (knob(seed=1, lora_rank=4), {"seed", "lora_rank"}),
 }
 
@@ -953,6 +992,33 @@ def test_another_run_is_refused_with_all_that_differs(
     }
 
 
+@pytest.mark.parametrize("name", IDENTITY)
+def test_preflight_refuses_another_run_as_training_does(
+    name: str, half: Place, install: Install
+) -> None:
+    """With the same list; nothing is written, not even a line to events.jsonl."""
+    install("lion_pytorch/__init__.py", "class Lion: pass\n")
+    IDENTITY[name][0](half)
+    before = half.tree()
+    last = preflight(half).records[-1]
+    assert half.tree() == before
+    failure = refused(half, ErrorCode.RUN_CHANGED)
+    assert (last["type"], last["code"]) == ("error", "run_changed")
+    assert last["problems"] == [vars(problem) for problem in failure.problems]
+    assert preflight(half, fresh=True).records[-1]["topic"] == "valid"
+
+
+def test_what_differs_is_told_under_the_knob_that_a_form_can_mark(half: Place) -> None:
+    """There is no knob for the images per update; batch_size is one behind them."""
+    half.change(gradient_accumulation_steps=4)
+    (problem,) = preflight(half).records[-1]["problems"]
+    told = (problem["path"], problem["expected"], problem["found"])
+    assert told == ("batch_size", "3 per update", "4 per update")
+    assert {knob for knob, _ in train_lora.KNOBS_BEHIND.values()} <= set(half.config) | set(
+        train_lora.knobs()
+    )
+
+
 def move_base(place: Place) -> None:
     """Give the same base model under another path."""
     shutil.copytree(place.config["base_model"], place.folder / "moved")
@@ -973,6 +1039,9 @@ MUTABLE: dict[str, Callable[[Place], None]] = {
 def test_what_does_not_make_another_run_may_change(name: str, half: Place) -> None:
     """The run goes on from the same step."""
     MUTABLE[name](half)
+    checked = preflight(half).records
+    assert checked[-1]["topic"] == "valid"
+    assert checked[0]["resumed_step"] == checked[-1]["data"]["resumed_step"] == 6
     assert glance(half).records[0]["resumed_step"] == 6
 
 
@@ -993,7 +1062,12 @@ def test_never_resuming_refuses_what_could_be_continued(half: Place) -> None:
     """The earlier run is neither continued nor overwritten."""
     half.change(resume="never")
     before = half.tree()
-    refused(half, ErrorCode.RUN_EXISTS)
+    last = preflight(half).records[-1]
+    failure = refused(half, ErrorCode.RUN_EXISTS)
+    assert (last["code"], last["message"]) == ("run_exists", str(failure))
+    fresh = preflight(half, fresh=True).records
+    assert (fresh[0]["resumed_step"], fresh[-1]["topic"]) == (0, "valid")
+    assert fresh[-1]["data"]["resumed_step"] == 0
     assert half.tree() == before
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Record, Recorder, check_stream, load_config, write_config, write_image
+from conftest import PROGRAM, Record, Recorder, check_stream, load_config, write_config, write_image
 from processes import CONTRACT_SECONDS, Child, program, script, started, wait_until
 
 from train_lora import (
@@ -254,7 +254,7 @@ stop.end = functools.partial(t.end_at_once, events, writer)
 with stop.on_signals():
     events.emit(t.PhaseFacts(name="working", done=0, total=None))
     if libc.syscall(56, CLONE_VFORK | signal.SIGCHLD, 0, 0, 0, 0) == 0:
-        os.close(writer._descriptor)
+        os.close(writer.descriptor)
         libc.sleep(60)
         libc._exit(0)
 """
@@ -532,6 +532,7 @@ def test_a_stop_file_ends_the_run_and_is_gone(slow: Path) -> None:
     stop_file = slow / "out" / "stop"
     stop_file.parent.mkdir()
     stop_file.touch()
+    os.utime(stop_file, (time.time() - 60,) * 2)
     with started(*program(), cwd=slow) as child:
         wait_until(lambda: not stop_file.exists())
         time.sleep(0.7)  # longer than the file is looked for
@@ -541,6 +542,44 @@ def test_a_stop_file_ends_the_run_and_is_gone(slow: Path) -> None:
         assert child.end() == 143
         assert (child.last["type"], child.last["reason"]) == ("interrupted", "stop_file")
         assert not stop_file.exists()
+
+
+def test_a_stop_file_that_is_younger_than_the_process_is_a_request(slow: Path) -> None:
+    """Also where it was written before the program came to look; the run does not begin."""
+    reader, writer = os.pipe()
+    stop_file = slow / "out" / "stop"
+    stop_file.parent.mkdir()
+    command = (sys.executable, PROGRAM, "--config", "-")
+    with started(*command, cwd=slow, stdin=reader) as child:
+        os.close(reader)
+        with os.fdopen(writer, "wb") as config:  # until it comes, the process waits
+            wait_until(lambda: listens(child.process.pid))
+            stop_file.touch()
+            config.write((slow / "config.json").read_bytes())
+
+        assert child.end() == 143
+        assert (child.last["type"], child.last["reason"]) == ("interrupted", "stop_file")
+        assert not stop_file.exists()
+
+
+def listens(process: int) -> bool:
+    """Tell whether a process has handlers for signals, as the program has once it began."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    (caught,) = (line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_only_a_stop_file_from_before_the_process_is_taken_for_old(
+    tmp_path: Path, stop: StopRequest
+) -> None:
+    """By the clock of files; the process began a moment before it could note the time."""
+    path, moment = tmp_path / "stop", time.time()
+    assert moment - 2 < stop.began <= moment
+    for age, old in ((60, True), (-1, False)):
+        path.touch()
+        os.utime(path, (stop.began - age,) * 2)
+        assert take_stop_file(path, stop.began) is old
+        assert path.exists() is not old
 
 
 AS_LIBRARY = """

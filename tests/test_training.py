@@ -624,6 +624,169 @@ def test_an_interrupted_checkpoint_equals_a_periodic_one(
     assert all(torch.equal(value, saved[key]) for key, value in whole.items())
 
 
+# --- What is asked of a living run ---
+
+
+@dataclass
+class Asking(Recorder):
+    """A listener that writes request.json once a moment has come."""
+
+    out: Path
+    content: bytes
+    moment: Callable[[Record], bool]
+    records: list[Record] = field(default_factory=list)
+
+    def __call__(self, record: Record) -> None:
+        """Keep the record, and ask."""
+        self.records.append(record)
+        if self.moment(record):
+            self.ask()
+
+    def ask(self) -> None:
+        """Put the file there whole, as hosts do."""
+        (self.out / "asking").write_bytes(self.content)
+        (self.out / "asking").replace(self.out / "request.json")
+
+
+def asking(folder: Path, asked: Record, moment: Callable[[Record], bool]) -> Asking:
+    """Ask for something at a moment of a run in a folder."""
+    return Asking(folder / "out", json.dumps(asked).encode(), moment)
+
+
+def told(heard: Recorder) -> list[tuple[str, int, str]]:
+    """List pictures and checkpoints with their prompts and reasons."""
+    keys = {"sample": "prompt", "checkpoint": "reason"}
+    return [(r["type"], r["step"], r[keys[r["type"]]]) for r in heard.records if r["type"] in keys]
+
+
+ALL_AT_ONCE: Record = {"preview": True, "checkpoint": True, "sample_prompts": ["a zkb", "a cat"]}
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_a_living_run_draws_saves_and_changes_prompts_on_demand(
+    text_encoder: bool, tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    """At the next update, also of prompts it never read; what it learns stays the same."""
+    changes: Record = {"train_text_encoder": text_encoder, **NO_EXTRAS}
+    plain = train(write_workspace(tmp_path / "plain", bases[QUICK], **changes))
+    folder = write_workspace(tmp_path / "asked", bases[QUICK], **changes)
+    heard = asking(folder, ALL_AT_ONCE, at("progress"))
+    done = train(folder, heard)
+    check_stream(b"".join(map(train_lora.encode_line, heard.records)))
+    both = [("sample", 1, "a zkb"), ("sample", 1, "a cat")]
+    last = [("sample", 4, "a zkb"), ("sample", 4, "a cat")]
+    assert told(heard) == [("checkpoint", 1, "requested"), *both, *last]
+    (answer,) = [r["data"] for r in heard.of_type("info") if r["topic"] == "request"]
+    assert answer == {"step": 1, "asked": ALL_AT_ONCE}
+    assert not (folder / "out" / "request.json").exists()
+    assert load_file(folder / "out" / "checkpoints" / "lora_step_1.safetensors")
+    assert done.result.sha256 == plain.result.sha256
+
+
+def test_what_is_asked_for_and_due_anyway_is_made_once(
+    tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    """One preview and one checkpoint of a step, told in one line each."""
+    changes: Record = {"steps": 2, "validation_steps": 1, "checkpoint_steps": 1}
+    folder = write_workspace(tmp_path, bases[QUICK], **changes)
+    heard = asking(folder, {"preview": True, "checkpoint": True}, at("progress"))
+    train(folder, heard)
+    assert told(heard) == [
+        *(("checkpoint", 1, "requested"), ("sample", 1, "zkb")),
+        *(("checkpoint", 2, "periodic"), ("sample", 2, "zkb")),
+    ]
+
+
+def test_an_empty_list_of_prompts_means_those_of_the_config(
+    tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    """As in the config, where it means the trigger words."""
+    changes: Record = {"steps": 2, "validation_steps": 1}
+    folder = write_workspace(tmp_path, bases[QUICK], **changes)
+    heard = asking(folder, {"sample_prompts": ["a dog"]}, at("progress"))
+    heard.moment = lambda record: record["type"] in ("progress", "sample")
+
+    def ask_otherwise() -> None:
+        Asking.ask(heard)
+        heard.content = b'{"sample_prompts": []}'
+
+    heard.ask = ask_otherwise  # type: ignore[method-assign]
+    train(folder, heard)
+    assert told(heard)[0] == ("sample", 1, "a dog")
+    assert told(heard)[-1] == ("sample", 2, "zkb")
+
+
+def test_a_request_before_the_first_update_is_answered_after_it(
+    tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    """There is nothing to save before; it is not lost."""
+    folder = write_workspace(tmp_path, bases[QUICK], **NO_EXTRAS)
+    heard = asking(folder, {"checkpoint": True}, at("start"))
+    train(folder, heard)
+    assert told(heard)[0] == ("checkpoint", 1, "requested")
+
+
+NO_REQUESTS: dict[str, tuple[bytes, str]] = {
+    "no JSON": (b"{", "Expecting"),
+    "no text": (b"\xff\xfe", "utf-8"),
+    "no object": (b"[1]", "object"),
+    "NaN": (b'{"preview": NaN}', "boolean"),
+    "unknown key": (b'{"preview": true, "pause": true}', "pause"),
+    "wrong type": (b'{"checkpoint": "yes"}', "boolean"),
+    "one prompt": (b'{"sample_prompts": "zkb"}', "array"),
+    "empty prompt": (b'{"sample_prompts": [" "]}', "match"),
+    "too many prompts": (json.dumps({"sample_prompts": ["a"] * 17}).encode(), "too long"),
+    "10 MB": (b'{"preview": true}' + b" " * 10**7, "larger than 1 MiB"),
+    "brackets": (b"[" * 10**6, "recursion"),
+}
+
+
+@pytest.mark.parametrize("name", NO_REQUESTS)
+def test_a_request_without_sense_is_refused_and_removed(
+    name: str, tmp_path: Path, bases: dict[str, Path], quick: Trained
+) -> None:
+    """A warning says why; the run goes on to the same bytes."""
+    content, reason = NO_REQUESTS[name]
+    folder = write_workspace(tmp_path, bases[QUICK])
+    heard = Asking(folder / "out", content, at("progress"))
+    done = train(folder, heard)
+    (warned,) = [w for w in heard.of_type("warning") if w["code"] == "request_refused"]
+    assert reason in warned["data"]["reason"]
+    assert len(warned["message"]) < 300
+    assert not (folder / "out" / "request.json").exists()
+    assert not [r for r in heard.of_type("info") if r["topic"] == "request"]
+    assert done.result.sha256 == quick.result.sha256
+
+
+def make_pipe(path: Path) -> None:
+    """Make a pipe that nobody writes to."""
+    os.mkfifo(path)
+
+
+def make_link(path: Path) -> None:
+    """Make a link to a request that lies elsewhere."""
+    elsewhere = path.parent.parent / "elsewhere.json"
+    elsewhere.write_text('{"preview": true}', encoding="utf-8")
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_link, Path.mkdir])
+def test_what_only_has_the_name_of_a_request_is_refused_once(
+    make: Callable[[Path], object], tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    """It is not waited for and not followed; a folder, which stays, is not told of every update."""
+    folder = write_workspace(tmp_path, bases[QUICK], **NO_EXTRAS)
+    heard = asking(folder, {}, at("progress"))
+    path = folder / "out" / "request.json"
+    heard.ask = lambda: make(path)  # type: ignore[method-assign, assignment, return-value]
+    train(folder, heard)
+    assert heard.codes().count("request_refused") == 1
+    assert path.is_dir() is (make is Path.mkdir)
+    assert [kind for kind, step, _ in told(heard) if step == 1] == []
+    if make is make_link:
+        assert (folder / "elsewhere.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("number", "awaited", "code"),
     [(signal.SIGTERM, "start", 143), (signal.SIGINT, "progress", 130)],
