@@ -124,7 +124,7 @@ def test_sdxl_is_told_the_sizes_of_the_images_drawn(ground: Path) -> None:
     """Original height and width, crop top and left, target; slot by slot, in full precision."""
     _, overheard, _ = exchange(prepare(tiny_config(ground, "sdxl")))
     told = overheard.named["added_cond_kwargs"]["time_ids"]
-    widths = [256 + 40 * number for number in range(4)]
+    widths = [256 + 10 * number for number in range(4)]
     expected = [[256.0, w, 0, (w - 256) // 2, 256, 256] for w in widths]
     assert told.dtype == torch.float32
     assert told.tolist() == expected
