@@ -778,7 +778,7 @@ def test_what_only_has_the_name_of_a_request_is_refused_once(
     folder = write_workspace(tmp_path, bases[QUICK], **NO_EXTRAS)
     heard = asking(folder, {}, at("progress"))
     path = folder / "out" / "request.json"
-    heard.ask = lambda: make(path)  # type: ignore[method-assign, assignment, return-value]
+    heard.ask = lambda: make(path)  # type: ignore[method-assign, assignment]
     train(folder, heard)
     assert heard.codes().count("request_refused") == 1
     assert path.is_dir() is (make is Path.mkdir)

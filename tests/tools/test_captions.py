@@ -22,7 +22,6 @@ from tools import captioners, captions, prepare
 from tools.captioners import Request, things_in
 from train_lora import Emitter, StopRequest, TrainError, TrainingInterrupted
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "florence2": make_florence,
     "blip": make_blip,
