@@ -4249,7 +4249,7 @@ def list_devices() -> list[Record]:
 def built_for_cpu() -> bool:
     """Tell whether the torch that is installed sees no card, without importing it."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("torch").endswith("+cpu")
+        return str(importlib.metadata.version("torch")).endswith("+cpu")  # None of half a package
     return False
 
 
