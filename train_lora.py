@@ -431,7 +431,7 @@ class PhaseFacts(Facts, topic="phase"):
 class MemoryFacts(Facts, topic="memory"):
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
-    says = "Memory, {phase}: {planned_bytes:size} planned, {peak_bytes:size} measured"
+    says = "Memory while {phase}, {planned_bytes:size} planned, {peak_bytes:size} measured"
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
     in_use_bytes: Annotated[int | None, "held by training at the end of the phase"] = None
     peak_bytes: Annotated[int | None, "most that was ever held"] = None

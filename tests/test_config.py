@@ -492,7 +492,7 @@ def test_a_usual_mistake_in_json_is_named(text: str, hint: str) -> None:
         ("train_text_encoder", "True", "Remove the quotes."),
         ("gradient_checkpointing", "true", "Remove the quotes."),
         ("optimizer", "AdamW8bit", "Did you mean adamw8bit?"),
-        ("optimizer", "Prodigy", "Did you mean prodigy?"),
+        ("optimizer", "Lion", "Did you mean lion?"),
         ("mixed_precision", "fp-16", "Did you mean fp16?"),
         ("trigger_words", "zkb", 'Write ["zkb"].'),
         ("device", "gpu", NESTED["device"]["hint"]),

@@ -282,14 +282,14 @@ def test_what_is_unknown_is_left_out_of_a_sentence(events: Emitter, recorder: Re
     """Between its commas; a sentence that would be empty keeps its first part."""
     events.emit(ModelFacts(source="hub", cached=False))
     events.emit(MemoryFacts(phase="planning", planned_bytes=3 * 2**30))
-    events.emit(MemoryFacts(phase="encoding", peak_bytes=2**20))
+    events.emit(MemoryFacts(phase="encoding", peak_bytes=2**20, planned_bytes=None))
     events.emit(progress(loss=None))
     events.emit(PhaseFacts(name="downloading", done=1, total=None))
     events.emit(replace(SAMPLE, prompt="a, {b}, c"))
     assert [record["message"] for record in recorder.records] == [
         "Base model: hub",
-        "Memory, planning, 3.0 GiB planned",
-        "Memory, encoding, 1 MiB measured",
+        "Memory while planning, 3.0 GiB planned",
+        "Memory while encoding, 1 MiB measured",
         "Step 1 of 10",
         "downloading: 1 of unknown items",
         "Sample at step 5: a, {b}, c",

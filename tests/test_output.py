@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Recorder, snapshot, write_earlier_run
+from conftest import Recorder, load_config, snapshot, write_earlier_run
 from processes import program, run_program, script, started
 from tiny_runs import tiny_base, tiny_config
 
@@ -193,7 +193,7 @@ def test_a_container_is_spoken_of_inside_one_alone(
     monkeypatch.setattr(train_lora, "IN_CONTAINER", marks)
     if inside:
         (tmp_path / "mark").touch()
-    assert ("container" in train_lora.whereabouts(tmp_path / "nowhere")) is inside
+    assert ("This is a container" in train_lora.whereabouts(tmp_path / "nowhere")) is inside
 
 
 def test_only_so_many_names_are_compared(
