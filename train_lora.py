@@ -431,7 +431,7 @@ class PhaseFacts(Facts, topic="phase"):
 class MemoryFacts(Facts, topic="memory"):
     """What a run will need, told before anything is loaded; then what each phase did need."""
 
-    says = "Memory, {phase}: {planned_bytes:size} planned, {peak_bytes:size} measured"
+    says = "Memory while {phase}, {planned_bytes:size} planned, {peak_bytes:size} measured"
     phase: Annotated[str, "`planning`, `encoding`, `loading`, `training`"]
     in_use_bytes: Annotated[int | None, "held by training at the end of the phase"] = None
     peak_bytes: Annotated[int | None, "most that was ever held"] = None
@@ -4265,7 +4265,7 @@ def list_devices() -> list[Record]:
 def built_for_cpu() -> bool:
     """Tell whether the torch that is installed sees no card, without importing it."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("torch").endswith("+cpu")
+        return str(importlib.metadata.version("torch")).endswith("+cpu")  # None of half a package
     return False
 
 

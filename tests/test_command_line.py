@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,11 @@ from typing import Any
 
 import pytest
 from conftest import PROGRAM, ROOT, check_stream, write_config, write_image
-from processes import run_program
+from processes import run_program, started
 
 import train_lora
 
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs pseudo-terminals")
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -297,6 +300,124 @@ def test_the_program_runs_from_anywhere_and_in_isolation(workspace: Path, tmp_pa
     done = subprocess.run(command, cwd=workspace, capture_output=True, timeout=60, check=False)
     check_stream(done.stdout)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+# --- a person at a terminal ---
+
+PREFLIGHT = ("--config", "config.json", "--validate-only")
+
+
+def on_terminal(
+    folder: Path, *arguments: str, names: tuple[str, ...] = ("stdout", "stderr"), **pipes: Any
+) -> tuple[int, str]:
+    """Run the program with a terminal as some of its streams; return what was shown there."""
+    ours, theirs = os.openpty()
+    command = (sys.executable, PROGRAM, *arguments)
+    with started(*command, cwd=folder, **{**pipes, **dict.fromkeys(names, theirs)}) as child:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # a terminal that nobody holds any more
+            while chunk := os.read(ours, 4096):
+                shown += chunk
+        code = child.process.wait(60)
+    os.close(ours)
+    return code, shown.decode().replace("\r\n", "\n")
+
+
+def sentences(shown: str) -> list[str]:
+    """List the lines on a terminal without what cleans it."""
+    return [line.removeprefix("\r\x1b[K") for line in shown.removesuffix("\n").split("\n")]
+
+
+@POSIX
+def test_a_person_at_a_terminal_reads_sentences_and_each_once(workspace: Path) -> None:
+    """Also where stdout and stderr are the same terminal."""
+    (workspace / "data" / "x.png").write_bytes(b"x")
+    code, shown = on_terminal(workspace, *PREFLIGHT)
+    lines = sentences(shown)
+    assert code == 0
+    assert lines[0].startswith("train_lora ")
+    assert lines[-1].startswith("Valid: 3 images, ")
+    assert [line for line in lines if line.startswith("Warning: Skipped x.png")]
+    assert len(set(lines)) == len(lines)
+    assert "{" not in shown
+
+
+@POSIX
+def test_with_json_a_terminal_shows_the_lines_of_a_host_alone(workspace: Path) -> None:
+    """Nothing runs through them."""
+    code, shown = on_terminal(workspace, *PREFLIGHT, "--json")
+    check_stream(shown.encode())
+    assert code == 0
+
+
+@POSIX
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_pipe_gets_json_lines_while_a_terminal_shows_sentences(
+    workspace: Path, flags: tuple[str, ...]
+) -> None:
+    """A host reads stdout; whoever looks at stderr sees how far it is."""
+    with (workspace / "lines").open("wb") as file:
+        pipes = {"names": ("stderr",), "stdout": file}
+        code, shown = on_terminal(workspace, *PREFLIGHT, *flags, **pipes)
+    written = (workspace / "lines").read_bytes()
+    check_stream(written)
+    messages = [json.loads(line)["message"] for line in written.splitlines()]
+    assert code == 0
+    assert [line.removeprefix("Warning: ") for line in sentences(shown)] == messages
+
+
+@POSIX
+def test_a_person_is_shown_all_problems_of_a_config(workspace: Path) -> None:
+    """Each once, with what to do."""
+    write_config(workspace, lora_rank=0, steps="60", device="gpu")
+    code, shown = on_terminal(workspace, *PREFLIGHT)
+    assert code == 1
+    assert "Error: 3 problems, the first: " in shown
+    for part in ("lora_rank: ", "steps: ", "device: ", "Remove the quotes."):
+        assert shown.count(part) == 1
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["evil\x1b[2J\x9b\n\t.png", "\udcff\udcfe.png"])
+def test_a_file_name_neither_moves_the_cursor_nor_ends_the_run(workspace: Path, name: str) -> None:
+    """Whatever bytes it consists of."""
+    (workspace / "data" / name).write_bytes(b"x")
+    code, shown = on_terminal(workspace, *PREFLIGHT)
+    assert code == 0
+    assert set(shown.replace("\r\x1b[K", "")) & set(map(chr, {*range(32), *range(127, 160)})) == {
+        "\n"
+    }
+    assert ".png" in shown
+
+
+# --- what could train here ---
+
+
+def test_the_devices_are_listed_as_json_without_torch(tmp_path: Path, without_heavy: str) -> None:
+    """A form is filled before anything is installed; the names are those that `device` takes."""
+    done = start("--devices", cwd=tmp_path, PYTHONPATH=without_heavy)
+    assert (done.returncode, done.stderr) == (0, b"")
+    devices = json.loads(done.stdout)["devices"]
+    assert devices[-1]["device"] == devices[-1]["kind"] == "cpu"
+    assert devices[-1]["memory_total_bytes"] is None or devices[-1]["memory_total_bytes"] > 0
+    facts = train_lora.field_types(train_lora.DeviceFacts)
+    allowed = re.compile(train_lora.knobs()["device"]["pattern"])
+    assert all(list(each) == ["device", *facts] for each in devices)
+    assert all(allowed.match(each["device"]) for each in devices)
+
+
+def test_listing_devices_imports_nothing_heavy_and_opens_no_config(tmp_path: Path) -> None:
+    """Which is why it takes no seconds."""
+    text = (
+        "import sys, train_lora; code = train_lora.main(['--devices'])\n"
+        f"print(code, {{*{HEAVY}, 'PIL', 'jsonschema'}} & sys.modules.keys(), file=sys.stderr)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", text]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True)
+    assert done.stderr.decode().strip() == "0 set()"
+    assert list(tmp_path.iterdir()) == []
 
 
 SECRET = "hf_aSecretThatNobodyShouldSee"

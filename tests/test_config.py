@@ -443,6 +443,68 @@ def test_what_is_not_strict_json_is_refused(content: bytes, found: str) -> None:
     assert error.problems[0].hint
 
 
+BACKSLASH = "JSON wants \\\\ for a backslash; / does as well in a path."
+QUOTES = 'Only straight double quotes count: "…".'
+COMMENT = "JSON has no comments; the key $comment may hold one."
+LAST_COMMA = "Remove the comma before the closing bracket."
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ('{"dataset_path": "C:\\Users\\me"}', BACKSLASH),
+        ('{"dataset_path": "C:\\ux"}', BACKSLASH),
+        ('{"seed": 1,}', LAST_COMMA),
+        ('{"seed": 1,\n}', LAST_COMMA),
+        ('{"trigger_words": ["zkb", ]}', LAST_COMMA),
+        ("{'seed': 1}", QUOTES),
+        ("{\"resume\": 'auto'}", QUOTES),
+        ('{"resume": “auto”}', QUOTES),
+        ('{"seed": 1, // one\n"steps": 2}', COMMENT),
+        ('{"seed": 1 # one\n}', COMMENT),
+        ('/* mine */ {"seed": 1}', COMMENT),
+        ('{"flip": True}', "Write true."),
+        ('{"flip": False}', "Write false."),
+        ('{"steps": None}', "Write null."),
+        ("{seed: 1}", "Put double quotes around the name."),
+        ('{"seed": 1, steps: 2}', "Put double quotes around the name."),
+        ('{"seed": 1 "steps": 2}', "A comma may be missing before this place."),
+        ('{"trigger_words": ["zkb"]\n"steps": 2}', "A comma may be missing before this place."),
+        ('{"seed": 1', "The end is missing, such as a closing bracket."),
+        ('{"trigger_words": ["zkb"', "The end is missing, such as a closing bracket."),
+        ('{"base_model": "a', "A closing quote is missing."),
+        ('{"base_model": "a\nb"}', "A text ends in its line; \\n stands for a line break in it."),
+        ('{"seed" 1}', "Mend this place."),
+        ("seed", "Mend this place."),
+    ],
+)
+def test_a_usual_mistake_in_json_is_named(text: str, hint: str) -> None:
+    """Beside the place; of what is not recognised, the place alone is told."""
+    assert refusal_of(text.encode()).hint == hint
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "hint"),
+    [
+        ("learning_rate", "1e-4", "Remove the quotes."),
+        ("steps", "60", "Remove the quotes."),
+        ("train_text_encoder", "true", "Remove the quotes."),
+        ("train_text_encoder", "True", "Remove the quotes."),
+        ("gradient_checkpointing", "true", "Remove the quotes."),
+        ("optimizer", "AdamW8bit", "Did you mean adamw8bit?"),
+        ("optimizer", "Lion", "Did you mean lion?"),
+        ("mixed_precision", "fp-16", "Did you mean fp16?"),
+        ("trigger_words", "zkb", 'Write ["zkb"].'),
+        ("device", "gpu", NESTED["device"]["hint"]),
+        ("resume", "xyzzy", NESTED["resume"]["hint"]),
+        ("steps", "many", NESTED["steps"]["hint"]),
+    ],
+)
+def test_a_value_that_is_almost_right_is_corrected(knob: str, value: str, hint: str) -> None:
+    """Any other gets the hint of its knob."""
+    assert refusal_with(**{knob: value}).hint == hint
+
+
 def test_an_integer_of_5000_digits_is_refused() -> None:
     """A number that Python may not even read ends like any other wrong value."""
     error = refusal_of(b'{"seed": ' + b"9" * 5000 + b"}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -41,6 +42,61 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(train_lora, "built_for_cpu", lambda: False)
     return tmp_path / "answer"
+
+
+@POSIX
+@pytest.mark.parametrize("version", ["2.13.0+cpu", "2.13.0+cu130", "2.13.0", None])
+def test_a_torch_built_for_cpus_sees_no_card(
+    answer: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    """Where its version says so; a build that does not say, or none yet, is taken for able."""
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(answer.parent / "bin"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    package = answer.parent / "packages" / "torch-0.dist-info"
+    package.mkdir(parents=True)
+    if version:
+        text = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        (package / "METADATA").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("sys.path", [str(package.parent)])
+    answer.write_text(FAST + "\n", encoding="utf-8")
+    blind = version == "2.13.0+cpu"
+    assert train_lora.built_for_cpu() is blind
+    assert train_lora.inspect_device("auto").kind == ("cpu" if blind else "cuda")
+    with pytest.raises(TrainError) if blind else contextlib.nullcontext() as refused:
+        train_lora.inspect_device("cuda")
+    if refused:
+        assert refused.value.code is ErrorCode.DEVICE_UNAVAILABLE
+        assert refused.value.problems[0].path == "device"
+
+
+@POSIX
+def test_preflight_says_of_a_device_what_training_says(
+    answer: Path, ground: Path, recorder: Recorder
+) -> None:
+    """Beside a card and a torch that sees none, both refuse cuda; auto is the CPU for both."""
+    answer.write_text(FAST + "\n", encoding="utf-8")
+    if not torch.cuda.is_available():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_lora, "built_for_cpu", lambda: True)
+            config = tiny_config(ground, device="cuda", output_path=str(answer.parent / "out"))
+            with pytest.raises(TrainError) as refused:
+                train_lora.LoRATrainer(config).validate()
+            with pytest.raises(TrainError) as failed:
+                train_lora.choose_device(config)
+            assert refused.value.code is failed.value.code is ErrorCode.DEVICE_UNAVAILABLE
+            config = tiny_config(ground, device="auto", output_path=str(answer.parent / "out"))
+            report = train_lora.LoRATrainer(config, train_lora.Emitter(recorder)).validate()
+            assert report.device == train_lora.choose_device(config).type
+
+
+@POSIX
+def test_cards_are_listed_by_the_names_that_device_takes(answer: Path) -> None:
+    """The fastest first, as torch counts them, and the CPU last."""
+    answer.write_text(f"{SLOW}\n{FAST}\n", encoding="utf-8")
+    listed = [(each["device"], each["name"]) for each in train_lora.list_devices()]
+    assert listed[:2] == [("cuda:0", NVIDIA_NAMES["fast"]), ("cuda:1", NVIDIA_NAMES["slow"])]
+    assert listed[-1][0] == "cpu"
 
 
 SLOW = "GPU-1a2b, 6.1, NVIDIA GeForce GTX 1080 Ti, 11264, 11000, 580.95.05"

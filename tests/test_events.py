@@ -244,6 +244,59 @@ def test_numbers_are_written_for_people(events: Emitter, recorder: Recorder) -> 
     assert recorder.records[1]["message"] == "Complete: 20,000 steps in 3 h 25 min"
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        *((0, "0 MiB"), (1, "1 MiB"), (2**20, "1 MiB"), (2**20 + 1, "2 MiB")),
+        *((2**30 - 1, "1,024 MiB"), (2**30, "1.0 GiB"), (123 * 2**29, "61.5 GiB")),
+        (5000 * 2**30, "5,000.0 GiB"),
+    ],
+)
+def test_a_size_is_told_as_people_count_it(size: int, text: str) -> None:
+    """Never as less than it is, where that is small."""
+    assert train_lora.size_of(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0, "0.0 s"), (0.04, "0.0 s"), (17.42, "17.4 s"), (59.4, "59.4 s")),
+        *((59.97, "1 min 00 s"), (60, "1 min 00 s"), (3599.4, "59 min 59 s")),
+        *((3599.9, "1 h 00 min"), (12_345, "3 h 25 min"), (100 * 3600, "100 h 00 min")),
+    ],
+)
+def test_a_time_is_told_as_a_clock_would(seconds: float, text: str) -> None:
+    """Nothing is rounded to sixty of anything."""
+    assert train_lora.duration_of(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 images"), (1, "1 image"), (2, "2 images"), (12_000, "12,000 images")],
+)
+def test_one_thing_is_no_plural(number: int, text: str) -> None:
+    """And many have a comma."""
+    assert train_lora.counted(number, "image") == text
+
+
+def test_what_is_unknown_is_left_out_of_a_sentence(events: Emitter, recorder: Recorder) -> None:
+    """Between its commas; a sentence that would be empty keeps its first part."""
+    events.emit(ModelFacts(source="hub", cached=False))
+    events.emit(MemoryFacts(phase="planning", planned_bytes=3 * 2**30))
+    events.emit(MemoryFacts(phase="encoding", peak_bytes=2**20, planned_bytes=None))
+    events.emit(progress(loss=None))
+    events.emit(PhaseFacts(name="downloading", done=1, total=None))
+    events.emit(replace(SAMPLE, prompt="a, {b}, c"))
+    assert [record["message"] for record in recorder.records] == [
+        "Base model: hub",
+        "Memory while planning, 3.0 GiB planned",
+        "Memory while encoding, 1 MiB measured",
+        "Step 1 of 10",
+        "downloading: 1 of unknown items",
+        "Sample at step 5: a, {b}, c",
+    ]
+
+
 class Renamed(ProgressEvent):
     """A class with a name that no host knows."""
 

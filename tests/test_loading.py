@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
 import huggingface_hub.constants
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
@@ -714,8 +718,8 @@ def test_whatever_sampler_a_model_names_noise_is_added_as_it_was_in_its_training
     clean, noise = torch.randn(2, 3, 4, 8, 8)
     times = torch.tensor([0, 500, 999])
     mixed = models.base.objective.mix(models.schedule, clean, noise, times)
-    for index, time in enumerate(times.tolist()):
-        wanted = math.sqrt(shares[time]) * clean[index] + math.sqrt(1 - shares[time]) * noise[index]
+    for index, share in enumerate(shares[times].tolist()):
+        wanted = math.sqrt(share) * clean[index] + math.sqrt(1 - share) * noise[index]
         assert torch.allclose(mixed[index], wanted, atol=1e-5)
 
 
@@ -736,6 +740,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     folder: Path
     asked: ClassVar[list[str]] = []
+    pause_seconds: ClassVar[float] = 0.0  # after every MiB
+    lost: ClassVar[str] = ""  # a file that is listed and not there
 
     def do_HEAD(self) -> None:
         """Describe a file."""
@@ -758,12 +764,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             body = json.dumps(listed).encode()
         else:
             body = json.dumps({"id": "someone/something", "sha": REVISION, "siblings": []}).encode()
-        self.send_response(200)
+        self.send_response(404 if self.command == "GET" and name and name == self.lost else 200)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            for begin in range(0, len(body), 2**20):
+                self.wfile.write(body[begin : begin + 2**20])
+                time.sleep(self.pause_seconds if len(body) > 2**20 else 0)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -772,15 +780,23 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(built: Path) -> Iterator[str]:
     """Serve the tiny SDXL as someone/something; its address."""
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("Served", (Hub,), {"folder": built / "sdxl", "asked": []})
-    )
+    with serving(built / "sdxl") as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **traits: Any) -> Iterator[str]:
+    """Serve a model as someone/something; give the address."""
+    served = type("Served", (Hub,), {"folder": folder, "asked": [], **traits})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), served)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def run_beside(here: Path, hub: str, **environment: str) -> Ended:
@@ -789,6 +805,77 @@ def run_beside(here: Path, hub: str, **environment: str) -> Ended:
     path = write_config(here, base_model="someone/something", device="cpu", **settings)
     variables: dict[str, Any] = {"HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1", **environment}
     return run_program("--config", path, cwd=here, cold=True, **variables)
+
+
+def test_images_are_looked_at_before_a_model_is_downloaded(tmp_path: Path, hub: str) -> None:
+    """Whoever gave the wrong folder does not wait for gigabytes first."""
+    (tmp_path / "data").mkdir()
+    ended = run_beside(tmp_path, hub, HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert (ended.code, ended.last["code"]) == (1, "dataset_empty")
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.fixture
+def large(built: Path, tmp_path: Path) -> Path:
+    """Provide the model of the hub with 24 MiB more to download."""
+    shutil.copytree(built / "sdxl", tmp_path / "large")
+    (tmp_path / "large" / "tokenizer" / "notes.txt").write_bytes(bytes(24 * 2**20))
+    return tmp_path / "large"
+
+
+def test_a_download_tells_how_much_of_it_is_here(tmp_path: Path, large: Path) -> None:
+    """In MiB, with what there is in all; the hub's library writes ten at a time."""
+    write_image(tmp_path / "data" / "image.png", (256, 256))
+    with serving(large, pause_seconds=0.15) as hub:
+        ended = run_beside(tmp_path, hub, HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert ended.last["type"] == "complete"
+    phases = [line["data"] for line in ended.lines if line.get("topic") == "phase"]
+    told = [each for each in phases if each["name"] == "downloading base model"]
+    done = [each["done"] for each in told if each["total"] >= 24]
+    assert {each["unit"] for each in told} == {"MiB"}
+    assert done == sorted(done)
+    assert [each for each in done if 0 < each < 24]
+
+
+def test_a_download_that_fails_names_host_file_and_cause(tmp_path: Path, large: Path) -> None:
+    """In one sentence without a word twice."""
+    write_image(tmp_path / "data" / "image.png", (256, 256))
+    with serving(large, lost="tokenizer/notes.txt") as hub:
+        ended = run_beside(tmp_path, hub, HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert (ended.code, ended.last["code"]) == (1, "model_not_found")
+    (problem,) = ended.last["problems"]
+    assert problem["path"] == "base_model"
+    assert problem["found"].startswith(f"no tokenizer/notes.txt from {hub}: ")
+    assert "404" in problem["found"]
+    assert ended.last["hint"] == "With a network: hf download someone/something"
+    assert not re.search(r"\b(\w+) \1\b", ended.last["message"], re.IGNORECASE)
+
+
+def test_a_hub_that_is_not_reached_is_named_with_the_cause(tmp_path: Path) -> None:
+    """Whatever was to be fetched from it."""
+    write_image(tmp_path / "data" / "image.png", (256, 256))
+    with socket.socket() as taken:  # nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        hub = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        ended = run_beside(tmp_path, hub, HF_HUB_CACHE=str(tmp_path / "hub"))
+    (problem,) = ended.last["problems"]
+    assert problem["found"].startswith(f"no someone/something from {hub}: ")
+    assert "refused" in problem["found"]
+    assert not re.search(r"\b(\w+) \1\b", ended.last["message"], re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("GatedRepoError", "licence"), ("RepositoryNotFoundError", "no such model")]
+)
+def test_why_a_hub_gives_nothing_is_told_by_what_its_owner_can_do(kind: str, words: str) -> None:
+    """Of other causes, the first one counts."""
+    refused = getattr(huggingface_hub.errors, kind)
+    told = train_lora.cause_of(refused.__new__(refused))
+    assert words in told
+    assert "HF_TOKEN" in told
+    outer = OSError("Something went wrong")
+    outer.__cause__ = ConnectionError("the first cause\nwith details")
+    assert train_lora.cause_of(outer) == "the first cause"
 
 
 KEPT = ("[uv]*/*", "unet/*", "*/config.json", "text_encoder*/*")

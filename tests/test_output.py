@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Recorder, snapshot, write_earlier_run
+from conftest import Recorder, load_config, snapshot, write_earlier_run
 from processes import program, run_program, script, started
 from tiny_runs import tiny_base, tiny_config
 
@@ -155,6 +155,68 @@ def test_a_fresh_run_in_a_new_folder_has_nothing_to_set_aside(workspace: Path) -
     ended = run_program("--config", "config.json", "--fresh", cwd=workspace)
     assert ended.lines[0]["type"] == "start"
     assert not (workspace / "out" / "earlier_1").exists()
+
+
+# --- paths that lead nowhere ---
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no file tell that this is a container."""
+    monkeypatch.setattr(train_lora, "IN_CONTAINER", ())
+
+
+def test_a_path_that_leads_nowhere_is_told_from_where_on(tmp_path: Path, outside: None) -> None:
+    """The nearest folder there is, with names in it that are alike."""
+    for name in ("datasets", "dataset_old", "models", "Zeta"):
+        (tmp_path / name).mkdir()
+    nearest = f"The nearest folder there is: {tmp_path}"
+    assert train_lora.whereabouts(tmp_path / "zzz" / "deep" / "er") == f"{nearest}."
+    told = train_lora.whereabouts(tmp_path / "dataset" / "v1")
+    assert told == f"{nearest}, which has datasets, dataset_old."
+    assert train_lora.whereabouts(tmp_path / "zeta").endswith(", which has Zeta.")
+
+
+@pytest.mark.parametrize("path", ["C:\new\bilder", "data\tzkb", "a\x08b"])
+def test_a_path_with_a_swallowed_backslash_is_recognised(path: str, outside: None) -> None:
+    """No name has a line break or a tab in it that somebody meant."""
+    assert "backslash" in train_lora.whereabouts(Path(path))
+    assert "nearest" not in train_lora.whereabouts(Path(path))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_container_is_spoken_of_inside_one_alone(
+    inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Docker and Podman leave a file that tells."""
+    marks = (str(tmp_path / "gone"), str(tmp_path / "mark"))
+    monkeypatch.setattr(train_lora, "IN_CONTAINER", marks)
+    if inside:
+        (tmp_path / "mark").touch()
+    assert ("This is a container" in train_lora.whereabouts(tmp_path / "nowhere")) is inside
+
+
+def test_only_so_many_names_are_compared(
+    tmp_path: Path, outside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of a million files is not looked through for a hint."""
+    monkeypatch.setattr(train_lora, "MOST_NAMES", 2)
+    for number in range(5):
+        (tmp_path / f"dataset{number}").touch()
+    assert train_lora.whereabouts(tmp_path / "dataset").count("dataset") == 2
+
+
+@pytest.mark.parametrize("knob", ["dataset_path", "base_model"])
+def test_the_error_about_a_path_names_what_is_there(
+    workspace: Path, outside: None, knob: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images and of the base model."""
+    monkeypatch.chdir(workspace)
+    wrong = {"dataset_path": "./dat", "base_model": "./modle"}[knob]
+    with pytest.raises(train_lora.TrainError) as refused:
+        train_lora.check_paths(load_config(**{knob: wrong}))
+    right = {"dataset_path": "data", "base_model": "model"}[knob]
+    assert refused.value.hint.endswith(f"{workspace}, which has {right}.")
 
 
 # --- whole or not at all ---

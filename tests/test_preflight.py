@@ -287,6 +287,99 @@ def test_a_device_that_training_refuses_is_refused_before(workspace: Path, name:
     assert paths(ended) == ["device"]
 
 
+# --- captions that are too long ---
+
+TEXTS = (
+    *("", "a", "A photo of ZKB", "zkb person, a cat's-eye view", "word " * 90),
+    *("don't can't we've I'm they'll he'd it's", "DON'T", "'s 's", "s's", "’curly’ it’s"),
+    *("1234 56", "3.14", "a1b2", "x²", "½ ² ³", "Ⅷ", "٣", "$5.00 #tag @me", "#&@*%^"),
+    *("hello,world!!", "...", "!!??", "(masterpiece:1.2)", '"quoted"', "— dash – en"),
+    *("_under_score_", "__", "a_b", "http://x.y/z?q=1&r=2", "C:\\dir\\file"),
+    *("naïve café", "e\u0301clair", "ÀÉÎ", "Straße ẞ İ ı", "ﬁ ligature", "ｆｕｌｌ", "𝔘𝔫𝔦"),
+    *("日本語", "한국어", "العربية", "עברית", "Ω≈ç√∫"),
+    *("😀", "😀😀😀", "👨\u200d👩\u200d👧", "🇩🇪", "a😀b"),
+    *("\ttab\nnewline", "  two  spaces ", "\u00a0nbsp", "\u200bzero", "a\0b"),
+    *("<|startoftext|>", "a <|endoftext|> b"),
+)
+
+
+@pytest.mark.parametrize("vocabulary", ["bundled", "bundled without tokenizer.json", "sd1", "sdxl"])
+def test_tokens_are_counted_as_the_models_own_tokenizer_does(
+    vocabulary: str, built: Path, tmp_path: Path
+) -> None:
+    """By the files it is made of, without what takes seconds to import."""
+    from transformers import CLIPTokenizer
+
+    folder = ROOT / "examples" / "tiny-sd" / "tokenizer"
+    if vocabulary in ("sd1", "sdxl"):
+        folder = built / vocabulary / "tokenizer"
+    if "without" in vocabulary:
+        for name in ("vocab.json", "merges.txt"):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        folder = tmp_path
+    count, tokenizer = train_lora.token_counter(folder), CLIPTokenizer.from_pretrained(folder)
+    assert count is not None
+    assert len(set(TEXTS)) >= 50
+    wanted = {text: len(tokenizer(text, verbose=False).input_ids) for text in TEXTS}
+    assert {text: count(text) for text in TEXTS} == wanted
+
+
+@pytest.mark.parametrize("damage", ["gone", "[]", '{"a": "b"}', "no JSON"])
+def test_a_tokenizer_that_cannot_be_read_counts_nothing(damage: str, tmp_path: Path) -> None:
+    """It is refused when it is loaded; until then words are counted."""
+    if damage != "gone":
+        for name in ("vocab.json", "merges.txt"):
+            (tmp_path / name).write_text(damage, encoding="utf-8")
+    assert train_lora.token_counter(tmp_path) is None
+
+
+def long_captions(workspace: Path, **changes: Any) -> tuple[list[Any], Path]:
+    """Preflight two captions of which one is too long by a token; return what is warned of."""
+    for number, words in ((1, 75), (2, 76)):
+        text = " ".join(["of"] * words)
+        (workspace / "data" / f"image{number}.txt").write_text(text, encoding="utf-8")
+    write_config(workspace, trigger_words=["of"], **changes)
+    lines = validate(workspace, HF_HUB_CACHE=str(workspace / "hub")).lines
+    assert lines[-1].get("topic") == "valid"
+    return [line for line in lines if line.get("code") == "caption_truncated"], workspace
+
+
+def test_a_caption_that_is_too_long_is_named_before_training(workspace: Path, built: Path) -> None:
+    """By the image it belongs to; the caption itself may be a page."""
+    ((warned,), _) = long_captions(workspace, base_model=str(built / "sd1"), resolution=256)
+    assert warned["message"] == "Read up to 75 tokens: 1 caption, such as that of image2.png"
+    assert warned["data"] == {"captions": 1, "files": ["image2.png"], "estimated": False}
+
+
+def test_without_the_tokenizer_the_count_is_called_rough(workspace: Path) -> None:
+    """Of a model that is not here yet, words are counted."""
+    ((warned,), _) = long_captions(workspace, base_model="some/model")
+    assert warned["data"] == {"captions": 1, "files": ["image2.png"], "estimated": True}
+    assert "by a rough count" in warned["message"]
+
+
+def test_the_tokenizer_of_another_folder_is_not_used(workspace: Path, built: Path) -> None:
+    """A single file has none of its own; what lies in the current folder is nobody's."""
+    for name in ("vocab.json", "merges.txt"):
+        (workspace / name).write_bytes((built / "sd1" / "tokenizer" / name).read_bytes())
+    single = str(built / "sd1.safetensors")
+    ((warned,), _) = long_captions(workspace, base_model=single, resolution=256)
+    assert warned["data"]["estimated"] is True
+
+
+def test_a_prompt_that_is_too_long_is_named_too(workspace: Path, built: Path) -> None:
+    """By its knob; and of ever so many captions, the first ten are named."""
+    write_config(workspace, base_model=str(built / "sd1"), sample_prompts=["of " * 80])
+    for number in range(20, 35):
+        write_image(workspace / "data" / f"image{number}.png", (320, 300))
+        (workspace / "data" / f"image{number}.txt").write_text("of " * 80, encoding="utf-8")
+    (warned,) = [
+        line for line in validate(workspace).lines if line.get("code") == "caption_truncated"
+    ]
+    assert warned["data"]["captions"] == 16
+    assert warned["data"]["files"] == [f"image{number}.png" for number in range(20, 30)]
+
+
 # --- quickly ---
 
 
