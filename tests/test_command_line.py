@@ -358,8 +358,8 @@ def test_a_pipe_gets_json_lines_while_a_terminal_shows_sentences(
 ) -> None:
     """A host reads stdout; whoever looks at stderr sees how far it is."""
     with (workspace / "lines").open("wb") as file:
-        pipes = {"names": ("stderr",), "stdout": file}
-        code, shown = on_terminal(workspace, *PREFLIGHT, *flags, **pipes)
+        command = (*PREFLIGHT, *flags)
+        code, shown = on_terminal(workspace, *command, names=("stderr",), stdout=file)
     written = (workspace / "lines").read_bytes()
     check_stream(written)
     messages = [json.loads(line)["message"] for line in written.splitlines()]

@@ -32,6 +32,7 @@ from train_lora import (
     StopRequest,
     TrainingInterrupted,
     encode_line,
+    patience,
     reader_gone,
     take_stop_file,
     watch_parent,
@@ -511,6 +512,27 @@ def test_a_host_that_does_not_read_cannot_keep_the_run_alive(chatty: Path) -> No
         child.process.send_signal(signal.SIGTERM)
 
         assert child.process.wait(CONTRACT_SECONDS) == 143
+
+
+def test_a_finished_run_waits_a_minute_for_a_host_that_does_not_read(stop: StopRequest) -> None:
+    """A stopped one 6 seconds from the request on; both leave time for the last line."""
+    clock = [1000.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: clock[0])
+
+        def patient(waits: Callable[[], bool], *seconds: float) -> list[bool]:
+            found = []
+            for later in seconds:
+                clock[0] = 1000.0 + later
+                found.append(waits())
+            clock[0] = 1000.0
+            return found
+
+        assert patient(patience(stop), 0, 59, 61) == [True, True, False]
+        stop.request("SIGTERM")
+        assert patient(patience(stop), 0, 5, 7) == [True, True, False]
+        stop.requested_at -= 60
+        assert patient(patience(stop), 0, 0.9, 1.1) == [True, True, False]
 
 
 def test_a_host_that_reads_again_gets_all_lines(chatty: Path) -> None:
