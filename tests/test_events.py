@@ -292,7 +292,7 @@ def test_what_is_unknown_is_left_out_of_a_sentence(events: Emitter, recorder: Re
         "Memory while planning, 3.0 GiB planned",
         "Memory while encoding, 1 MiB measured",
         "Step 1 of 10",
-        "downloading: 1 of unknown items",
+        "downloading",
         "Sample at step 5: a, {b}, c",
     ]
 
