@@ -4048,12 +4048,11 @@ class Earlier:
         said = (self.manifest or self.complete).get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
         keys = sorted(k for k in said.keys() | identity.keys() if said.get(k) != identity.get(k))
-        told = [
-            (KNOBS_BEHIND.get(k, (k, "")), str(said.get(k)), str(identity.get(k))) for k in keys
-        ]
-        problems = [
-            Problem(knob, before + unit, now + unit, hint) for (knob, unit), before, now in told
-        ]
+        problems = []
+        for key in keys:
+            knob, unit = KNOBS_BEHIND.get(key, (key, ""))
+            before, now = (str(each.get(key, "nothing")) + unit for each in (said, identity))
+            problems.append(Problem(knob, before, now, hint))
         if problems:
             raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)
 
@@ -5050,7 +5049,8 @@ class LoRATrainer:
         if config.stop_with_parent:
             causes["host_gone"] = self.stop.parent_ended
         with claimed(output) as claim:
-            take_stop_file(output / "stop", self.stop.began)  # of an earlier start
+            for name in ("stop", "request.json"):  # what an earlier start left asks for nothing
+                take_stop_file(output / name, self.stop.began)
             aside = set_aside(output) if self.fresh else None
             remove_leftovers(output)
             self.look_back()
