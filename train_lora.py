@@ -4143,24 +4143,44 @@ def preview_prompts(config: TrainingConfig) -> list[str]:
     return list(config.sample_prompts) or [", ".join(config.trigger_words) or "a photo"]
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """What pictures have in common that are drawn together."""
+
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    negative: str  # what they should not show
+
+
+def read_pairs(
+    models: Models, cache: Cache, prompts: Sequence[str], sketch: Sketch
+) -> Conditioning:
+    """Read the prompts, and before them as often their opposite."""
+    texts, negative = (models.read_text(cache.read(t)) for t in (prompts, [sketch.negative]))
+    if models.base.family.empty_is_silence and not sketch.negative:
+        negative = negative.silenced()
+    return Conditioning.stack([*[negative] * len(prompts), texts]).to(models.device)
+
+
 def sample_latents(
-    models: Models, pairs: Conditioning, config: TrainingConfig, seeds: list[int], stop: StopRequest
-) -> Any:
+    models: Models, pairs: Conditioning, sketch: Sketch, seeds: Sequence[int], stop: StopRequest
+) -> Tensor:
     """Remove noise step by step, drawn towards the prompts and away from their opposite."""
     base, both = models.base, 2 * len(seeds)
-    side = config.resolution // base.vae_scale_factor
-    shape = (1, base.family.latent_channels, side, side)
+    sides = [sketch.height, sketch.width]
+    shape = (1, base.family.latent_channels, *(side // base.vae_scale_factor for side in sides))
     drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.cat(drawn).to(models.device)
-    solver = base.objective.solver(models.schedule, config.sample_steps, latents)
-    whole = [config.resolution] * 2
-    time_ids = torch.tensor([[*whole, 0, 0, *whole]] * both).to(models.device, torch.float32)
+    solver = base.objective.solver(models.schedule, sketch.steps, latents)
+    time_ids = torch.tensor([[*sides, 0, 0, *sides]] * both).to(models.device, torch.float32)
     for time_step in solver.timesteps:
         stop.check()
         noisy = torch.cat([latents, latents])
         answer = models.predict(noisy, time_step.expand(both), pairs, time_ids).float()
         away, towards = answer.chunk(2)
-        answer = away + config.sample_guidance * (towards - away)
+        answer = away + sketch.guidance * (towards - away)
         (latents,) = solver.step(answer, time_step, latents, return_dict=False)
     return latents
 
@@ -4187,17 +4207,15 @@ def draw_previews(
 ) -> list[Image.Image]:
     """Draw pictures together, and touch nothing that training depends on."""
     networks = (models.denoiser, *models.text_encoders)
-    prompts, seeds = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
+    prompts, seeds = zip(*wanted, strict=True)
+    drawing = config.sample_steps, config.sample_guidance, config.sample_negative_prompt
+    sketch = Sketch(config.resolution, config.resolution, *drawing)
     for network in networks:
         network.eval()
     try:
         with torch.no_grad():
-            texts = models.read_text(cache.read(prompts))
-            negative = models.read_text(cache.read([config.sample_negative_prompt]))
-            if models.base.family.empty_is_silence and not config.sample_negative_prompt:
-                negative = negative.silenced()
-            pairs = Conditioning.stack([*[negative] * len(seeds), texts]).to(models.device)
-            latents = sample_latents(models, pairs, config, seeds, stop)
+            pairs = read_pairs(models, cache, prompts, sketch)
+            latents = sample_latents(models, pairs, sketch, seeds, stop)
             models.load_vae().to(models.device)  # it leaves main memory for that long
             return [decode_picture(models, each[None]) for each in latents]
     finally:

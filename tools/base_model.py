@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import train_lora
@@ -16,6 +14,7 @@ from train_lora import (
     ModelFacts,
     Models,
     Record,
+    Sketch,
     StopRequest,
     TrainError,
     TrainingConfig,
@@ -188,17 +187,6 @@ def pipeline_of(models: Models) -> Any:
 # --- Drawing ---
 
 
-@dataclass(frozen=True)
-class Sketch:
-    """What all pictures of a grid have in common."""
-
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    negative: str
-
-
 def draw(
     models: Models, tokens: Tokens, wanted: Wanted, sketch: Sketch, stop: StopRequest
 ) -> list[Image.Image | None]:
@@ -209,48 +197,14 @@ def draw(
     import torch
 
     with torch.no_grad():
-        pairs = read_pairs(models, tokens, [prompt for prompt, _ in wanted], sketch)
-        latents = sample(models, pairs, [seed for _, seed in wanted], sketch, stop)
+        prompts, seeds = zip(*wanted, strict=True)
+        pairs = train_lora.read_pairs(models, Cache((), tokens), prompts, sketch)
+        latents = train_lora.sample_latents(models, pairs, sketch, seeds, stop)
         vae = models.load_vae().to(models.device)
         try:
             return [decode(models, each[None]) for each in latents]
         finally:
             vae.to("cpu")
-
-
-def read_pairs(
-    models: Models, tokens: Tokens, prompts: Sequence[str], sketch: Sketch
-) -> Conditioning:
-    """Read the prompts, and before them as often what pictures should not show."""
-    cache = Cache((), tokens)
-    negative = models.read_text(cache.read([sketch.negative]))
-    if models.base.family.empty_is_silence and not sketch.negative:
-        negative = negative.silenced()
-    texts = models.read_text(cache.read(prompts))
-    return Conditioning.stack([*[negative] * len(prompts), texts]).to(models.device)
-
-
-def sample(
-    models: Models, pairs: Conditioning, seeds: Sequence[int], sketch: Sketch, stop: StopRequest
-) -> torch.Tensor:
-    """Remove noise step by step, drawn towards the prompts and away from their opposite."""
-    import torch
-
-    base, both = models.base, 2 * len(seeds)
-    sides = [sketch.height, sketch.width]
-    shape = (1, base.family.latent_channels, *(side // base.vae_scale_factor for side in sides))
-    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents = torch.cat(drawn).to(models.device)
-    solver = base.objective.solver(models.schedule, sketch.steps, latents)
-    time_ids = torch.tensor([[*sides, 0, 0, *sides]] * both).to(models.device, torch.float32)
-    for time_step in solver.timesteps:
-        stop.check()
-        noisy = torch.cat([latents, latents])
-        answer = models.predict(noisy, time_step.expand(both), pairs, time_ids).float()
-        away, towards = answer.chunk(2)
-        answer = away + sketch.guidance * (towards - away)
-        (latents,) = solver.step(answer, time_step, latents, return_dict=False)
-    return latents
 
 
 def decode(models: Models, latents: torch.Tensor) -> Image.Image | None:

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lora
 from tools.base_model import (
     Attached,
-    Sketch,
     add_to_weights,
     ask_for,
     draw,
@@ -35,7 +34,16 @@ from tools.base_model import (
     title_of,
 )
 from tools.program import as_json, command_line, refuse, remark, run, take_events
-from train_lora import Emitter, Models, Phase, Record, StopRequest, TrainingConfig, natural_key
+from train_lora import (
+    Emitter,
+    Models,
+    Phase,
+    Record,
+    Sketch,
+    StopRequest,
+    TrainingConfig,
+    natural_key,
+)
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -19,11 +19,11 @@ from tiny_models import build_tiny
 
 import train_lora
 from tools import generate
-from tools.base_model import Attached, Sketch, ask_for, draw, load_models, networks_of
+from tools.base_model import Attached, ask_for, draw, load_models, networks_of
 from tools.generate import find_sources, parse_numbers, read_prompts, without
 from tools.grid import read_grid
 from tools.lora_file import Layer, LoRA, Module, write_lora
-from train_lora import Emitter, StopRequest, TrainError, TrainingInterrupted
+from train_lora import Emitter, Sketch, StopRequest, TrainError, TrainingInterrupted
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
