@@ -5033,8 +5033,6 @@ class LoRATrainer:
                 if self.total_steps <= done.step:
                     events.emit(done)
                     return done
-                if not self.saved:  # there is nothing to extend it from
-                    refuse_to_overwrite(config.output_path)
             check_copies(config)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
@@ -5112,6 +5110,8 @@ class LoRATrainer:
             message = f"{self.total_steps} updates are asked for, and the run has made {done}"
             told = {"done": done, "total_steps": self.total_steps}
             self.events.warn(WarningCode.STEPS_DONE, message, **told)
+        elif done < self.total_steps and self.earlier.complete and not self.saved:
+            refuse_to_overwrite(self.config.output_path)  # there is nothing to extend it from
 
     def start(self, aside: Path | None = None) -> None:
         """Send the first line, also of a run that is to stop, and what happened before."""

@@ -697,7 +697,9 @@ def test_a_completed_run_without_states_is_not_silently_repeated(done: Place) ->
     shutil.rmtree(done.out / "state" / "step_12")
     done.change(steps=14)
     before = (done.out / LORA).read_bytes()
-    refused(done, ErrorCode.RUN_EXISTS)
+    last = preflight(done).records[-1]
+    failure = refused(done, ErrorCode.RUN_EXISTS)
+    assert (last["type"], last["message"]) == ("error", str(failure))
     assert (done.out / LORA).read_bytes() == before
 
 
