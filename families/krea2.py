@@ -1,0 +1,226 @@
+"""Krea 2: many layers of its text encoder are read, and its VAE was made for films."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from train_lora import (
+    BaseModel,
+    Conditioning,
+    Family,
+    Headers,
+    Lazy,
+    Located,
+    Part,
+    Record,
+    Tensors,
+)
+
+from . import files, flow, patches
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Lazy("torch")
+
+SYSTEM = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n"
+)
+SYSTEM_TOKENS = 34  # are read, and not told to the denoiser
+END, END_TOKENS = "<|im_end|>\n<|im_start|>assistant\n", 5
+# Where the config is still to be fetched.
+PUBLISHED = {"num_layers": 28, "num_attention_heads": 48, "attention_head_dim": 128}
+PUBLISHED |= {"num_text_layers": 12, "text_hidden_dim": 2560, "in_channels": 64}
+TURBO_SHIFT = 3.158193  # e to the 1.15, whatever the size
+
+
+def read_layers(layers: int) -> list[int]:
+    """Name the layers of the text encoder that are read: every third, from the second on."""
+    return list(range(2, layers, 3))
+
+
+def refuse(headers: Headers, _: Family) -> str | None:
+    """Name a relative that reads other layers."""
+    named = headers.index.get("text_encoder_select_layers")
+    if named is not None and named != read_layers(max(named) + 1):
+        return "a relative of Krea 2 that reads other layers of its text encoder"
+    return files.refuse_packed(headers)
+
+
+def measure(parts: Mapping[Part, Located]) -> dict[str, int]:
+    """Take the sizes that are told of a model from its configs."""
+    config, vae = PUBLISHED | parts[TRANSFORMER].config, parts[VAE]
+    factor = 2 ** len(vae.config.get("temperal_downsample", (False, True, True)))
+    texts = int(config["num_text_layers"]) * int(config["text_hidden_dim"])
+    return {
+        "vae_scale_factor": factor,
+        "vae_width": vae.shapes.get("decoder.conv_out.weight", (3, 96))[1],
+        "pixel_step": 2 * factor,
+        "width": int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
+        "blocks": int(config["num_layers"]),
+        "latent_channels": int(config["in_channels"]) // 4,
+        "tokens": 512,
+        "text_width": texts,
+    }
+
+
+def tokenize(tokenizers: Sequence[Any], text: str, length: int) -> Conditioning:
+    """Ask for a description, as the model was taught; what is said counts, not its length."""
+    (tokenizer,) = tokenizers
+    room = length + SYSTEM_TOKENS - END_TOKENS
+    begin = flow.tokens_of(tokenizer, SYSTEM + text, room)
+    end = flow.tokens_of(tokenizer, END, END_TOKENS)
+    return Conditioning(input_ids=torch.cat([begin, end], dim=1))
+
+
+def read_text(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
+    """Take what many layers say of the caption."""
+    (encoder,), (ids,) = encoders, tokens
+    said = encoder(ids, output_hidden_states=True, use_cache=False).hidden_states
+    chosen = [said[layer] for layer in read_layers(len(said))]
+    return flow.with_mask(torch.stack(chosen, dim=2)[:, SYSTEM_TOKENS:])
+
+
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Let the VAE see one picture, as a film of one frame."""
+    found = vae.encode(pixels.unsqueeze(2)).latent_dist
+    return torch.cat([found.mean, found.std]).squeeze(2)
+
+
+def normal(config: Record, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell centre and spread of each channel of latents."""
+    rows = (config["latents_mean"], config["latents_std"])
+    centre, spread = (latents.new_tensor(row).view(1, -1, 1, 1) for row in rows)
+    return centre, spread
+
+
+def scale(latents: Tensor, vae: Record) -> Tensor:
+    """Give latents the scale and the centre that the denoiser knows."""
+    centre, spread = normal(vae, latents)
+    return (latents - centre) / spread
+
+
+def decode(vae: Any, latents: Tensor, tile: int | None) -> Tensor:
+    """Turn what the denoiser sees into pixels."""
+    if tile:
+        vae.enable_tiling()
+    centre, spread = normal(vae.config, latents)
+    pixels: Tensor = vae.decode((latents * spread + centre).unsqueeze(2)).sample.squeeze(2)
+    return pixels
+
+
+def predict(denoiser: Any, noisy: Tensor, sigmas: Tensor, told: Conditioning) -> Tensor:
+    """Ask for the direction to the noise; a mask is told only where it says something."""
+    text, mask, (high, wide) = told["prompt_embeds"], told["prompt_mask"], noisy.shape[-2:]
+    words = torch.zeros(text.shape[1], 3, device=text.device)
+    (answer,) = denoiser(
+        hidden_states=patches.pack(noisy),
+        encoder_hidden_states=text,
+        timestep=sigmas,
+        position_ids=torch.cat([words, patches.places(high // 2, wide // 2, 3, noisy.device)]),
+        encoder_attention_mask=None if len(text) == 1 or mask.all() else mask,
+        return_dict=False,
+    )
+    return patches.unpack(answer, high, wide)
+
+
+def preview_shift(base: BaseModel, tokens: int, _: int) -> float:
+    """Give the shift of the published sampler, which Turbo has fixed."""
+    line = flow.shift_line(tokens, (256, 0.5), (6400, 1.15))
+    return TURBO_SHIFT if base.distilled else line
+
+
+NAMES = {
+    r"^transformer_blocks\.": "blocks.",
+    r"\.to_out\.0$": ".wo",
+    r"\.to_([qkv])$": r".w\1",
+    r"\.to_gate$": ".gate",
+}
+
+
+def own_name(module: str) -> str:
+    """Name a module as the published files do."""
+    for pattern, name in NAMES.items():
+        module = re.sub(pattern, name, module)
+    return module
+
+
+def write_lora(matrices: Mapping[str, Tensor], strength: float) -> Tensors:
+    """Name the matrices as the published files do."""
+    pairs = files.gather_pairs(matrices, strength)
+    named = {own_name(module): pair for module, pair in pairs.items()}
+    return files.peft_names(named, "diffusion_model.")
+
+
+TRANSFORMER = Part(
+    folder="transformer",
+    library="diffusers",
+    class_name="Krea2Transformer2DModel",
+    stem="diffusion_pytorch_model",
+    limits={
+        "num_layers": (1, 256),
+        "num_attention_heads": (1, 1024),
+        "attention_head_dim": (1, 1024),
+        "num_text_layers": (1, 128),
+        "text_hidden_dim": (1, 65_536),
+        "in_channels": (64, 64),
+    },
+    original="model.diffusion_model.",
+    bare=True,
+    publish=files.without_prefix,
+    targets=r"transformer_blocks\.\d+\.attn\.to_(q|k|v|gate|out\.0)",
+)
+VAE = Part(
+    folder="vae",
+    library="diffusers",
+    class_name="AutoencoderKLQwenImage",
+    stem="diffusion_pytorch_model",
+    limits={"z_dim": (16, 16), "base_dim": (1, 16_384)},
+)
+QWEN3_VL = Part(
+    folder="text_encoder",
+    library="transformers",
+    class_name="Qwen3VLTextModel",
+    stem="model",
+    inner="language_model.",
+    unread_layers=1,
+    cut=True,
+)
+FAMILY = Family(
+    name="krea2",
+    title="Krea 2",
+    native_resolution=1024,
+    denoiser=TRANSFORMER,
+    vae=VAE,
+    text_encoders=(QWEN3_VL,),
+    tokenizers=(flow.QWEN_TOKENIZER,),
+    sampler=flow.SAMPLER,
+    reference=lambda _: "krea/Krea-2-Raw",
+    recognises=lambda headers: (
+        files.is_class(headers, TRANSFORMER.class_name)
+        or "txtfusion.projector.weight" in headers.shapes(TRANSFORMER)
+    ),
+    refuses=refuse,
+    states=lambda _, __: flow.FLOW_STATES,
+    distilled=lambda headers, _: bool(headers.index.get("is_distilled")),
+    measure=measure,
+    tokenize=tokenize,
+    read_text=read_text,
+    text_precision="bf16",
+    encode=encode,
+    scale=scale,
+    decode=decode,
+    objectives=(flow.flow_matching(lambda _: 2.5, preview_shift),),
+    predict=predict,
+    kept=flow.kept_by_blocks(22.5),
+    previews=((28, 5.5), (8, 1.0)),
+    precisions=frozenset({"bf16", "nf4"}),
+    ragged=True,
+    headers={"flow": files.called("Krea-2")},
+    write_lora=write_lora,
+)

@@ -1,0 +1,124 @@
+"""Z-Image and Z-Image-Turbo: one kind of block, one text encoder, no guidance inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from train_lora import Conditioning, Family, Headers, Lazy, Located, Part, encode_kl
+
+from . import files, flow, patches
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Lazy("torch")
+
+LUMINA_WIDTH = 2304
+# Where the config is still to be fetched.
+PUBLISHED = {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "in_channels": 16}
+PUBLISHED |= {"cap_feat_dim": 2560}
+TURBO_SHIFT = 3.0  # of its sampler, where the base has 6: nothing else tells them apart
+
+
+def recognise(headers: Headers) -> bool:
+    """Tell Z-Image from its relative Lumina 2, which is narrower."""
+    norms = headers.shapes(TRANSFORMER).get("noise_refiner.0.attention.k_norm.weight")
+    caption = headers.shapes(TRANSFORMER).get("cap_embedder.1.weight", (LUMINA_WIDTH,))
+    in_file = norms is not None and caption[0] != LUMINA_WIDTH
+    return in_file or files.is_class(headers, TRANSFORMER.class_name)
+
+
+def measure(parts: Mapping[Part, Located]) -> dict[str, int]:
+    """Take the sizes that are told of a model from its configs."""
+    config = PUBLISHED | parts[TRANSFORMER].config
+    blocks = int(config["n_layers"]) + 2 * int(config["n_refiner_layers"])
+    return patches.vae_sizes(parts[patches.VAE]) | {
+        "width": int(config["dim"]),
+        "blocks": blocks,
+        "latent_channels": int(config["in_channels"]),
+        "tokens": 512,
+        "text_width": int(config["cap_feat_dim"]),
+    }
+
+
+def tokenize(tokenizers: Sequence[Any], text: str, length: int) -> Conditioning:
+    """Put the caption as a question that is to be thought about, as the model was taught."""
+    (tokenizer,) = tokenizers
+    asked = flow.as_chat(tokenizer, text, thinking=True)
+    return Conditioning(input_ids=flow.tokens_of(tokenizer, asked, length))
+
+
+def read_text(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
+    """Take what the last layer but one says, which is the last that is loaded."""
+    return flow.with_mask(encoders[0](tokens[0], use_cache=False).last_hidden_state)
+
+
+def predict(denoiser: Any, noisy: Tensor, sigmas: Tensor, told: Conditioning) -> Tensor:
+    """Ask for the direction to the noise; this denoiser counts time, and looks, the other way."""
+    pairs = zip(told["prompt_embeds"], told["prompt_mask"], strict=True)
+    texts = [text[mask] for text, mask in pairs]
+    pictures = list(noisy.unsqueeze(2).unbind())  # each with a time of one frame
+    (answers,) = denoiser(pictures, 1 - sigmas, texts, return_dict=False)
+    return -torch.stack(answers).squeeze(2)
+
+
+TRANSFORMER = Part(
+    folder="transformer",
+    library="diffusers",
+    class_name="ZImageTransformer2DModel",
+    stem="diffusion_pytorch_model",
+    limits={
+        "dim": (1, 65_536),
+        "n_layers": (1, 256),
+        "n_refiner_layers": (1, 64),
+        "in_channels": (16, 16),
+        "cap_feat_dim": (1, 65_536),
+    },
+    original="model.diffusion_model.",
+    bare=True,
+    publish=files.without_prefix,
+    targets=r".*(layers|noise_refiner|context_refiner)\.\d+\.attention\.to_(q|k|v|out\.0)",
+)
+QWEN3 = Part(
+    folder="text_encoder",
+    library="transformers",
+    class_name="Qwen3Model",
+    stem="model",
+    limits=flow.LAYERS,
+    unread_layers=1,
+    cut=True,
+)
+FAMILY = Family(
+    name="z_image",
+    title="Z-Image",
+    native_resolution=1024,
+    denoiser=TRANSFORMER,
+    vae=patches.VAE,
+    text_encoders=(QWEN3,),
+    tokenizers=(flow.QWEN_TOKENIZER,),
+    sampler=flow.SAMPLER,
+    reference=lambda _: "Tongyi-MAI/Z-Image",
+    recognises=recognise,
+    refuses=lambda headers, _: files.refuse_packed(headers),
+    states=lambda _, __: flow.FLOW_STATES,
+    distilled=lambda _, sampler: sampler.get("shift") == TURBO_SHIFT,
+    measure=measure,
+    tokenize=tokenize,
+    read_text=read_text,
+    text_precision="bf16",
+    encode=encode_kl,
+    scale=patches.scale_kl,
+    decode=patches.decode_shifted_kl,
+    objectives=(flow.flow_matching(lambda _: 2.0, flow.scheduler_shift),),
+    predict=predict,
+    kept=flow.kept_by_blocks(32),
+    previews=((28, 4.0), (9, 1.0)),
+    precisions=frozenset({"bf16", "nf4"}),
+    ragged=True,
+    headers={"flow": files.called("Z-Image")},
+    write_lora=lambda matrices, strength: files.peft_names(
+        files.gather_pairs(matrices, strength), "diffusion_model."
+    ),
+)

@@ -1,0 +1,578 @@
+"""Families of flow-matching transformers: each against its own diffusers pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import safetensors.torch
+import torch
+from conftest import Recorder, change_json, write_config, write_image
+from safetensors.torch import load_file
+from tiny_flow import FLOW_FAMILIES, build_flow
+from tiny_runs import Ready, prepare
+
+import train_lora
+from train_lora import Emitter, LoRATrainer, TrainError, TrainingConfig
+
+PROMPT, OTHER = "a photo of zkb dog", "a painting of a cat"
+SIDE = 256
+each_family = pytest.mark.parametrize("family", FLOW_FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Provide images, one tiny base of each family, and a cache that all tests share."""
+    folder = tmp_path_factory.mktemp("flow")
+    for number, words in enumerate(("", " on a red sofa", " and a cat")):
+        picture = write_image(folder / "data" / f"{number}.png", (SIDE + 10 * number, SIDE))
+        picture.with_suffix(".txt").write_text(f"{PROMPT}{words}")
+    for family in FLOW_FAMILIES:
+        build_flow(family, folder / family)
+    return folder
+
+
+def config_of(place: Path, family: str, output: Path, **changes: Any) -> TrainingConfig:
+    """Load a config for a tiny base."""
+    values = {
+        "dataset_path": str(place / "data"),
+        "base_model": str(place / family),
+        "output_path": str(output),
+        "cache_dir": str(place / "cache"),
+        "trigger_words": ["zkb"],
+        "resolution": SIDE,
+        "batch_size": 2,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "learning_rate": 0.002,
+        "sample_steps": 3,
+        "device": "cpu",
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    return TrainingConfig.from_json(write_config(output, **values | changes))
+
+
+def train(config: TrainingConfig) -> Recorder:
+    """Train, and keep what was told."""
+    recorder = Recorder()
+    LoRATrainer(config, Emitter(recorder)).train()
+    return recorder
+
+
+def pipeline_of(base: Path) -> Any:
+    """Load a base as a user of diffusers does."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(base), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def guidance_of(family: str, usual: float) -> dict[str, Any]:
+    """Say guidance as a pipeline counts it: two begin at 0, which is none."""
+    begins_at_zero = family in ("z_image", "krea2")
+    return {"guidance_scale": usual - 1 if begins_at_zero else usual}
+
+
+# --- against the pipelines ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@each_family
+def test_a_preview_is_what_the_pipeline_draws(
+    family: str, guidance: float, place: Path, tmp_path: Path
+) -> None:
+    """With the same noise, and guidance said in one way for all families."""
+    config = config_of(place, family, tmp_path, sample_prompts=[PROMPT], sample_guidance=guidance)
+    ready = prepare(config)
+    wanted = [(PROMPT, 7)]
+    (own,) = train_lora.draw_previews(ready.models, ready.cache, wanted, config, ready.stop)
+    theirs = pipeline_of(place / family)(
+        prompt=PROMPT,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(7),
+        **guidance_of(family, guidance),
+    ).images[0]
+    assert own.size == theirs.size
+    pairs = zip(own.tobytes(), theirs.tobytes(), strict=True)
+    assert max(abs(mine - other) for mine, other in pairs) <= 1  # a rounding of 256
+    assert own.getextrema() != ((127, 127),) * 3
+
+
+@each_family
+def test_a_loaded_file_acts_as_the_model_in_training(
+    family: str, place: Path, tmp_path: Path
+) -> None:
+    """Through the pipeline's own loader, at the strength that was learned."""
+    for alpha in (1.0, 4.0, 8.0):
+        exact = {"lora_alpha": alpha, "save_precision": "fp32"}
+        ready = prepare(config_of(place, family, tmp_path / str(alpha), **exact))
+        ready.make_updates(2)
+        ready.write_lora(tmp_path / str(alpha) / "lora_final.safetensors")
+        pipe = pipeline_of(place / family)
+        plain = answer(ready, pipe.transformer)
+        pipe.load_lora_weights(str(tmp_path / str(alpha)), weight_name="lora_final.safetensors")
+        loaded, own = answer(ready, pipe.transformer), answer(ready)
+        assert float((loaded - own).abs().max()) < 1e-5
+        assert float((plain - own).abs().max()) > 1e-4
+
+
+def answer(ready: Ready, denoiser: Any = None) -> torch.Tensor:
+    """Let the model in training, or another denoiser, predict for two captions."""
+    models = replace(ready.models, denoiser=denoiser or ready.models.denoiser)
+    batch = train_lora.draw_part(models, ready.cache, ready.config, 3, [(0, 0), (1, 1)])
+    text = models.read_text(batch.text)
+    with torch.no_grad():
+        return models.predict(batch.latents, batch.timesteps, text, batch.time_ids)
+
+
+@each_family
+def test_the_loss_is_that_of_flow_matching(family: str, place: Path, tmp_path: Path) -> None:
+    """Computed anew from the pipeline's own parts: latents, texts, path and direction."""
+    ready = prepare(config_of(place, family, tmp_path))
+    batch = train_lora.draw_part(ready.models, ready.cache, ready.config, 1, [(0, 1)])
+    own = float(train_lora.batch_losses(ready.models, batch)[0].detach())
+    pipe = pipeline_of(place / family)
+    caption, latents = ready.cache.images[1].caption, scaled(family, pipe, batch.latents)
+    sigma, noise = batch.timesteps, batch.noise
+    noisy = (1 - sigma) * latents + sigma * noise
+    with torch.no_grad():
+        said = DENOISE[family](pipe, noisy, sigma, caption)
+    assert own == pytest.approx(float((said - (noise - latents)).square().mean()), rel=1e-5)
+
+
+def scaled(family: str, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Give drawn latents the scale of a pipeline; klein's have theirs when they are kept."""
+    said = pipe.vae.config
+    if family == "krea2":
+        rows = [torch.tensor(r).view(1, -1, 1, 1) for r in (said.latents_mean, said.latents_std)]
+        return (latents - rows[0]) / rows[1]
+    if family == "flux2_klein":
+        return latents
+    return (latents - said.shift_factor) * said.scaling_factor
+
+
+def denoise_z_image(pipe: Any, noisy: Any, sigma: Any, caption: str) -> Any:
+    """Ask as Z-Image's pipeline does."""
+    texts, _ = pipe.encode_prompt(prompt=[caption], do_classifier_free_guidance=False)
+    (said,) = pipe.transformer([noisy[0].unsqueeze(1)], 1 - sigma, texts, return_dict=False)[0]
+    return -said.squeeze(1)[None]
+
+
+def denoise_klein(pipe: Any, noisy: Any, sigma: Any, caption: str) -> Any:
+    """Ask as FLUX.2 klein's pipeline does."""
+    text, ids = pipe.encode_prompt(prompt=caption, device="cpu")
+    said = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy),
+        timestep=sigma,
+        guidance=None,
+        encoder_hidden_states=text,
+        txt_ids=ids,
+        img_ids=pipe._prepare_latent_ids(noisy),
+        return_dict=False,
+    )[0]
+    return said.transpose(1, 2).reshape(noisy.shape)
+
+
+def denoise_flux1(pipe: Any, noisy: Any, sigma: Any, caption: str) -> Any:
+    """Ask as FLUX.1's pipeline does, with the guidance of training."""
+    text, pooled, ids = pipe.encode_prompt(prompt=caption, prompt_2=None, device="cpu")
+    batch, channels, high, wide = noisy.shape
+    said = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy, batch, channels, high, wide),
+        timestep=sigma,
+        guidance=torch.ones(1),
+        pooled_projections=pooled,
+        encoder_hidden_states=text,
+        txt_ids=ids,
+        img_ids=pipe._prepare_latent_image_ids(batch, high // 2, wide // 2, "cpu", text.dtype),
+        return_dict=False,
+    )[0]
+    factor = pipe.vae_scale_factor
+    return pipe._unpack_latents(said, high * factor, wide * factor, factor)
+
+
+def denoise_krea2(pipe: Any, noisy: Any, sigma: Any, caption: str) -> Any:
+    """Ask as Krea 2's pipeline does, which fills texts up and masks that."""
+    text, mask = pipe.encode_prompt(prompt=caption, device="cpu")
+    batch, channels, high, wide = noisy.shape
+    said = pipe.transformer(
+        hidden_states=pipe._pack_latents(noisy, batch, channels, high, wide),
+        encoder_hidden_states=text,
+        timestep=sigma,
+        position_ids=pipe.prepare_position_ids(text.shape[1], high // 2, wide // 2, "cpu"),
+        encoder_attention_mask=mask,
+        return_dict=False,
+    )[0]
+    factor = pipe.vae_scale_factor
+    return pipe._unpack_latents(said, high * factor, wide * factor).squeeze(2)
+
+
+DENOISE: dict[str, Callable[..., Any]] = {
+    "z_image": denoise_z_image,
+    "flux2_klein": denoise_klein,
+    "flux1": denoise_flux1,
+    "krea2": denoise_krea2,
+}
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+@each_family
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(
+    family: str, place: Path, tmp_path: Path
+) -> None:
+    """Two updates at once, or one and one."""
+    train(config_of(place, family, tmp_path / "one", lora_name="same", steps=2))
+    train(config_of(place, family, tmp_path / "two", lora_name="same", steps=1))
+    recorder = train(config_of(place, family, tmp_path / "two", lora_name="same", steps=2))
+    assert recorder.of_type("start")[0]["resumed_step"] == 1
+    one, two = (tmp_path / name / "lora_final.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert (tmp_path / "one" / "samples" / "step_2.png").is_file()
+
+
+@each_family
+def test_gradient_checkpointing_changes_nothing(family: str, place: Path, tmp_path: Path) -> None:
+    """The gradient is the same to the last bit."""
+    gradients = []
+    for wanted in (False, True):
+        ready = prepare(config_of(place, family, tmp_path, gradient_checkpointing=wanted))
+        ready.models.checkpoint_gradients() if wanted else None
+        ready.go_through(1)
+        gradients.append(ready.learner.gradient.clone())
+    assert torch.equal(*gradients)
+    assert float(gradients[0].norm()) > 0
+
+
+@each_family
+def test_every_matrix_learns(family: str, place: Path, tmp_path: Path) -> None:
+    """No layer was chosen that gets no gradient."""
+    ready = prepare(config_of(place, family, tmp_path))
+    ready.go_through(1)
+    up = {n: g for n, g in ready.learner.gradients.items() if ".lora_B." in n}
+    assert up
+    assert all(float(gradient.abs().max()) > 0 for gradient in up.values())
+
+
+@each_family
+def test_neighbours_of_other_length_change_nothing(
+    family: str, place: Path, tmp_path: Path
+) -> None:
+    """Captions of a batch are filled up, which no answer depends on."""
+    ready = prepare(config_of(place, family, tmp_path))
+    slots = [(0, 0), (1, 1), (2, 2)]
+    losses = [
+        train_lora.batch_losses(
+            ready.models, train_lora.draw_part(ready.models, ready.cache, ready.config, 1, part)
+        )
+        for part in (slots, slots[:1], slots[1:2], slots[2:])
+    ]
+    assert torch.allclose(losses[0], torch.cat(losses[1:]), rtol=1e-5)
+
+
+def test_times_are_moved_as_was_asked_for(place: Path, tmp_path: Path) -> None:
+    """By the closed form: shifted(u) = s u / (1 + (s - 1) u)."""
+    draws = {}
+    for shift in (1.0, 3.0):
+        config = config_of(
+            place, "z_image", tmp_path, timestep_shift=shift, timestep_sampling="uniform"
+        )
+        ready = prepare(config)
+        chance = train_lora.seeded("times")
+        latents = torch.zeros(16, 8, 8)
+        draw = ready.models.base.objective.draw_time
+        draws[shift] = torch.stack(
+            [draw(ready.models.schedule, latents, chance) for _ in range(500)]
+        )
+    even = draws[1.0]
+    assert torch.allclose(draws[3.0], 3 * even / (1 + 2 * even))
+    assert float(even.mean()) == pytest.approx(0.5, abs=0.05)
+    assert 0 < float(even.min()) < float(even.max()) < 1
+
+
+def test_previews_take_steps_and_guidance_of_the_family(place: Path, tmp_path: Path) -> None:
+    """Where the config leaves them open."""
+    config = config_of(place, "flux1", tmp_path, sample_steps=None, sample_guidance=None)
+    assert (config.sample_steps, config.sample_guidance) == (None, None)
+    _, base = train_lora.inspect_model(config)
+    assert base
+    assert base.family.previews[base.distilled] == (28, 3.5)
+
+
+# --- what preflight knows ----------------------------------------------------------------------
+
+
+# How published files name what diffusers names otherwise, in this order.
+OWN_NAMES = {
+    "z_image": [
+        (r"\.to_out\.0\.", ".out."),
+        (r"\.norm_([qk])\.", r".\1_norm."),
+        (r"^all_x_embedder\.2-1\.", "x_embedder."),
+        (r"^all_final_layer\.2-1\.", "final_layer."),
+    ],
+    "krea2": [
+        (r"^img_in\.", "first."),
+        (r"^time_embed\.linear_1\.", "tmlp.0."),
+        (r"^time_embed\.linear_2\.", "tmlp.2."),
+        (r"^time_mod_proj\.", "tproj.1."),
+        (r"^txt_in\.norm\.weight$", "txtmlp.0.scale"),
+        (r"^txt_in\.linear_1\.", "txtmlp.1."),
+        (r"^txt_in\.linear_2\.", "txtmlp.3."),
+        (r"^text_fusion\.", "txtfusion."),
+        (r"^transformer_blocks\.", "blocks."),
+        (r"^final_layer\.linear\.", "last.linear."),
+        (r"^final_layer\.norm\.weight$", "last.norm.scale"),
+        (r"^final_layer\.scale_shift_table$", "last.modulation.lin"),
+        (r"\.attn\.to_([qkv])\.", r".attn.w\1."),
+        (r"\.attn\.to_out\.0\.", ".attn.wo."),
+        (r"\.attn\.to_gate\.", ".attn.gate."),
+        (r"\.attn\.norm_([qk])\.weight$", r".attn.qknorm.\1norm.scale"),
+        (r"\.ff\.", ".mlp."),
+        (r"\.norm1\.weight$", ".prenorm.scale"),
+        (r"\.norm2\.weight$", ".postnorm.scale"),
+        (r"\.scale_shift_table$", ".mod.lin"),
+    ],
+}
+
+
+def write_transformer(folder: Path, target: Path, prefix: str) -> Path:
+    """Write a transformer alone, as published for ComfyUI."""
+    weights = load_file(next((folder / "transformer").glob("*.safetensors")))
+    if folder.name == "z_image":  # has q, k and v in one
+        for query in [name for name in weights if name.endswith(".to_q.weight")]:
+            three = [weights.pop(query.replace(".to_q.", f".to_{letter}.")) for letter in "qkv"]
+            weights[query.replace(".to_q.", ".qkv.")] = torch.cat(three)
+    named = {own_name(folder.name, name): value for name, value in weights.items()}
+    for name in [n for n in named if n.startswith("blocks.") and n.endswith(".mod.lin")]:
+        named[name] = named[name].flatten()
+    whole = {prefix + name: value for name, value in named.items()}
+    safetensors.torch.save_file(whole, target, {"format": "pt"})
+    return target
+
+
+def own_name(family: str, name: str) -> str:
+    """Name a weight as the published file does."""
+    for pattern, own in OWN_NAMES[family]:
+        name = re.sub(pattern, own, name)
+    return name
+
+
+@each_family
+def test_a_folder_is_recognised(family: str, place: Path, tmp_path: Path) -> None:
+    """By its denoiser's class; another family that was asked for is refused."""
+    facts, base = train_lora.inspect_model(config_of(place, family, tmp_path))
+    assert facts.family == family
+    assert base
+    assert (base.objective.prediction_type, base.distilled) == ("flow", False)
+    with pytest.raises(TrainError, match="model_family"):
+        train_lora.inspect_model(config_of(place, family, tmp_path, model_family="sdxl"))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("family", OWN_NAMES)
+def test_a_transformer_alone_learns_what_its_folder_learns(
+    family: str, prefix: str, place: Path, tmp_path: Path
+) -> None:
+    """A file brings neither texts nor VAE; these come from the folder that is named for them."""
+    file = write_transformer(place / family, tmp_path / "own.safetensors", prefix)
+    learned = []
+    for name, base in (("folder", place / family), ("file", file)):
+        beside = {"model_config_path": str(place / family)} if base == file else {}
+        config = config_of(place, family, tmp_path / name, base_model=str(base), **beside)
+        ready = prepare(config)
+        ready.make_updates(2)
+        learned.append(ready.learner.learned.clone())
+    assert torch.equal(*learned)
+
+
+def test_texts_and_vae_of_a_file_come_from_its_reference(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of the cache of the hub; what lacks there is named, and fetched in training."""
+    file = write_transformer(place / "z_image", tmp_path / "own.safetensors", "")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = config_of(place, "z_image", tmp_path / "out", base_model=str(file))
+    _, base = train_lora.inspect_model(config)
+    assert base
+    assert base.reference == "Tongyi-MAI/Z-Image"
+    home = tmp_path / "hub" / "models--Tongyi-MAI--Z-Image"
+    snapshot = home / "snapshots" / "one"
+    build_flow("z_image", snapshot)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("one")
+    next((snapshot / "transformer").glob("*.safetensors")).unlink()
+    _, base = train_lora.inspect_model(config)
+    assert base
+    assert base.reference is None
+    assert [p.folder for p, found in base.parts.items() if file in found.files] == ["transformer"]
+    weights = next((snapshot / "text_encoder").glob("*.safetensors"))
+    weights.unlink()
+    assert train_lora.missing_files(snapshot, beside_file=True) == [f"text_encoder/{weights.name}"]
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("flux1", {"in_channels": 384}, "Fill"),
+        ("flux1", {"in_channels": 128}, "Canny"),
+        ("flux2_klein", {"guidance_embeds": True}, "FLUX.2 dev"),
+    ],
+)
+def test_relatives_are_refused_by_name(
+    family: str, change: dict[str, Any], said: str, place: Path, tmp_path: Path
+) -> None:
+    """Those that are given more than noise and text."""
+    base = build_flow(family, tmp_path / family)
+    change_json(base / "transformer" / "config.json", **change)
+    config = config_of(place, family, tmp_path / "out", base_model=str(base))
+    with pytest.raises(TrainError, match=said):
+        train_lora.inspect_model(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "change"),
+    [
+        ("z_image", "scheduler/scheduler_config.json", {"shift": 3.0}),
+        ("flux2_klein", "model_index.json", {"is_distilled": True}),
+        ("krea2", "model_index.json", {"is_distilled": True}),
+        ("flux1", "transformer/config.json", {"guidance_embeds": False}),
+    ],
+)
+def test_a_distilled_base_is_told(
+    family: str, path: str, change: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    """It trains all the same, and previews need few steps."""
+    base = build_flow(family, tmp_path / family)
+    change_json(base / path, **change)
+    recorder = Recorder()
+    config = config_of(place, family, tmp_path / "out", base_model=str(base))
+    LoRATrainer(config, Emitter(recorder)).validate()
+    assert "base_distilled" in recorder.codes()
+    _, found = train_lora.inspect_model(config)
+    assert found
+    assert found.family.previews[found.distilled][0] < 10
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("train_text_encoder", True),
+        ("resolution", 264),
+        ("mixed_precision", "fp16"),
+        ("base_precision", "int8"),
+        ("prediction_type", "epsilon"),
+    ],
+)
+def test_what_means_nothing_here_is_refused(
+    knob: str, value: object, place: Path, tmp_path: Path
+) -> None:
+    """With the knob's name and a value that does."""
+    config = config_of(place, "z_image", tmp_path, **{knob: value})
+    with pytest.raises(TrainError) as caught:
+        train_lora.inspect_model(config)
+    assert [problem.path for problem in caught.value.problems] == [knob]
+
+
+def test_without_its_file_a_family_is_named(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer alone says what is missing beside it."""
+    monkeypatch.setattr(train_lora, "FAMILY_FILES", tmp_path / "nowhere")
+    train_lora.all_families.cache_clear()
+    try:
+        config = config_of(place, "z_image", tmp_path / "out")
+        with pytest.raises(TrainError, match=r"ZImageTransformer2DModel.*families/"):
+            train_lora.inspect_model(config)
+    finally:
+        train_lora.all_families.cache_clear()
+
+
+FLUX1_NAMES = (
+    "double_blocks.0.img_attn.norm.key_norm.scale",
+    "double_blocks.0.img_attn.qkv.weight_scale",
+)
+
+
+def test_quantised_files_are_refused(place: Path, tmp_path: Path) -> None:
+    """Their numbers mean nothing without scales; GGUF is another format altogether."""
+    file = tmp_path / "packed.safetensors"
+    named = {name: torch.ones(1) for name in FLUX1_NAMES}
+    safetensors.torch.save_file(named, file)
+    with pytest.raises(TrainError, match="quantised"):
+        train_lora.inspect_model(config_of(place, "flux1", tmp_path / "out", base_model=str(file)))
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    with pytest.raises(TrainError, match="GGUF"):
+        train_lora.inspect_model(config_of(place, "flux1", tmp_path / "out", base_model=str(gguf)))
+
+
+# --- names in files, of the real sizes ---------------------------------------------------------
+
+REAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "z_image": ("ZImageTransformer2DModel", {}),
+    "flux2_klein": (
+        "Flux2Transformer2DModel",
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+    ),
+    "flux1": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "krea2": ("Krea2Transformer2DModel", {}),
+}
+# Written down from the layout of the files that ComfyUI loads: where the blocks are, how many,
+# and what they have that learns. FLUX.1 is known by diffusers' names everywhere.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+PUBLISHED: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
+    "z_image": [
+        ("diffusion_model.layers.{}.attention.{}", 30, ATTENTION),
+        ("diffusion_model.noise_refiner.{}.attention.{}", 2, ATTENTION),
+        ("diffusion_model.context_refiner.{}.attention.{}", 2, ATTENTION),
+    ],
+    "flux2_klein": [
+        ("diffusion_model.double_blocks.{}.img_attn.{}", 5, ("qkv", "proj")),
+        ("diffusion_model.single_blocks.{}.{}", 20, ("linear1", "linear2")),
+    ],
+    "flux1": [
+        ("transformer.transformer_blocks.{}.attn.{}", 19, ATTENTION + ADDED),
+        ("transformer.single_transformer_blocks.{}.attn.{}", 38, ATTENTION[:3]),
+    ],
+    "krea2": [("diffusion_model.blocks.{}.attn.{}", 28, ("wq", "wk", "wv", "wo", "gate"))],
+}
+
+
+@each_family
+def test_every_layer_of_the_real_size_has_its_published_name(family: str) -> None:
+    """Built without memory; each name, and no other, with both matrices."""
+    kind, options = REAL[family]
+    with torch.device("meta"):
+        network = getattr(diffusers, kind)(**options)
+    found = train_lora.all_families()[family]
+    adapted = re.compile(found.denoiser.targets)
+    matrices = {}
+    for name, layer in network.named_modules():
+        if adapted.fullmatch(name):
+            up, down = torch.zeros(layer.out_features, 1), torch.zeros(1, layer.in_features)
+            matrices[f"transformer.{name}.lora_A.default.weight"] = down
+            matrices[f"transformer.{name}.lora_B.default.weight"] = up
+    assert found.write_lora
+    named = found.write_lora(matrices, 1.0)
+    expected = {
+        f"{place.format(block, layer)}.lora_{side}.weight"
+        for place, blocks, layers in PUBLISHED[family]
+        for block in range(blocks)
+        for layer in layers
+        for side in "AB"
+    }
+    assert set(named) == expected
