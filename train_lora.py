@@ -165,64 +165,37 @@ class ErrorCode(Code):
 class WarningCode(Code):
     """What is worth knowing although the run goes on."""
 
-    CONFIG_VALUE_TWICE = (
-        "A knob stands twice with two values.",
-        "Remove one; training_params wins.",
-    )
+    CONFIG_VALUE_TWICE = "A knob has two values.", "Remove one; training_params wins."
     KNOB_WITHOUT_EFFECT = "A knob has no effect beside another.", "Remove it, or change the other."
     LEARNING_RATE_LOW = "Little will be learned at this rate.", "1e-4 suits most runs."
     RESOLUTION_UNUSUAL = "The base was made for another size.", "Use the model's own size."
     TRIGGER_WORDS_EMPTY = "Only captions call the concept.", "Give a word unless this is a style."
     IMAGE_SKIPPED = "An image is not used.", "Convert or remove it."
     FOLDER_SKIPPED = "A folder in the dataset is not read.", "Copy its images into the dataset."
-    FILES_UNREAD = (
-        "Files look like images or captions and are of a kind that is not read.",
-        "Convert images to png or jpeg; write captions to image.txt.",
-    )
-    REPEATS_IGNORED = (
-        "A folder is named for repeats, as in 10_zkb; each of its images counts once.",
-        "Give more steps or epochs; captions hold the words.",
-    )
+    FILES_UNREAD = "Files are of a kind that is not read.", "Convert to png; captions to image.txt."
+    REPEATS_IGNORED = "Repeats, as in 10_zkb, do not count.", "Give more steps or epochs."
     IMAGES_SMALL = "Images will be enlarged.", "Use larger images or a lower resolution."
-    IMAGES_CROPPED = (
-        "Images are far from square and lose more than a fifth at their edges.",
-        "Crop them to what matters: tools/prepare.py build does.",
-    )
+    IMAGES_CROPPED = "Images lose over a fifth at their edges.", "Crop them: tools/prepare.py."
     CAPTION_UNUSABLE = "A caption file is empty or unreadable.", "Save it as UTF-8 text."
     METADATA_LINE_REFUSED = "A line of metadata.jsonl is not used.", "Give file_name and text."
     MODEL_NOT_CACHED = "The base model is not on this machine yet.", "None when online."
     CAPTION_TRUNCATED = "A caption is longer than is read.", "Put what matters first."
     PREDICTION_ASSUMED = "An SD 2 file does not say what it predicts.", "Give prediction_type."
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
-    UPDATE_RETRIED = (
-        "An update ran out of memory; it is made again with gradient checkpointing.",
-        "Set gradient_checkpointing to true.",
-    )
+    UPDATE_RETRIED = "An update is made again in less memory.", "Set gradient_checkpointing: true."
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
-    STEPS_DONE = (
-        "The run has made more updates than are asked for now; it stays as it is.",
-        "Take an earlier LoRA from checkpoints, or start anew with --fresh.",
-    )
+    STEPS_DONE = "More updates are done than asked for.", "Take a checkpoint, or use --fresh."
     STATE_IGNORED = "Something saved cannot be used and is left out.", "Look at the disk."
     COMPILE_FAILED = "The denoiser cannot be compiled; it runs as it is.", "Set compile to off."
-    CUDA_GRAPH_FAILED = (
-        "An update cannot be recorded for the card; its calls are made one by one.",
-        "Set cuda_graph to off.",
-    )
-    MEMORY_SPILLED = (
-        "The card's memory is full and updates are slow: the driver swaps.",
-        "Lower batch_size or resolution, or close other programs.",
-    )
+    CUDA_GRAPH_FAILED = "An update cannot be recorded for the card.", "Set cuda_graph to off."
+    MEMORY_SPILLED = "The card is full and the driver swaps.", "Lower batch_size or resolution."
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
     COPY_FAILED = "The LoRA is not in loras_path.", "Copy lora_final.safetensors there."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
-    REQUEST_REFUSED = (
-        "What request.json asks for cannot be done.",
-        "It may hold preview, checkpoint (true) and sample_prompts (a list).",
-    )
+    REQUEST_REFUSED = "request.json asks for what cannot be done.", "README says what it may hold."
     OUTPUT_REMOVED = "output_path was removed under the run.", "Leave it alone until the last line."
 
 
