@@ -81,7 +81,6 @@ from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from queue import SimpleQueue
-from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
@@ -621,42 +620,29 @@ def event_schema() -> Record:
     }
 
 
+PLACES = re.compile(r"{(\w+):?(\w*)}")  # in a sentence; `{images:image}` says what is counted
+
+
 def sentence(says: str, fields: Record) -> str:
     """Fill a sentence; what comes between commas is left out where its field is unknown."""
-    known = {name: Spoken(value) for name, value in fields.items()}
     parts = says.split(", ")
-    names = [[name for _, name, _, _ in Formatter().parse(part) if name] for part in parts]
-    told = [
-        p for p, own in zip(parts, names, strict=True) if all(fields[n] is not None for n in own)
-    ]
-    return ", ".join(told or parts[:1]).format_map(known)
+    told = [p for p in parts if all(fields[name] is not None for name, _ in PLACES.findall(p))]
+    return PLACES.sub(lambda at: counted(fields[at[1]], at[2]), ", ".join(told or parts[:1]))
 
 
-@dataclass(frozen=True)
-class Spoken:
-    """A value as a person reads it; the format says what is counted: `{images:image}`."""
-
-    value: Any
-
-    def __format__(self, unit: str) -> str:
-        """Write it without a dozen digits, a power of ten, or the plural of one."""
-        value = self.value
-        if value is None:
-            return "unknown"
-        if unit == "size":
-            return size_of(value)
-        if unit == "duration":
-            return duration_of(value)
-        if not isinstance(value, (int, float)):
-            return str(value)
-        exact = isinstance(value, int) or abs(value) >= 1000
-        number = f"{value:,.0f}" if exact else f"{value:.4g}"
-        return f"{number} {unit}{'s' if value != 1 else ''}" if unit else number
-
-
-def counted(number: int, noun: str) -> str:
-    """Count things, one or several."""
-    return format(Spoken(number), noun)
+def counted(value: Any, unit: str = "") -> str:
+    """Write a value without a dozen digits, a power of ten, or the plural of one."""
+    if value is None:
+        return "unknown"
+    if unit == "size":
+        return size_of(value)
+    if unit == "duration":
+        return duration_of(value)
+    if not isinstance(value, (int, float)):
+        return str(value)
+    exact = isinstance(value, int) or abs(value) >= 1000
+    number = f"{value:,.0f}" if exact else f"{value:.4g}"
+    return f"{number} {unit}{'s' if value != 1 else ''}" if unit else number
 
 
 def size_of(size: float) -> str:
@@ -830,23 +816,24 @@ class LineWriter:
         return True
 
 
+@dataclass
 class Phase:
     """Tell at most once a second how far a preparation has come; leave when asked to stop."""
 
-    def __init__(
-        self, name: str, total: int, events: Emitter, stop: StopRequest, unit: str = "items"
-    ) -> None:
-        """Begin; nothing is told in the first second."""
-        self._facts: Record = {"name": name, "total": total, "unit": unit}
-        self._events, self._stop = events, stop
-        self._told = time.monotonic()
+    name: str
+    total: int
+    events: Emitter
+    stop: StopRequest
+    unit: str = "items"
+    told: float = field(default_factory=time.monotonic)  # nothing in the first second
 
     def at(self, done: int) -> None:
         """Note how many are done."""
-        self._stop.check()
-        if time.monotonic() - self._told >= 1:
-            self._events.emit(PhaseFacts(done=done, **self._facts))
-            self._told = time.monotonic()
+        self.stop.check()
+        if time.monotonic() - self.told >= 1:
+            facts = PhaseFacts(name=self.name, done=done, total=self.total, unit=self.unit)
+            self.events.emit(facts)
+            self.told = time.monotonic()
 
 
 # === Configuration ===========================================================
