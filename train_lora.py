@@ -252,6 +252,8 @@ class TrainingInterrupted(BaseException):
 # === JSON ====================================================================
 
 NUMBER_LENGTH = 500  # a few thousand longer ones would hold the interpreter, deaf to signals
+# What parsing text of unknown origin, and looking into the result, can raise.
+NOT_JSON = (ValueError, RecursionError, TypeError, AttributeError)
 
 
 def parse_json(text: str) -> tuple[Any, list[Problem]]:
@@ -285,10 +287,6 @@ def parse_json(text: str) -> tuple[Any, list[Problem]]:
     return document, problems
 
 
-# What parsing text of unknown origin, and looking into the result, can raise.
-NOT_JSON = (ValueError, RecursionError, TypeError, AttributeError)
-
-
 def show(value: Any) -> str:
     """Quote a value from the config, not more of it than fits into a sentence."""
     try:
@@ -316,6 +314,15 @@ def plain(value: Any) -> Any:
 
 
 # === Events ==================================================================
+
+PROGRESS_SECONDS = 0.5  # a person cannot follow more than two lines a second
+PROGRESS_LINES = 1000  # a chart does not get better with more points
+NOT_OPEN = -1  # a descriptor that is yet to come
+LINE_BYTES = 60 * 1024 - 1  # many readers take no more than 64 KiB
+CONFIG_BYTES_ECHOED = LINE_BYTES - 2048  # what `start` leaves to its config
+SHORT_TEXT = 64  # no identifier is longer
+LONGEST_PATH = 4096
+PLACES = re.compile(r"{(\w+):?(\w*)}")  # in a sentence; `{images:image}` says what is counted
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -620,9 +627,6 @@ def event_schema() -> Record:
     }
 
 
-PLACES = re.compile(r"{(\w+):?(\w*)}")  # in a sentence; `{images:image}` says what is counted
-
-
 def sentence(says: str, fields: Record) -> str:
     """Fill a sentence; what comes between commas is left out where its field is unknown."""
     parts = says.split(", ")
@@ -657,10 +661,6 @@ def duration_of(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
-
-
-PROGRESS_SECONDS = 0.5  # a person cannot follow more than two lines a second
-PROGRESS_LINES = 1000  # a chart does not get better with more points
 
 
 class Emitter:
@@ -713,13 +713,6 @@ class Emitter:
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
         self.emit(remark(code, message, **data))
-
-
-NOT_OPEN = -1  # a descriptor that is yet to come
-LINE_BYTES = 60 * 1024 - 1  # many readers take no more than 64 KiB
-CONFIG_BYTES_ECHOED = LINE_BYTES - 2048  # what `start` leaves to its config
-SHORT_TEXT = 64  # no identifier is longer
-LONGEST_PATH = 4096
 
 
 def shorten(value: Any, limit: int, key: str = "") -> Any:
@@ -841,6 +834,7 @@ class Phase:
 CONFIG_BYTES = 2**20  # a config is a page; whatever is larger is a mistake
 MOST_PROBLEMS = 100  # nobody mends more at a time
 NO_LIMIT = 10**9  # an upper limit from here on means that there is none
+TYPE_WORDS = {"integer": "a whole number", "boolean": "true or false", "object": "an object"}
 
 # A rate above this destroys the adapter, except under optimizers that set their own scale.
 HIGH_LEARNING_RATE = 0.1
@@ -922,12 +916,10 @@ def mistake(error: json.JSONDecodeError) -> str:
     """Name the usual mistake that JSON's parser stumbles over in this place."""
     before = error.doc[: error.pos].rstrip()
     text = before[-1:].rjust(1) + error.doc[error.pos :]
-    fits = (
-        hint
-        for said, there, hint in MISTAKES
-        if re.search(said, error.msg) and re.match(f".{there}", text, re.DOTALL)
-    )
-    return next(fits, "Mend this place.")
+    for said, there, hint in MISTAKES:
+        if re.search(said, error.msg) and re.match(f".{there}", text, re.DOTALL):
+            return hint
+    return "Mend this place."
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -951,9 +943,6 @@ def override(document: Record, overrides: Mapping[str, Any]) -> None:
     for key in overrides.keys() & knobs().keys():
         form = nested if isinstance(nested, dict) and key in nested else document
         form[key] = overrides[key]
-
-
-TYPE_WORDS = {"integer": "a whole number", "boolean": "true or false", "object": "an object"}
 
 
 def describe_values(knob: Record) -> str:
@@ -1010,19 +999,15 @@ def translate(error: jsonschema.ValidationError) -> Iterator[Problem]:
 
 def correction(knob: Record, value: Any) -> str:
     """Guess what was meant by a value that is almost right; else give the knob's own hint."""
-    kind = knob.get("type", "string")
-    if isinstance(value, str) and "enum" in knob:
-        known = [item for item in knob["enum"] if isinstance(item, str)]
+    if isinstance(value, str):
+        with contextlib.suppress(*NOT_JSON):
+            if jsonschema.Draft7Validator(knob).is_valid(json.loads(value.lower())):
+                return "Remove the quotes."
+        if knob.get("type") == "array":
+            return f"Write [{show(value)}]."
+        known = [item for item in knob.get("enum", ()) if isinstance(item, str)]
         for close in difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.6):
             return f"Did you mean {close}?"
-        if value.lower() in map(json.dumps, knob["enum"]):
-            return "Remove the quotes."
-    elif isinstance(value, str) and kind not in ("string", "array"):
-        with contextlib.suppress(ValueError):
-            if isinstance(json.loads(value.lower()), (int, float, bool)):
-                return "Remove the quotes."
-    elif isinstance(value, str) and kind == "array":
-        return f"Write [{show(value)}]."
     return str(knob.get("hint", ""))
 
 
@@ -1169,10 +1154,6 @@ class TrainingConfig:
         """Count the images behind one update."""
         return self.batch_size * self.gradient_accumulation_steps
 
-    def value(self, knob: str) -> Any:
-        """Look a knob up by its name."""
-        return getattr(self, knob)
-
     def as_record(self) -> Record:
         """Show every knob as JSON."""
         record: Record = plain(self)
@@ -1182,13 +1163,13 @@ class TrainingConfig:
 
 def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     """List values that are fine alone but do not go together."""
-    precision = config.base_precision
+    values, precision = vars(config), config.base_precision
     for knob in ("learning_rate", "text_encoder_learning_rate"):
-        if (config.value(knob) or 0) > HIGH_LEARNING_RATE:
+        if (values[knob] or 0) > HIGH_LEARNING_RATE:
             expected = f"at most {HIGH_LEARNING_RATE} with this optimizer"
-            yield Problem(knob, expected, show(config.value(knob)), "1e-4 suits most runs.")
+            yield Problem(knob, expected, show(values[knob]), "1e-4 suits most runs.")
     for knob, other, clash, hint in CLASHES:
-        if (path := config.value(knob)) and clash(path, config.value(other)):
+        if (path := values[knob]) and clash(path, values[other]):
             yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
     if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
         expected = f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII"
@@ -1251,7 +1232,7 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
         message = f"learning_rate {rate:g} is very low; 1e-4 suits most runs"
         yield remark(WarningCode.LEARNING_RATE_LOW, message, learning_rate=rate)
     for (knob, other), idle in IDLE_KNOBS.items():
-        value, beside = config.value(knob), config.value(other)
+        value, beside = (vars(config)[each] for each in (knob, other))
         if bool(beside) is idle and value != knobs()[knob]["default"]:
             message = f"{knob} {show(value)} has no effect beside {other} {show(plain(beside))}"
             data = {"key": knob, "value": value, "because": other}
@@ -1295,27 +1276,24 @@ def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
     return lambda: os.getppid() != parent
 
 
-IMPORT_SECONDS = 0.5  # from the start of a process to here
-
-
+@dataclass(eq=False)
 class StopRequest:
     """The first reason to stop, remembered for whoever asks."""
 
-    def __init__(self) -> None:
-        """Start with no reason."""
-        self.reason: StopReason | None = None
-        self.requested_at = math.inf
-        self.began = time.time() - IMPORT_SECONDS  # by the clock of files
-        self.noticed = False
-        self.parent_ended = watch_parent()
-        # Saves what would be lost; set by whoever has something to lose.
-        self.save: Callable[[TrainingInterrupted], None] = lambda _: None
-        # These two are set by whoever owns the process. Neither may wait for a disk.
-        self.host_gone: Callable[[], bool] = lambda: False
-        self.end: Callable[[TrainingInterrupted], None] | None = None  # in the main thread's place
-        self._saving: tuple[TrainingInterrupted, Future[None]] | None = None
-        self._first_signal_at = math.inf
-        self._taken: dict[int, Any] = {}  # signals with their former handlers
+    reason: StopReason | None = None
+    requested_at: float = math.inf
+    noticed: bool = False
+    # When the process began, by the clock of files: half a second before all is imported.
+    began: float = field(default_factory=lambda: time.time() - 0.5)
+    parent_ended: Callable[[], bool] = field(default_factory=watch_parent)
+    # Saves what would be lost; set by whoever has something to lose.
+    save: Callable[[TrainingInterrupted], None] = lambda _: None
+    # These two are set by whoever owns the process. Neither may wait for a disk.
+    host_gone: Callable[[], bool] = lambda: False
+    end: Callable[[TrainingInterrupted], None] | None = None  # in the main thread's place
+    _saving: tuple[TrainingInterrupted, Future[None]] | None = None
+    _first_signal_at: float = math.inf
+    _taken: dict[int, Any] = field(default_factory=dict)  # signals with their former handlers
 
     def request(self, reason: StopReason) -> None:
         """Ask for a stop; later reasons do not count."""
@@ -3491,19 +3469,23 @@ class Learner:
 
 # === Output folder ===========================================================
 
+FINAL = "lora_final.safetensors"
+# What a run writes. Only these are ever set aside, so that a shared folder stays as it is.
+OWN_FOLDERS = ("checkpoints", "samples", "state")
+OWN_FILES = (*OWN_FOLDERS, "events.jsonl", "loss_history.csv", "loss_curve.png", FINAL)
+# What nobody wants to lose.
+RESULTS = (FINAL, "checkpoints/*.safetensors", "state/step_*")
 LOCK_SECONDS = 0.5  # a preflight may hold the lock for an instant
 # A link may lead out of the folder, and a pipe may never answer. Not every system has all three.
 OPEN_OWN = sum(vars(os).get(flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
+MOST_NAMES = 10_000  # that a name is compared with
 
 
 def nearest_folder(path: Path) -> Path:
     """Find the folder that exists already and would hold the path."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if os.path.lexists(each))
-
-
-IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
-MOST_NAMES = 10_000  # that a name is compared with
 
 
 def whereabouts(path: Path) -> str:
@@ -3614,16 +3596,6 @@ def claimed(path: Path) -> Iterator[Callable[[], None]]:
             os.close(descriptor)
 
 
-# What a run writes. Only these are ever set aside, so that a shared folder stays as it is.
-OWN_FOLDERS = ("checkpoints", "samples", "state")
-OWN_FILES = (
-    *(*OWN_FOLDERS, "events.jsonl", "loss_history.csv"),
-    *("loss_curve.png", "lora_final.safetensors"),
-)
-# What nobody wants to lose.
-RESULTS = ("lora_final.safetensors", "checkpoints/*.safetensors", "state/step_*")
-
-
 def refuse_to_overwrite(output: Path) -> None:
     """Refuse a folder in which somebody trained something that this run will not continue."""
     names = [path.name for pattern in RESULTS for path in output.glob(pattern)]
@@ -3660,10 +3632,7 @@ SAFETENSORS_KINDS = {"bfloat": "BF", "float": "F", "uint": "U", "int": "I", "boo
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> Record:
-    """Write a file that appears whole or not at all; return its size and checksum.
-
-    They are taken on the way: to read all back would take as long again, and come from memory.
-    """
+    """Write a file, whole or not at all; return its size and checksum, taken on the way."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     size, digest = sum(map(len, pieces)), sha256()
     try:
@@ -3870,7 +3839,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         "captions": f"captions with fingerprint {captions}",
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
-        **{name: str(config.value(name)) for name, knob in knobs().items() if "x-fixed" in knob},
+        **{name: str(vars(config)[name]) for name, knob in knobs().items() if "x-fixed" in knob},
     }
 
 
@@ -4302,7 +4271,7 @@ def choose_precision(config: TrainingConfig, device: torch.device, events: Emitt
     wanted = config.mixed_precision
     if device.type != "cuda":
         for knob in ("mixed_precision", "base_precision"):
-            if (asked := config.value(knob)) in ("fp16", "bf16"):
+            if (asked := vars(config)[knob]) in ("fp16", "bf16"):
                 message = f"{knob} {asked} is for CUDA; using fp32"
                 events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
         return torch.float32
@@ -4574,7 +4543,7 @@ class MemoryPlan:
             saved = self.phases[phase] + self.main - other.phases[phase] - other.main
             if saved > 0:
                 hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
-                problem = Problem(knob, show(better), show(config.value(knob)), hint)
+                problem = Problem(knob, show(better), show(vars(config)[knob]), hint)
                 helps = other.fits and not other.shortage
                 found.append((not helps, -saved, knob, problem))
         return [problem for *_, problem in sorted(found)]
