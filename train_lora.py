@@ -589,25 +589,22 @@ def payload_types(cls: type[Event]) -> dict[str, Any]:
     return INFO if cls is Facts else INFO | {"data": cls}
 
 
-def describe_object(fields: Mapping[str, Any], description: str) -> Record:
-    """Describe an object whose fields are always all present."""
+def describe_object(fields: Mapping[str, Any], description: str, **fixed: Record) -> Record:
+    """Describe an object whose fields are always all present; of some, more is known."""
+    properties = {name: describe_type(hint) for name, hint in fields.items()} | fixed
     return {
         "type": "object",
         "description": description,
-        "required": list(fields),
-        "properties": {name: describe_type(hint) for name, hint in fields.items()},
+        "required": list(properties),
+        "properties": properties,
     }
 
 
-def describe_unknown(key: str, word: str, known: Iterable[type[Event]]) -> Record:
+def describe_unknown(key: str, known: Iterable[type[Event]], **fixed: Record) -> Record:
     """Let a line pass whose type or topic a later version of the program has added."""
-    words = sorted({cls.wire[key] for cls in known if key in cls.wire})
-    line = describe_object(ENVELOPE, "What a later version may send; ignore it.")
-    if word:
-        line["required"].append(key)
-        line["properties"]["type"] = {"const": word}
-    line["properties"][key] = {"type": "string", "not": {"enum": words}}
-    return line
+    words = sorted({cls.wire[key] for cls in known})
+    fixed[key] = {"type": "string", "not": {"enum": words}}
+    return describe_object(ENVELOPE, "What a later version may send; ignore it.", **fixed)
 
 
 def event_schema() -> Record:
@@ -615,10 +612,10 @@ def event_schema() -> Record:
     lines = []
     for cls in (*EVENTS, *FACTS):
         if cls is not Facts:
-            line = describe_object(ENVELOPE | payload_types(cls), cls.__doc__ or "")
-            line["properties"] |= {key: {"const": word} for key, word in cls.wire.items()}
-            lines.append(line)
-    lines += [describe_unknown("type", "", EVENTS), describe_unknown("topic", "info", FACTS)]
+            fixed = {key: {"const": word} for key, word in cls.wire.items()}
+            lines.append(describe_object(ENVELOPE | payload_types(cls), cls.__doc__ or "", **fixed))
+    lines.append(describe_unknown("type", EVENTS))
+    lines.append(describe_unknown("topic", FACTS, type={"const": "info"}))
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": f"Events of train_lora.py, protocol {PROTOCOL}",
@@ -1244,13 +1241,9 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
 
 # === Stopping ================================================================
 
-# SIGBREAK is how Windows asks a console program to end; SIGHUP exists only elsewhere.
-STOP_SIGNALS: dict[str, StopReason] = {
-    "SIGINT": "SIGINT",
-    "SIGTERM": "SIGTERM",
-    "SIGHUP": "SIGHUP",
-    "SIGBREAK": "SIGTERM",
-}
+STOP_SIGNALS: dict[str, StopReason] = {"SIGINT": "SIGINT", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}
+# How Windows asks a console program to end; SIGHUP exists only elsewhere.
+STOP_SIGNALS["SIGBREAK"] = "SIGTERM"
 # 128 + the signal; whoever else asks counts as SIGTERM.
 EXIT_CODES: dict[StopReason, int] = dict.fromkeys(typing.get_args(StopReason), 143)
 EXIT_CODES |= {"SIGINT": 130, "SIGHUP": 129}
@@ -3627,6 +3620,7 @@ def free_name(path: Path) -> Path:
 
 # === LoRA files ==============================================================
 
+Pieces = list[bytes | memoryview]  # of a file
 # How safetensors begins the names that torch has for kinds of numbers.
 SAFETENSORS_KINDS = {"bfloat": "BF", "float": "F", "uint": "U", "int": "I", "bool": "BOOL"}
 
@@ -3744,12 +3738,10 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
     }
 
 
-def safetensors_pieces(
-    tensors: Tensors, header: Mapping[str, str] | None = None
-) -> list[bytes | memoryview]:
+def safetensors_pieces(tensors: Tensors, header: Mapping[str, str] | None = None) -> Pieces:
     """Lay out a safetensors file without a copy; the library's headers differ every time."""
     fields: Record = {"__metadata__": dict(sorted(header.items()))} if header else {}
-    pieces: list[bytes | memoryview] = []
+    pieces: Pieces = []
     end = 0
     # Wide numbers first, so that each lies at a multiple of its width.
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
