@@ -852,16 +852,21 @@ def knobs() -> Record:
 
 
 def read_config(path: str | Path) -> str:
-    """Read the config file, or standard input for `-`, and never more than a config can be."""
+    """Read the config file, or standard input for `-`."""
     source: Any = 0 if str(path) == "-" else path
     try:
         with open(source, "rb", closefd=source != 0) as file:
-            content = file.read(CONFIG_BYTES + 1)
+            return read_page(file)
     except (OSError, ValueError) as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
         raise TrainError(ErrorCode.CONFIG_NOT_FOUND, f"Config {path} {reason}") from error
+
+
+def read_page(file: typing.BinaryIO) -> str:
+    """Read a text, and never more than a config can be."""
+    content = file.read(CONFIG_BYTES + 1)
     if len(content) > CONFIG_BYTES:
-        raise bad_json("at most 1 MiB", "more", "This is not a config for this program.")
+        raise bad_json("at most 1 MiB", "more", "Look whether this is the right file.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -888,7 +893,7 @@ def parse_config(text: str) -> Record:
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_NOT_JSON, problems)
     if not isinstance(document, dict):
-        raise bad_json("a JSON object", show(document), "Put the knobs between { and }.")
+        raise bad_json("a JSON object", show(document), "Put all of it between { and }.")
     return document
 
 
@@ -965,9 +970,9 @@ def describe_values(knob: Record) -> str:
     return TYPE_WORDS.get(knob["type"], "a number") + span + factor
 
 
-def check_schema(document: Record) -> None:
-    """Hold the document against the schema and list everything that breaks it."""
-    errors = jsonschema.Draft7Validator(config_schema()).iter_errors(document)
+def check_schema(document: Record, schema: Record) -> None:
+    """Hold a document against a schema and list everything that breaks it."""
+    errors = jsonschema.Draft7Validator(schema).iter_errors(document)
     found = itertools.chain.from_iterable(map(translate, errors))
     problems: dict[str, Problem] = {}
     for problem in itertools.islice(found, MOST_PROBLEMS):
@@ -1125,7 +1130,7 @@ class TrainingConfig:
         """Check a config that is at hand as an object."""
         if overrides:
             override(document, overrides)
-        check_schema(document)
+        check_schema(document, config_schema())
         values, remarks = resolve(document)
         for name, value in values.items():
             convert = FIELD_TYPES.get(cls.__annotations__[name].removesuffix(" | None"))
@@ -5607,27 +5612,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-LONGEST_REASON = 200  # it quotes what was asked
-
-
 def read_request(path: Path) -> Record:
     """Read what a host asks of a living run; raise what is wrong with it in words."""
     with os.fdopen(open_own(path), "rb") as file:
-        content = file.read(CONFIG_BYTES + 1)
-    if len(content) > CONFIG_BYTES:
-        raise ValueError("it is larger than 1 MiB")
-    asked, problems = parse_json(content.decode())
-    known: Record = knobs()["sample_prompts"] | {"type": "array"}
-    parts = {"preview": {"type": "boolean"}, "checkpoint": {"type": "boolean"}}
-    schema = {"type": "object", "additionalProperties": False}
-    validator = jsonschema.Draft7Validator(
-        {**schema, "properties": {**parts, "sample_prompts": known}}
-    )
-    wrong = [error.message for error in validator.iter_errors(asked)]
-    wrong += [f"{problem.path}: {problem.expected}" for problem in problems]
-    if wrong:
-        raise ValueError(shorten(wrong[0], LONGEST_REASON))
-    return dict(asked)
+        asked = parse_config(read_page(file))
+    known: Record = {"preview": {"type": "boolean"}, "checkpoint": {"type": "boolean"}}
+    known["sample_prompts"] = knobs()["sample_prompts"] | {"type": "array"}
+    check_schema(asked, {"type": "object", "properties": known, "additionalProperties": False})
+    return asked
 
 
 def due(every: int, step: int) -> bool:
