@@ -929,11 +929,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"expected KEY=JSON, got {text!r}")
-    try:
+    with contextlib.suppress(*NOT_JSON):
         document, problems = parse_json(value)
-    except NOT_JSON:
-        return key, value
-    return key, value if problems else document
+        return key, value if problems else document
+    return key, value
 
 
 def override(document: Record, overrides: Mapping[str, Any]) -> None:
@@ -1128,8 +1127,7 @@ class TrainingConfig:
     @classmethod
     def from_record(cls, document: Record, overrides: Mapping[str, Any] | None = None) -> Self:
         """Check a config that is at hand as an object."""
-        if overrides:
-            override(document, overrides)
+        override(document, overrides or {})
         check_schema(document, config_schema())
         values, remarks = resolve(document)
         for name, value in values.items():
@@ -1158,9 +1156,7 @@ class TrainingConfig:
 
     def as_record(self) -> Record:
         """Show every knob as JSON."""
-        record: Record = plain(self)
-        del record["remarks"]
-        return record
+        return {knob: value for knob, value in plain(self).items() if knob != "remarks"}
 
 
 def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
@@ -4370,9 +4366,8 @@ def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
 
 def write_history(output: Path, history: Sequence[LossPoint]) -> None:
     """Write loss_history.csv and loss_curve.png."""
-    losses = ["" if plain(point.loss) is None else point.loss for point in history]
-    pairs = zip(history, losses, strict=True)
-    rows = [f"{point.step},{loss},{point.learning_rate:.10g}" for point, loss in pairs]
+    points = plain(history)  # with None for what is no number
+    rows = [f"{step},{'' if loss is None else loss},{lr:.10g}" for step, loss, lr, _ in points]
     table = "\n".join(["step,loss,learning_rate", *rows, ""])
     write_whole(output / "loss_history.csv", table.encode())
     write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
