@@ -81,7 +81,6 @@ from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from queue import SimpleQueue
-from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
@@ -165,29 +164,17 @@ class ErrorCode(Code):
 class WarningCode(Code):
     """What is worth knowing although the run goes on."""
 
-    CONFIG_VALUE_TWICE = (
-        "A knob stands twice with two values.",
-        "Remove one; training_params wins.",
-    )
+    CONFIG_VALUE_TWICE = "A knob has two values.", "Remove one; training_params wins."
     KNOB_WITHOUT_EFFECT = "A knob has no effect beside another.", "Remove it, or change the other."
     LEARNING_RATE_LOW = "Little will be learned at this rate.", "1e-4 suits most runs."
     RESOLUTION_UNUSUAL = "The base was made for another size.", "Use the model's own size."
     TRIGGER_WORDS_EMPTY = "Only captions call the concept.", "Give a word unless this is a style."
     IMAGE_SKIPPED = "An image is not used.", "Convert or remove it."
     FOLDER_SKIPPED = "A folder in the dataset is not read.", "Copy its images into the dataset."
-    FILES_UNREAD = (
-        "Files look like images or captions and are of a kind that is not read.",
-        "Convert images to png or jpeg; write captions to image.txt.",
-    )
-    REPEATS_IGNORED = (
-        "A folder is named for repeats, as in 10_zkb; each of its images counts once.",
-        "Give more steps or epochs; captions hold the words.",
-    )
+    FILES_UNREAD = "Files are of a kind that is not read.", "Convert to png; captions to image.txt."
+    REPEATS_IGNORED = "Repeats, as in 10_zkb, do not count.", "Give more steps or epochs."
     IMAGES_SMALL = "Images will be enlarged.", "Use larger images or a lower resolution."
-    IMAGES_CROPPED = (
-        "Images are far from square and lose more than a fifth at their edges.",
-        "Crop them to what matters: tools/prepare.py build does.",
-    )
+    IMAGES_CROPPED = "Images lose over a fifth at their edges.", "Crop them: tools/prepare.py."
     CAPTION_UNUSABLE = "A caption file is empty or unreadable.", "Save it as UTF-8 text."
     METADATA_LINE_REFUSED = "A line of metadata.jsonl is not used.", "Give file_name and text."
     MODEL_NOT_CACHED = "The base model is not on this machine yet.", "None when online."
@@ -198,35 +185,20 @@ class WarningCode(Code):
     )
     PREDICTION_ASSUMED = "An SD 2 file does not say what it predicts.", "Give prediction_type."
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
-    UPDATE_RETRIED = (
-        "An update ran out of memory; it is made again with gradient checkpointing.",
-        "Set gradient_checkpointing to true.",
-    )
+    UPDATE_RETRIED = "An update is made again in less memory.", "Set gradient_checkpointing: true."
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
-    STEPS_DONE = (
-        "The run has made more updates than are asked for now; it stays as it is.",
-        "Take an earlier LoRA from checkpoints, or start anew with --fresh.",
-    )
+    STEPS_DONE = "More updates are done than asked for.", "Take a checkpoint, or use --fresh."
     STATE_IGNORED = "Something saved cannot be used and is left out.", "Look at the disk."
     COMPILE_FAILED = "The denoiser cannot be compiled; it runs as it is.", "Set compile to off."
-    CUDA_GRAPH_FAILED = (
-        "An update cannot be recorded for the card; its calls are made one by one.",
-        "Set cuda_graph to off.",
-    )
-    MEMORY_SPILLED = (
-        "The card's memory is full and updates are slow: the driver swaps.",
-        "Lower batch_size or resolution, or close other programs.",
-    )
+    CUDA_GRAPH_FAILED = "An update cannot be recorded for the card.", "Set cuda_graph to off."
+    MEMORY_SPILLED = "The card is full and the driver swaps.", "Lower batch_size or resolution."
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
     COPY_FAILED = "The LoRA is not in loras_path.", "Copy lora_final.safetensors there."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
-    REQUEST_REFUSED = (
-        "What request.json asks for cannot be done.",
-        "It may hold preview, checkpoint (true) and sample_prompts (a list).",
-    )
+    REQUEST_REFUSED = "request.json asks for what cannot be done.", "README says what it may hold."
     OUTPUT_REMOVED = "output_path was removed under the run.", "Leave it alone until the last line."
 
 
@@ -284,6 +256,8 @@ class TrainingInterrupted(BaseException):
 # === JSON ====================================================================
 
 NUMBER_LENGTH = 500  # a few thousand longer ones would hold the interpreter, deaf to signals
+# What parsing text of unknown origin, and looking into the result, can raise.
+NOT_JSON = (ValueError, RecursionError, TypeError, AttributeError)
 
 
 def parse_json(text: str) -> tuple[Any, list[Problem]]:
@@ -317,10 +291,6 @@ def parse_json(text: str) -> tuple[Any, list[Problem]]:
     return document, problems
 
 
-# What parsing text of unknown origin, and looking into the result, can raise.
-NOT_JSON = (ValueError, RecursionError, TypeError, AttributeError)
-
-
 def show(value: Any) -> str:
     """Quote a value from the config, not more of it than fits into a sentence."""
     try:
@@ -348,6 +318,15 @@ def plain(value: Any) -> Any:
 
 
 # === Events ==================================================================
+
+PROGRESS_SECONDS = 0.5  # a person cannot follow more than two lines a second
+PROGRESS_LINES = 1000  # a chart does not get better with more points
+NOT_OPEN = -1  # a descriptor that is yet to come
+LINE_BYTES = 60 * 1024 - 1  # many readers take no more than 64 KiB
+CONFIG_BYTES_ECHOED = LINE_BYTES - 2048  # what `start` leaves to its config
+SHORT_TEXT = 64  # no identifier is longer
+LONGEST_PATH = 4096
+PLACES = re.compile(r"{(\w+):?(\w*)}")  # in a sentence; `{images:image}` says what is counted
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -614,25 +593,22 @@ def payload_types(cls: type[Event]) -> dict[str, Any]:
     return INFO if cls is Facts else INFO | {"data": cls}
 
 
-def describe_object(fields: Mapping[str, Any], description: str) -> Record:
-    """Describe an object whose fields are always all present."""
+def describe_object(fields: Mapping[str, Any], description: str, **fixed: Record) -> Record:
+    """Describe an object whose fields are always all present; of some, more is known."""
+    properties = {name: describe_type(hint) for name, hint in fields.items()} | fixed
     return {
         "type": "object",
         "description": description,
-        "required": list(fields),
-        "properties": {name: describe_type(hint) for name, hint in fields.items()},
+        "required": list(properties),
+        "properties": properties,
     }
 
 
-def describe_unknown(key: str, word: str, known: Iterable[type[Event]]) -> Record:
+def describe_unknown(key: str, known: Iterable[type[Event]], **fixed: Record) -> Record:
     """Let a line pass whose type or topic a later version of the program has added."""
-    words = sorted({cls.wire[key] for cls in known if key in cls.wire})
-    line = describe_object(ENVELOPE, "What a later version may send; ignore it.")
-    if word:
-        line["required"].append(key)
-        line["properties"]["type"] = {"const": word}
-    line["properties"][key] = {"type": "string", "not": {"enum": words}}
-    return line
+    words = sorted({cls.wire[key] for cls in known})
+    fixed[key] = {"type": "string", "not": {"enum": words}}
+    return describe_object(ENVELOPE, "What a later version may send; ignore it.", **fixed)
 
 
 def event_schema() -> Record:
@@ -640,10 +616,10 @@ def event_schema() -> Record:
     lines = []
     for cls in (*EVENTS, *FACTS):
         if cls is not Facts:
-            line = describe_object(ENVELOPE | payload_types(cls), cls.__doc__ or "")
-            line["properties"] |= {key: {"const": word} for key, word in cls.wire.items()}
-            lines.append(line)
-    lines += [describe_unknown("type", "", EVENTS), describe_unknown("topic", "info", FACTS)]
+            fixed = {key: {"const": word} for key, word in cls.wire.items()}
+            lines.append(describe_object(ENVELOPE | payload_types(cls), cls.__doc__ or "", **fixed))
+    lines.append(describe_unknown("type", EVENTS))
+    lines.append(describe_unknown("topic", FACTS, type={"const": "info"}))
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": f"Events of train_lora.py, protocol {PROTOCOL}",
@@ -654,40 +630,24 @@ def event_schema() -> Record:
 
 def sentence(says: str, fields: Record) -> str:
     """Fill a sentence; what comes between commas is left out where its field is unknown."""
-    known = {name: Spoken(value) for name, value in fields.items()}
     parts = says.split(", ")
-    names = [[name for _, name, _, _ in Formatter().parse(part) if name] for part in parts]
-    told = [
-        p for p, own in zip(parts, names, strict=True) if all(fields[n] is not None for n in own)
-    ]
-    return ", ".join(told or parts[:1]).format_map(known)
+    told = [p for p in parts if all(fields[name] is not None for name, _ in PLACES.findall(p))]
+    return PLACES.sub(lambda at: counted(fields[at[1]], at[2]), ", ".join(told or parts[:1]))
 
 
-@dataclass(frozen=True)
-class Spoken:
-    """A value as a person reads it; the format says what is counted: `{images:image}`."""
-
-    value: Any
-
-    def __format__(self, unit: str) -> str:
-        """Write it without a dozen digits, a power of ten, or the plural of one."""
-        value = self.value
-        if value is None:
-            return "unknown"
-        if unit == "size":
-            return size_of(value)
-        if unit == "duration":
-            return duration_of(value)
-        if not isinstance(value, (int, float)):
-            return str(value)
-        exact = isinstance(value, int) or abs(value) >= 1000
-        number = f"{value:,.0f}" if exact else f"{value:.4g}"
-        return f"{number} {unit}{'s' if value != 1 else ''}" if unit else number
-
-
-def counted(number: int, noun: str) -> str:
-    """Count things, one or several."""
-    return format(Spoken(number), noun)
+def counted(value: Any, unit: str = "") -> str:
+    """Write a value without a dozen digits, a power of ten, or the plural of one."""
+    if value is None:
+        return "unknown"
+    if unit == "size":
+        return size_of(value)
+    if unit == "duration":
+        return duration_of(value)
+    if not isinstance(value, (int, float)):
+        return str(value)
+    exact = isinstance(value, int) or abs(value) >= 1000
+    number = f"{value:,.0f}" if exact else f"{value:.4g}"
+    return f"{number} {unit}{'s' if value != 1 else ''}" if unit else number
 
 
 def size_of(size: float) -> str:
@@ -702,10 +662,6 @@ def duration_of(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
-
-
-PROGRESS_SECONDS = 0.5  # a person cannot follow more than two lines a second
-PROGRESS_LINES = 1000  # a chart does not get better with more points
 
 
 class Emitter:
@@ -758,13 +714,6 @@ class Emitter:
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
         self.emit(remark(code, message, **data))
-
-
-NOT_OPEN = -1  # a descriptor that is yet to come
-LINE_BYTES = 60 * 1024 - 1  # many readers take no more than 64 KiB
-CONFIG_BYTES_ECHOED = LINE_BYTES - 2048  # what `start` leaves to its config
-SHORT_TEXT = 64  # no identifier is longer
-LONGEST_PATH = 4096
 
 
 def shorten(value: Any, limit: int, key: str = "") -> Any:
@@ -861,23 +810,24 @@ class LineWriter:
         return True
 
 
+@dataclass
 class Phase:
     """Tell at most once a second how far a preparation has come; leave when asked to stop."""
 
-    def __init__(
-        self, name: str, total: int, events: Emitter, stop: StopRequest, unit: str = "items"
-    ) -> None:
-        """Begin; nothing is told in the first second."""
-        self._facts: Record = {"name": name, "total": total, "unit": unit}
-        self._events, self._stop = events, stop
-        self._told = time.monotonic()
+    name: str
+    total: int
+    events: Emitter
+    stop: StopRequest
+    unit: str = "items"
+    told: float = field(default_factory=time.monotonic)  # nothing in the first second
 
     def at(self, done: int) -> None:
         """Note how many are done."""
-        self._stop.check()
-        if time.monotonic() - self._told >= 1:
-            self._events.emit(PhaseFacts(done=done, **self._facts))
-            self._told = time.monotonic()
+        self.stop.check()
+        if time.monotonic() - self.told >= 1:
+            facts = PhaseFacts(name=self.name, done=done, total=self.total, unit=self.unit)
+            self.events.emit(facts)
+            self.told = time.monotonic()
 
 
 # === Configuration ===========================================================
@@ -885,6 +835,7 @@ class Phase:
 CONFIG_BYTES = 2**20  # a config is a page; whatever is larger is a mistake
 MOST_PROBLEMS = 100  # nobody mends more at a time
 NO_LIMIT = 10**9  # an upper limit from here on means that there is none
+TYPE_WORDS = {"integer": "a whole number", "boolean": "true or false", "object": "an object"}
 
 # A rate above this destroys the adapter, except under optimizers that set their own scale.
 HIGH_LEARNING_RATE = 0.1
@@ -905,16 +856,21 @@ def knobs() -> Record:
 
 
 def read_config(path: str | Path) -> str:
-    """Read the config file, or standard input for `-`, and never more than a config can be."""
+    """Read the config file, or standard input for `-`."""
     source: Any = 0 if str(path) == "-" else path
     try:
         with open(source, "rb", closefd=source != 0) as file:
-            content = file.read(CONFIG_BYTES + 1)
+            return read_page(file)
     except (OSError, ValueError) as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
         raise TrainError(ErrorCode.CONFIG_NOT_FOUND, f"Config {path} {reason}") from error
+
+
+def read_page(file: typing.BinaryIO) -> str:
+    """Read a text, and never more than a config can be."""
+    content = file.read(CONFIG_BYTES + 1)
     if len(content) > CONFIG_BYTES:
-        raise bad_json("at most 1 MiB", "more", "This is not a config for this program.")
+        raise bad_json("at most 1 MiB", "more", "Look whether this is the right file.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -941,7 +897,7 @@ def parse_config(text: str) -> Record:
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_NOT_JSON, problems)
     if not isinstance(document, dict):
-        raise bad_json("a JSON object", show(document), "Put the knobs between { and }.")
+        raise bad_json("a JSON object", show(document), "Put all of it between { and }.")
     return document
 
 
@@ -966,12 +922,10 @@ def mistake(error: json.JSONDecodeError) -> str:
     """Name the usual mistake that JSON's parser stumbles over in this place."""
     before = error.doc[: error.pos].rstrip()
     text = before[-1:].rjust(1) + error.doc[error.pos :]
-    fits = (
-        hint
-        for said, there, hint in MISTAKES
-        if re.search(said, error.msg) and re.match(f".{there}", text, re.DOTALL)
-    )
-    return next(fits, "Mend this place.")
+    for said, there, hint in MISTAKES:
+        if re.search(said, error.msg) and re.match(f".{there}", text, re.DOTALL):
+            return hint
+    return "Mend this place."
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -979,11 +933,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"expected KEY=JSON, got {text!r}")
-    try:
+    with contextlib.suppress(*NOT_JSON):
         document, problems = parse_json(value)
-    except NOT_JSON:
-        return key, value
-    return key, value if problems else document
+        return key, value if problems else document
+    return key, value
 
 
 def override(document: Record, overrides: Mapping[str, Any]) -> None:
@@ -995,9 +948,6 @@ def override(document: Record, overrides: Mapping[str, Any]) -> None:
     for key in overrides.keys() & knobs().keys():
         form = nested if isinstance(nested, dict) and key in nested else document
         form[key] = overrides[key]
-
-
-TYPE_WORDS = {"integer": "a whole number", "boolean": "true or false", "object": "an object"}
 
 
 def describe_values(knob: Record) -> str:
@@ -1023,9 +973,9 @@ def describe_values(knob: Record) -> str:
     return TYPE_WORDS.get(knob["type"], "a number") + span + factor
 
 
-def check_schema(document: Record) -> None:
-    """Hold the document against the schema and list everything that breaks it."""
-    errors = jsonschema.Draft7Validator(config_schema()).iter_errors(document)
+def check_schema(document: Record, schema: Record) -> None:
+    """Hold a document against a schema and list everything that breaks it."""
+    errors = jsonschema.Draft7Validator(schema).iter_errors(document)
     found = itertools.chain.from_iterable(map(translate, errors))
     problems: dict[str, Problem] = {}
     for problem in itertools.islice(found, MOST_PROBLEMS):
@@ -1054,19 +1004,15 @@ def translate(error: jsonschema.ValidationError) -> Iterator[Problem]:
 
 def correction(knob: Record, value: Any) -> str:
     """Guess what was meant by a value that is almost right; else give the knob's own hint."""
-    kind = knob.get("type", "string")
-    if isinstance(value, str) and "enum" in knob:
-        known = [item for item in knob["enum"] if isinstance(item, str)]
+    if isinstance(value, str):
+        with contextlib.suppress(*NOT_JSON):
+            if jsonschema.Draft7Validator(knob).is_valid(json.loads(value.lower())):
+                return "Remove the quotes."
+        if knob.get("type") == "array":
+            return f"Write [{show(value)}]."
+        known = [item for item in knob.get("enum", ()) if isinstance(item, str)]
         for close in difflib.get_close_matches(value.lower(), known, n=1, cutoff=0.6):
             return f"Did you mean {close}?"
-        if value.lower() in map(json.dumps, knob["enum"]):
-            return "Remove the quotes."
-    elif isinstance(value, str) and kind not in ("string", "array"):
-        with contextlib.suppress(ValueError):
-            if isinstance(json.loads(value.lower()), (int, float, bool)):
-                return "Remove the quotes."
-    elif isinstance(value, str) and kind == "array":
-        return f"Write [{show(value)}]."
     return str(knob.get("hint", ""))
 
 
@@ -1187,9 +1133,8 @@ class TrainingConfig:
     @classmethod
     def from_record(cls, document: Record, overrides: Mapping[str, Any] | None = None) -> Self:
         """Check a config that is at hand as an object."""
-        if overrides:
-            override(document, overrides)
-        check_schema(document)
+        override(document, overrides or {})
+        check_schema(document, config_schema())
         values, remarks = resolve(document)
         for name, value in values.items():
             convert = FIELD_TYPES.get(cls.__annotations__[name].removesuffix(" | None"))
@@ -1215,26 +1160,20 @@ class TrainingConfig:
         """Count the images behind one update."""
         return self.batch_size * self.gradient_accumulation_steps
 
-    def value(self, knob: str) -> Any:
-        """Look a knob up by its name."""
-        return getattr(self, knob)
-
     def as_record(self) -> Record:
         """Show every knob as JSON."""
-        record: Record = plain(self)
-        del record["remarks"]
-        return record
+        return {knob: value for knob, value in plain(self).items() if knob != "remarks"}
 
 
 def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     """List values that are fine alone but do not go together."""
-    precision = config.base_precision
+    values, precision = vars(config), config.base_precision
     for knob in ("learning_rate", "text_encoder_learning_rate"):
-        if (config.value(knob) or 0) > HIGH_LEARNING_RATE:
+        if (values[knob] or 0) > HIGH_LEARNING_RATE:
             expected = f"at most {HIGH_LEARNING_RATE} with this optimizer"
-            yield Problem(knob, expected, show(config.value(knob)), "1e-4 suits most runs.")
+            yield Problem(knob, expected, show(values[knob]), "1e-4 suits most runs.")
     for knob, other, clash, hint in CLASHES:
-        if (path := config.value(knob)) and clash(path, config.value(other)):
+        if (path := values[knob]) and clash(path, values[other]):
             yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
     if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
         expected = f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII"
@@ -1297,7 +1236,7 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
         message = f"learning_rate {rate:g} is very low; 1e-4 suits most runs"
         yield remark(WarningCode.LEARNING_RATE_LOW, message, learning_rate=rate)
     for (knob, other), idle in IDLE_KNOBS.items():
-        value, beside = config.value(knob), config.value(other)
+        value, beside = (vars(config)[each] for each in (knob, other))
         if bool(beside) is idle and value != knobs()[knob]["default"]:
             message = f"{knob} {show(value)} has no effect beside {other} {show(plain(beside))}"
             data = {"key": knob, "value": value, "because": other}
@@ -1309,13 +1248,9 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
 
 # === Stopping ================================================================
 
-# SIGBREAK is how Windows asks a console program to end; SIGHUP exists only elsewhere.
-STOP_SIGNALS: dict[str, StopReason] = {
-    "SIGINT": "SIGINT",
-    "SIGTERM": "SIGTERM",
-    "SIGHUP": "SIGHUP",
-    "SIGBREAK": "SIGTERM",
-}
+STOP_SIGNALS: dict[str, StopReason] = {"SIGINT": "SIGINT", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}
+# How Windows asks a console program to end; SIGHUP exists only elsewhere.
+STOP_SIGNALS["SIGBREAK"] = "SIGTERM"
 # 128 + the signal; whoever else asks counts as SIGTERM.
 EXIT_CODES: dict[StopReason, int] = dict.fromkeys(typing.get_args(StopReason), 143)
 EXIT_CODES |= {"SIGINT": 130, "SIGHUP": 129}
@@ -1341,27 +1276,24 @@ def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
     return lambda: os.getppid() != parent
 
 
-IMPORT_SECONDS = 0.5  # from the start of a process to here
-
-
+@dataclass(eq=False)
 class StopRequest:
     """The first reason to stop, remembered for whoever asks."""
 
-    def __init__(self) -> None:
-        """Start with no reason."""
-        self.reason: StopReason | None = None
-        self.requested_at = math.inf
-        self.began = time.time() - IMPORT_SECONDS  # by the clock of files
-        self.noticed = False
-        self.parent_ended = watch_parent()
-        # Saves what would be lost; set by whoever has something to lose.
-        self.save: Callable[[TrainingInterrupted], None] = lambda _: None
-        # These two are set by whoever owns the process. Neither may wait for a disk.
-        self.host_gone: Callable[[], bool] = lambda: False
-        self.end: Callable[[TrainingInterrupted], None] | None = None  # in the main thread's place
-        self._saving: tuple[TrainingInterrupted, Future[None]] | None = None
-        self._first_signal_at = math.inf
-        self._taken: dict[int, Any] = {}  # signals with their former handlers
+    reason: StopReason | None = None
+    requested_at: float = math.inf
+    noticed: bool = False
+    # When the process began, by the clock of files: half a second before all is imported.
+    began: float = field(default_factory=lambda: time.time() - 0.5)
+    parent_ended: Callable[[], bool] = field(default_factory=watch_parent)
+    # Saves what would be lost; set by whoever has something to lose.
+    save: Callable[[TrainingInterrupted], None] = lambda _: None
+    # These two are set by whoever owns the process. Neither may wait for a disk.
+    host_gone: Callable[[], bool] = lambda: False
+    end: Callable[[TrainingInterrupted], None] | None = None  # in the main thread's place
+    _saving: tuple[TrainingInterrupted, Future[None]] | None = None
+    _first_signal_at: float = math.inf
+    _taken: dict[int, Any] = field(default_factory=dict)  # signals with their former handlers
 
     def request(self, reason: StopReason) -> None:
         """Ask for a stop; later reasons do not count."""
@@ -3669,19 +3601,23 @@ class Learner:
 
 # === Output folder ===========================================================
 
+FINAL = "lora_final.safetensors"
+# What a run writes. Only these are ever set aside, so that a shared folder stays as it is.
+OWN_FOLDERS = ("checkpoints", "samples", "state")
+OWN_FILES = (*OWN_FOLDERS, "events.jsonl", "loss_history.csv", "loss_curve.png", FINAL)
+# What nobody wants to lose.
+RESULTS = (FINAL, "checkpoints/*.safetensors", "state/step_*")
 LOCK_SECONDS = 0.5  # a preflight may hold the lock for an instant
 # A link may lead out of the folder, and a pipe may never answer. Not every system has all three.
 OPEN_OWN = sum(vars(os).get(flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
+MOST_NAMES = 10_000  # that a name is compared with
 
 
 def nearest_folder(path: Path) -> Path:
     """Find the folder that exists already and would hold the path."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if os.path.lexists(each))
-
-
-IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
-MOST_NAMES = 10_000  # that a name is compared with
 
 
 def whereabouts(path: Path) -> str:
@@ -3792,16 +3728,6 @@ def claimed(path: Path) -> Iterator[Callable[[], None]]:
             os.close(descriptor)
 
 
-# What a run writes. Only these are ever set aside, so that a shared folder stays as it is.
-OWN_FOLDERS = ("checkpoints", "samples", "state")
-OWN_FILES = (
-    *(*OWN_FOLDERS, "events.jsonl", "loss_history.csv"),
-    *("loss_curve.png", "lora_final.safetensors"),
-)
-# What nobody wants to lose.
-RESULTS = ("lora_final.safetensors", "checkpoints/*.safetensors", "state/step_*")
-
-
 def refuse_to_overwrite(output: Path) -> None:
     """Refuse a folder in which somebody trained something that this run will not continue."""
     names = [path.name for pattern in RESULTS for path in output.glob(pattern)]
@@ -3833,15 +3759,13 @@ def free_name(path: Path) -> Path:
 
 # === LoRA files ==============================================================
 
+Pieces = list[bytes | memoryview]  # of a file
 # How safetensors begins the names that torch has for kinds of numbers.
 SAFETENSORS_KINDS = {"bfloat": "BF", "float": "F", "uint": "U", "int": "I", "bool": "BOOL"}
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> Record:
-    """Write a file that appears whole or not at all; return its size and checksum.
-
-    They are taken on the way: to read all back would take as long again, and come from memory.
-    """
+    """Write a file, whole or not at all; return its size and checksum, taken on the way."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     size, digest = sum(map(len, pieces)), sha256()
     try:
@@ -3958,12 +3882,10 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
     }
 
 
-def safetensors_pieces(
-    tensors: Tensors, header: Mapping[str, str] | None = None
-) -> list[bytes | memoryview]:
+def safetensors_pieces(tensors: Tensors, header: Mapping[str, str] | None = None) -> Pieces:
     """Lay out a safetensors file without a copy; the library's headers differ every time."""
     fields: Record = {"__metadata__": dict(sorted(header.items()))} if header else {}
-    pieces: list[bytes | memoryview] = []
+    pieces: Pieces = []
     end = 0
     # Wide numbers first, so that each lies at a multiple of its width.
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
@@ -4053,7 +3975,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         "captions": f"captions with fingerprint {captions}",
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
-        **{name: str(config.value(name)) for name, knob in knobs().items() if "x-fixed" in knob},
+        **{name: str(vars(config)[name]) for name, knob in knobs().items() if "x-fixed" in knob},
     }
 
 
@@ -4500,7 +4422,7 @@ def choose_precision(
     wanted = config.mixed_precision
     if device.type != "cuda":
         for knob in ("mixed_precision", "base_precision"):
-            if (asked := config.value(knob)) in ("fp16", "bf16"):
+            if (asked := vars(config)[knob]) in ("fp16", "bf16"):
                 message = f"{knob} {asked} is for CUDA; using fp32"
                 events.warn(WarningCode.PRECISION_CHANGED, message, device=device.type)
         return torch.float32
@@ -4606,9 +4528,8 @@ def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
 
 def write_history(output: Path, history: Sequence[LossPoint]) -> None:
     """Write loss_history.csv and loss_curve.png."""
-    losses = ["" if plain(point.loss) is None else point.loss for point in history]
-    pairs = zip(history, losses, strict=True)
-    rows = [f"{point.step},{loss},{point.learning_rate:.10g}" for point, loss in pairs]
+    points = plain(history)  # with None for what is no number
+    rows = [f"{step},{'' if loss is None else loss},{lr:.10g}" for step, loss, lr, _ in points]
     table = "\n".join(["step,loss,learning_rate", *rows, ""])
     write_whole(output / "loss_history.csv", table.encode())
     write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
@@ -4777,7 +4698,7 @@ class MemoryPlan:
             saved = self.phases[phase] + self.main - other.phases[phase] - other.main
             if saved > 0:
                 hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
-                problem = Problem(knob, show(better), show(config.value(knob)), hint)
+                problem = Problem(knob, show(better), show(vars(config)[knob]), hint)
                 helps = other.fits and not other.shortage
                 found.append((not helps, -saved, knob, problem))
         return [problem for *_, problem in sorted(found)]
@@ -5852,27 +5773,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-LONGEST_REASON = 200  # it quotes what was asked
-
-
 def read_request(path: Path) -> Record:
     """Read what a host asks of a living run; raise what is wrong with it in words."""
     with os.fdopen(open_own(path), "rb") as file:
-        content = file.read(CONFIG_BYTES + 1)
-    if len(content) > CONFIG_BYTES:
-        raise ValueError("it is larger than 1 MiB")
-    asked, problems = parse_json(content.decode())
-    known: Record = knobs()["sample_prompts"] | {"type": "array"}
-    parts = {"preview": {"type": "boolean"}, "checkpoint": {"type": "boolean"}}
-    schema = {"type": "object", "additionalProperties": False}
-    validator = jsonschema.Draft7Validator(
-        {**schema, "properties": {**parts, "sample_prompts": known}}
-    )
-    wrong = [error.message for error in validator.iter_errors(asked)]
-    wrong += [f"{problem.path}: {problem.expected}" for problem in problems]
-    if wrong:
-        raise ValueError(shorten(wrong[0], LONGEST_REASON))
-    return dict(asked)
+        asked = parse_config(read_page(file))
+    known: Record = {"preview": {"type": "boolean"}, "checkpoint": {"type": "boolean"}}
+    known["sample_prompts"] = knobs()["sample_prompts"] | {"type": "array"}
+    check_schema(asked, {"type": "object", "properties": known, "additionalProperties": False})
+    return asked
 
 
 def due(every: int, step: int) -> bool:

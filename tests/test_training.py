@@ -728,15 +728,15 @@ def test_a_request_before_the_first_update_is_answered_after_it(
 
 NO_REQUESTS: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"{", "Expecting"),
-    "no text": (b"\xff\xfe", "utf-8"),
+    "no text": (b"\xff\xfe", "UTF-8"),
     "no object": (b"[1]", "object"),
-    "NaN": (b'{"preview": NaN}', "boolean"),
+    "NaN": (b'{"preview": NaN}', "finite"),
     "unknown key": (b'{"preview": true, "pause": true}', "pause"),
-    "wrong type": (b'{"checkpoint": "yes"}', "boolean"),
-    "one prompt": (b'{"sample_prompts": "zkb"}', "array"),
-    "empty prompt": (b'{"sample_prompts": [" "]}', "match"),
-    "too many prompts": (json.dumps({"sample_prompts": ["a"] * 17}).encode(), "too long"),
-    "10 MB": (b'{"preview": true}' + b" " * 10**7, "larger than 1 MiB"),
+    "wrong type": (b'{"checkpoint": "yes"}', "true or false"),
+    "one prompt": (b'{"sample_prompts": "zkb"}', "a list"),
+    "empty prompt": (b'{"sample_prompts": [" "]}', "sample_prompts[0]"),
+    "too many prompts": (json.dumps({"sample_prompts": ["a"] * 17}).encode(), "at most 16 texts"),
+    "10 MB": (b'{"preview": true}' + b" " * 10**7, "at most 1 MiB"),
     "brackets": (b"[" * 10**6, "recursion"),
 }
 
