@@ -4047,12 +4047,12 @@ class Earlier:
         """Refuse to go on with another run's state; list all that differs."""
         said = (self.manifest or self.complete).get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
-        keys = sorted(k for k in said.keys() | identity.keys() if said.get(k) != identity.get(k))
         problems = []
-        for key in keys:
+        for key in sorted(said.keys() | identity.keys()):
             knob, unit = KNOBS_BEHIND.get(key, (key, ""))
             before, now = (str(each.get(key, "nothing")) + unit for each in (said, identity))
-            problems.append(Problem(knob, before, now, hint))
+            if before != now:
+                problems.append(Problem(knob, before, now, hint))
         if problems:
             raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)
 
@@ -4271,12 +4271,12 @@ def inspect_card(index: int) -> DeviceFacts | None:
 
 def list_devices() -> list[Record]:
     """List what could train here, the fastest first, with what `device` would call it."""
-    cards = [(f"cuda:{n}", inspect_card(n)) for n in range(len(list_cards()) or 1)]
-    found = [(name, card) for name, card in cards if card]
-    for kind in ("mps", "cpu"):
+    cards = [f"cuda:{number}" for number in range(len(list_cards()) or 1)]
+    found = []
+    for name in (*cards, "mps", "cpu"):
         with contextlib.suppress(TrainError):
-            found.append((kind, inspect_device(kind)))
-    return [{"device": name, **plain(facts)} for name, facts in found]
+            found.append({"device": name, **plain(inspect_device(name))})
+    return found
 
 
 def built_for_cpu() -> bool:
@@ -4508,18 +4508,15 @@ class MemoryPlan:
         self.free = free - CONTEXT_BYTES if card and free is not None else free
         # A recording keeps what activations had while previews are drawn.
         both = self.phases["previews"] + part["activations"]
-        self.recording = self._may_record() and (self.free is None or both <= self.free)
+        asked = self.config.cuda_graph == "auto" and card and not self.checkpointing
+        repeats = self.config.base_precision != "int8"  # whose layers look at numbers
+        self.recording = asked and repeats and (self.free is None or both <= self.free)
         if self.recording:
             self.phases["previews"] = both
         peaks = itertools.accumulate(self.phases.values(), max)
         self.peaks = dict(zip(self.phases, peaks, strict=True))  # up to the end of each
         # It can be hoped for; what is not known is no obstacle.
         self.fits = self.free is None or self.peaks["training"] <= self.free
-
-    def _may_record(self) -> bool:
-        """Tell whether the calls of an update can be repeated; int8 layers look at numbers."""
-        asked = self.config.cuda_graph == "auto" and self.config.base_precision != "int8"
-        return asked and self.on_card and not self.checkpointing
 
     def _sizes(self) -> dict[str, float]:
         """Add up the parts, from shapes alone."""
@@ -4981,6 +4978,7 @@ class LoRATrainer:
     device: torch.device | None = None
     memory: MemoryPlan | None = None
     models: Models = field(init=False)
+    shelf: Shelf = field(init=False)
     cache: Cache = field(init=False)
     learner: Learner = field(init=False)
     replay: Replay | None = None
@@ -5176,20 +5174,27 @@ class LoRATrainer:
     def encode(self, pictures: Sequence[Picture]) -> Cache:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config, models, self.phase = self.config, self.models, "encoding"
-        shelf = Shelf(config.cache_dir, models.device, self.events)
-        texts = tokenize(texts_of(config, pictures), models, self.events)
+        self.shelf = Shelf(config.cache_dir, models.device, self.events)
+        texts = self.encode_texts(texts_of(config, pictures))
         if config.train_text_encoder:
             models.load_text_encoders(models.dtype)
-        else:
-            phase = Phase("encoding captions", len(texts), self.events, self.stop)
-            texts = read_texts(models, texts, shelf, phase)
-            models.text_encoders = []
         phase = Phase("encoding images", len(pictures), self.events, self.stop)
-        images = encode_images(models, pictures, config, shelf, phase)
+        images = encode_images(models, pictures, config, self.shelf, phase)
         if models.vae:
             models.vae.to("cpu")
         self.tell_memory()
         return Cache(images, texts)
+
+    def encode_texts(self, texts: Texts) -> dict[str, Conditioning]:
+        """Let text encoders that do not learn read texts, and go; those that do get token ids."""
+        tokens = tokenize(texts, self.models, self.events)
+        if self.config.train_text_encoder:
+            return tokens
+        phase = Phase("encoding captions", len(tokens), self.events, self.stop)
+        try:
+            return read_texts(self.models, tokens, self.shelf, phase)
+        finally:
+            self.models.text_encoders = []
 
     def tell_memory(self) -> None:
         """Tell what the phase that ends here needed."""
@@ -5497,14 +5502,7 @@ class LoRATrainer:
 
     def change_prompts(self, prompts: tuple[str, ...]) -> None:
         """Draw other previews from here on; text encoders that are gone come back for them."""
-        texts = tokenize((("sample_prompts", each) for each in prompts), self.models, self.events)
-        if not self.config.train_text_encoder:
-            phase = Phase("encoding captions", len(texts), self.events, self.stop)
-            shelf = Shelf(self.config.cache_dir, self.models.device, self.events)
-            try:
-                texts = read_texts(self.models, texts, shelf, phase)
-            finally:
-                self.models.text_encoders = []
+        texts = self.encode_texts(("sample_prompts", each) for each in prompts)
         self.cache = dataclasses.replace(self.cache, texts=self.cache.texts | texts)
         self.prompts = prompts
 
@@ -5679,27 +5677,19 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-LONGEST_REASON = 200  # it quotes what was asked
-
-
 def read_request(path: Path) -> Record:
     """Read what a host asks of a living run; raise what is wrong with it in words."""
     with os.fdopen(open_own(path), "rb") as file:
         content = file.read(CONFIG_BYTES + 1)
     if len(content) > CONFIG_BYTES:
         raise ValueError("it is larger than 1 MiB")
-    asked, problems = parse_json(content.decode())
-    known: Record = knobs()["sample_prompts"] | {"type": "array"}
-    parts = {"preview": {"type": "boolean"}, "checkpoint": {"type": "boolean"}}
-    schema = {"type": "object", "additionalProperties": False}
-    validator = jsonschema.Draft7Validator(
-        {**schema, "properties": {**parts, "sample_prompts": known}}
-    )
-    wrong = [error.message for error in validator.iter_errors(asked)]
-    wrong += [f"{problem.path}: {problem.expected}" for problem in problems]
-    if wrong:
-        raise ValueError(shorten(wrong[0], LONGEST_REASON))
-    return dict(asked)
+    asked = parse_config(content.decode())
+    flag, prompts = {"type": "boolean"}, knobs()["sample_prompts"] | {"type": "array"}
+    known = {"preview": flag, "checkpoint": flag, "sample_prompts": prompts}
+    schema = {"properties": known, "additionalProperties": False}
+    for error in jsonschema.Draft7Validator(schema).iter_errors(asked):
+        raise ValueError(shorten(error.message, 200))  # it quotes what was asked
+    return asked
 
 
 def due(every: int, step: int) -> bool:
