@@ -3448,7 +3448,9 @@ class Learner:
         self.max_grad_norm = config.max_grad_norm
         matrices = self.parameters.values()
         self.learned = torch.cat([p.detach().flatten() for p in matrices])  # in full precision
-        self.gradient = torch.zeros_like(self.learned)
+        # What an update adds up: the gradient, and the loss at the end.
+        self.sums = torch.zeros(len(self.learned) + 1, device=self.learned.device)
+        self.gradient, self.loss = self.sums[:-1], self.sums[-1]
         self.used = self.learned.to(models.dtype)  # learned itself, or its copy in half
         self.in_half = self.used is not self.learned
         # The optimizer has one part of what is learned for each rate.
@@ -3485,11 +3487,12 @@ class Learner:
                 parameter.grad = None
 
     def step(self, factor: float) -> Tensor:
-        """Make one update if the gradient is finite; return its norm, which nobody waits for."""
+        """Make one update if the gradient is finite; return loss and norm, still unread."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
         self.scaler.unscale_(self.optimizer)
-        norm: Tensor = torch.linalg.vector_norm(self.gradient)
+        norm = torch.linalg.vector_norm(self.gradient)
+        told = torch.stack([self.loss, norm])
         limit = self.max_grad_norm or math.inf
         self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
         finite = norm.isfinite()
@@ -3502,11 +3505,11 @@ class Learner:
         self.scaler.update()
         self.forget()
         self.refresh()
-        return norm
+        return told
 
     def forget(self) -> None:
-        """Drop all gradients, also what a pass back that failed left half done."""
-        self.gradient.zero_()
+        """Drop all that was added up, also what a pass back that failed left half done."""
+        self.sums.zero_()
         if self.in_half:
             for parameter in self.parameters.values():
                 parameter.grad = None
@@ -4864,7 +4867,7 @@ class TrainState:
     step: int = 0
     history: list[LossPoint] = field(default_factory=list)
     # Loss and norm of each update since, on the device until somebody wants to know.
-    unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    unread: list[Tensor] = field(default_factory=list)
     reported: int = 0  # rows of the history that progress lines have summed up
     loss: float | None = None  # mean of the last progress line
     # A clock that stands still during previews and saving, and left out the first update.
@@ -4905,13 +4908,13 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def there_and_back(models: Models, learner: Learner, batch: Batch, count: int) -> Tensor:
-    """Add a part of an update of so many images to the gradient; return its part of the loss."""
+def there_and_back(models: Models, learner: Learner, batch: Batch, count: int) -> None:
+    """Add a part of an update of so many images to the loss and to the gradient."""
     # Divided by the true size of the window, which may be short at the very end.
     loss = batch_losses(models, batch).sum() / count
+    learner.loss.add_(loss.detach())
     learner.scaler.scale(loss).backward()
     learner.collect()
-    return loss.detach()
 
 
 @dataclass
@@ -4925,7 +4928,6 @@ class Replay:
     batch: Batch  # where the calls find their numbers
     count: int
     graph: Any
-    loss: Tensor  # where they leave it
 
     @classmethod
     def record(cls, models: Models, learner: Learner, batch: Batch, count: int) -> Replay:
@@ -4938,20 +4940,19 @@ class Replay:
         torch.cuda.current_stream().wait_stream(stream)
         graph: Any = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            loss = there_and_back(models, learner, batch, count)
-        return cls(batch, count, graph, loss)
+            there_and_back(models, learner, batch, count)
+        return cls(batch, count, graph)
 
     def fits(self, batch: Batch, count: int) -> bool:
         """Tell whether nothing but numbers differs from what was recorded."""
         mine, others = ([each.shape for each in b.tensors()] for b in (self.batch, batch))
         return (mine, self.count) == (others, count)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Repeat the calls; what is returned is overwritten by no later one."""
+    def __call__(self, batch: Batch) -> None:
+        """Repeat the calls with the numbers of another batch."""
         for mine, other in zip(self.batch.tensors(), batch.tensors(), strict=True):
             mine.copy_(other)
         self.graph.replay()
-        return self.loss.clone()
 
 
 @dataclass
@@ -5330,45 +5331,44 @@ class LoRATrainer:
     def update(self) -> None:
         """Make one update from one window of images."""
         config, step, began = self.config, self.state.step + 1, time.monotonic()
-        loss = self.collect_gradient(step)
+        self.collect_gradient(step)
         with self.lock:
             self.torn = True
-            norm = self.learner.step(rate(config, step, self.total_steps))
-            self.state.unread.append((loss, norm))
+            self.state.unread.append(self.learner.step(rate(config, step, self.total_steps)))
             self.state.step, self.torn = step, False
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
 
-    def collect_gradient(self, step: int) -> Tensor:
+    def collect_gradient(self, step: int) -> None:
         """Go there and back; where memory runs out, once more with gradient checkpointing."""
         try:
-            return self.go_through(step)
+            self.go_through(step)
         except Exception as error:
             may = self.config.may_checkpoint and not self.models.checkpointing
             if not (may and is_out_of_memory(error)):
                 raise
             reason = first_line(error)
+        else:
+            return
         # Here, what the attempt held is gone with its frames; chance has no memory either.
         self.learner.forget()
         self.replay = None
         self.models.checkpoint_gradients()
         message = f"Update {step} ran out of memory; with gradient checkpointing it is made again"
         self.events.warn(WarningCode.UPDATE_RETRIED, message, step=step, reason=reason)
-        return self.go_through(step)
+        self.go_through(step)
 
-    def go_through(self, step: int) -> Tensor:
-        """Collect the gradient of an update, a batch at a time; return its loss."""
-        config, losses = self.config, []
-        slots = list(enumerate(self.order.window(step)))
-        for begin in range(0, len(slots), config.batch_size):
+    def go_through(self, step: int) -> None:
+        """Collect the gradient of an update, a batch at a time."""
+        size, slots = self.config.batch_size, list(enumerate(self.order.window(step)))
+        for begin in range(0, len(slots), size):
             self.stop.check()
-            part = slots[begin : begin + config.batch_size]
-            batch = draw_part(self.models, self.cache, config, step, part)
+            part = slots[begin : begin + size]
+            batch = draw_part(self.models, self.cache, self.config, step, part)
             if self.replay and self.replay.fits(batch, len(slots)):
-                losses.append(self.replay(batch))
+                self.replay(batch)
             else:
-                losses.append(there_and_back(self.models, self.learner, batch, len(slots)))
-        return torch.stack(losses).sum()
+                there_and_back(self.models, self.learner, batch, len(slots))
 
     def report(self) -> None:
         """Read what the updates computed and tell it, seldom: reading waits for the device."""
@@ -5445,8 +5445,7 @@ class LoRATrainer:
         """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
         config, state, scales = self.config, self.state, self.learner.scaler.is_enabled()
         with self.lock:
-            pairs = [torch.stack(pair) for pair in state.unread]
-            numbers = torch.stack(pairs).tolist() if pairs else []
+            numbers = torch.stack(state.unread).tolist() if state.unread else []
             state.unread = []
             for step, (loss, norm) in enumerate(numbers, start=state.step - len(numbers) + 1):
                 # fp16's scaler tries larger factors until a gradient overflows.
