@@ -3140,30 +3140,11 @@ def texts_of(config: TrainingConfig, pictures: Iterable[Picture]) -> Texts:
     yield "sample_negative_prompt", config.sample_negative_prompt
 
 
-def report_long(
-    texts: Texts, count: Callable[[str], int], most: int, events: Emitter, *, estimated: bool
-) -> None:
-    """Tell whose texts are too long to be read to the end."""
-    tokens_in = functools.cache(count)
-    long = [name for name, text in texts if tokens_in(text) > most]
-    if long:
-        how = ", by a rough count" if estimated else ""
-        message = f"Read up to {most - 2} tokens{how}: {counted(len(long), 'caption')}, such as "
-        message += f"that of {long[0]}"
-        told: Record = {"captions": len(long), "files": long[:10], "estimated": estimated}
-        events.warn(WarningCode.CAPTION_TRUNCATED, message, **told)
-
-
 def tokenize(texts: Texts, models: Models, events: Emitter) -> dict[str, Conditioning]:
     """Turn texts into token ids; tell which ones are too long."""
-    texts, tokenizers, most = list(texts), models.tokenizers, models.base.tokens
-
-    def count(text: str) -> int:
-        return len(tokenizers[0](text, verbose=False).input_ids)
-
-    report_long(texts, count, most, events, estimated=False)
-    family = models.base.family
-    return {text: family.tokenize(tokenizers, text, most) for _, text in texts}
+    texts, base = list(texts), models.base
+    report_long(texts, base, events)
+    return {text: base.family.tokenize(models.tokenizers, text, base.tokens) for _, text in texts}
 
 
 def read_texts(
@@ -3894,6 +3875,15 @@ PIECE_BYTES = 64 * 1024
 PIECES = 64  # a file of up to 4 MiB is read whole
 STATE_FILES = {"adapter.safetensors", "optimizer.safetensors"}
 MANIFEST_KEYS = {"step", "total_steps", "run_id", "identity", "progress", "files"}
+# What config and device decide at every start; all else in a group may be the optimizer's own.
+DECIDED_ANEW = ("lr", "full_lr", "weight_decay", "fused")
+# What a form can mark, for what is no knob itself, and what its number counts.
+KNOBS_BEHIND = {
+    "images": ("dataset_path", ""),
+    "captions": ("dataset_path", ""),
+    "effective_batch": ("batch_size", " per update"),
+    "regularization": ("regularization_path", ""),
+}
 
 
 def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str]:
@@ -4006,15 +3996,6 @@ def state_folders(output: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-# What a form can mark, for what is no knob itself, and what its number counts.
-KNOBS_BEHIND = {
-    "images": ("dataset_path", ""),
-    "captions": ("dataset_path", ""),
-    "effective_batch": ("batch_size", " per update"),
-    "regularization": ("regularization_path", ""),
-}
-
-
 @dataclass(frozen=True)
 class Earlier:
     """What earlier starts of the run left behind."""
@@ -4104,10 +4085,6 @@ def leaves(tree: Mapping[Any, Any], way: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{way}{key}/")
         else:
             yield f"{way}{key}", value
-
-
-# What config and device decide at every start; all else in a group may be the optimizer's own.
-DECIDED_ANEW = ("lr", "full_lr", "weight_decay", "fused")
 
 
 def unpack_learner(folder: Path, manifest: Record, learner: Learner) -> None:
@@ -4800,15 +4777,19 @@ WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNOREC
 TOKENS = 77  # that all known text encoders of these families have room for
 
 
-def report_captions(
-    config: TrainingConfig, base: BaseModel | None, dataset: Dataset, events: Emitter
-) -> None:
-    """Tell which captions are too long; without the tokenizer at hand, words are counted."""
+def report_long(texts: Texts, base: BaseModel | None, events: Emitter) -> None:
+    """Tell whose texts are too long; without the tokenizer at hand, words are counted."""
     here = base and not base.reference  # else its tokenizer is to be fetched
-    count = token_counter(base.parts[base.family.tokenizers[0]].folder) if base and here else None
-    rough = count or (lambda text: 2 + len(WORDS.findall(text)))
-    most, texts = base.tokens if base else TOKENS, texts_of(config, dataset.pictures)
-    report_long(texts, rough, most, events, estimated=count is None)
+    exact = token_counter(base.parts[base.family.tokenizers[0]].folder) if base and here else None
+    tokens_in = functools.cache(exact or (lambda text: 2 + len(WORDS.findall(text))))
+    most = base.tokens if base else TOKENS
+    long = [name for name, text in texts if tokens_in(text) > most]
+    if long:
+        how = "" if exact else ", by a rough count"
+        message = f"Read up to {most - 2} tokens{how}: {counted(len(long), 'caption')}, such as "
+        message += f"that of {long[0]}"
+        told: Record = {"captions": len(long), "files": long[:10], "estimated": exact is None}
+        events.warn(WarningCode.CAPTION_TRUNCATED, message, **told)
 
 
 def token_counter(folder: Path) -> Callable[[str], int] | None:
@@ -5004,7 +4985,7 @@ class LoRATrainer:
             plan = Preflight(self.config, facts, base, dataset, self.state.step)
             if self.saved or self.earlier.complete:  # else nobody needs to read all images again
                 self.compare(plan, base)
-            report_captions(self.config, base, dataset, self.events)
+            report_long(texts_of(self.config, dataset.pictures), base, self.events)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
             plan.on(device, self.events)
@@ -5676,19 +5657,27 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+LONGEST_REASON = 200  # it quotes what was asked
+
+
 def read_request(path: Path) -> Record:
     """Read what a host asks of a living run; raise what is wrong with it in words."""
     with os.fdopen(open_own(path), "rb") as file:
         content = file.read(CONFIG_BYTES + 1)
     if len(content) > CONFIG_BYTES:
         raise ValueError("it is larger than 1 MiB")
-    asked = parse_config(content.decode())
-    flag, prompts = {"type": "boolean"}, knobs()["sample_prompts"] | {"type": "array"}
-    known = {"preview": flag, "checkpoint": flag, "sample_prompts": prompts}
-    schema = {"properties": known, "additionalProperties": False}
-    for error in jsonschema.Draft7Validator(schema).iter_errors(asked):
-        raise ValueError(shorten(error.message, 200))  # it quotes what was asked
-    return asked
+    asked, problems = parse_json(content.decode())
+    known: Record = knobs()["sample_prompts"] | {"type": "array"}
+    parts = {"preview": {"type": "boolean"}, "checkpoint": {"type": "boolean"}}
+    schema = {"type": "object", "additionalProperties": False}
+    validator = jsonschema.Draft7Validator(
+        {**schema, "properties": {**parts, "sample_prompts": known}}
+    )
+    wrong = [error.message for error in validator.iter_errors(asked)]
+    wrong += [f"{problem.path}: {problem.expected}" for problem in problems]
+    if wrong:
+        raise ValueError(shorten(wrong[0], LONGEST_REASON))
+    return dict(asked)
 
 
 def due(every: int, step: int) -> bool:

@@ -730,7 +730,7 @@ NO_REQUESTS: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"{", "Expecting"),
     "no text": (b"\xff\xfe", "utf-8"),
     "no object": (b"[1]", "object"),
-    "NaN": (b'{"preview": NaN}', "finite"),
+    "NaN": (b'{"preview": NaN}', "boolean"),
     "unknown key": (b'{"preview": true, "pause": true}', "pause"),
     "wrong type": (b'{"checkpoint": "yes"}', "boolean"),
     "one prompt": (b'{"sample_prompts": "zkb"}', "array"),
