@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 from conftest import Recorder
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
-from tiny_runs import Ready, prepare, tiny_config
+from tiny_runs import prepare, tiny_config
 
 import train_lora
 from train_lora import LoRATrainer
@@ -97,22 +96,16 @@ def test_an_update_never_waits_for_the_device(
     choices: dict[str, Any] = {"train_text_encoder": learns_text, "lora_dropout": 0.1}
     ready = prepare(tiny_config(ground, device="cuda", mixed_precision=precision, **choices))
     if recording:
-        ready.replay = recorded(ready)
+        card = train_lora.device_facts(ready.models.device)
+        ready.memory = train_lora.MemoryPlan.make(ready.config, ready.models.base, 3, card)
+        ready.record()
+        assert ready.replay
     ready.update()
     ready.update()
     torch.cuda.set_sync_debug_mode("error")
     ready.update()
     torch.cuda.set_sync_debug_mode("default")
     assert ready.state.step == 3
-
-
-def recorded(ready: Ready) -> train_lora.Replay:
-    """Record a run's update."""
-    slots = list(enumerate(ready.order.window(1)))
-    draw = functools.partial(
-        train_lora.draw_part, ready.models, ready.cache, ready.config, slots=slots
-    )
-    return train_lora.record_replay(ready.models, ready.learner, draw, len(slots))
 
 
 @pytest.mark.parametrize(("precision", "matmuls"), [("no", "highest"), ("bf16", "high")])

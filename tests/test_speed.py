@@ -111,14 +111,14 @@ class Graph:
     """What a card would repeat: the calls of an update, which read where they read before."""
 
     def __init__(self, ready: Ready, batch: Batch, count: int) -> None:
-        """Note where the numbers lie, and make room for the loss."""
+        """Note where the numbers lie."""
         self.ready, self.batch, self.count = ready, batch, count
-        self.loss, self.replays = torch.zeros(()), 0
+        self.replays = 0
 
     def replay(self) -> None:
         """Make the calls."""
         models, learner = self.ready.models, self.ready.learner
-        self.loss.copy_(train_lora.there_and_back(models, learner, self.batch, self.count))
+        train_lora.there_and_back(models, learner, self.batch, self.count)
         self.replays += 1
 
 
@@ -128,7 +128,7 @@ def recorded(ready: Ready) -> Graph:
     part = slots[: ready.config.batch_size]
     batch = train_lora.draw_part(ready.models, ready.cache, ready.config, 1, part)
     graph = Graph(ready, batch, len(slots))
-    ready.replay = train_lora.Replay(batch, len(slots), graph, graph.loss)
+    ready.replay = train_lora.Replay(batch, len(slots), graph)
     return graph
 
 
