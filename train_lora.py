@@ -1746,10 +1746,8 @@ class ImageFolder:
                 if refused <= REFUSED_LINES:
                     first.append({"line": number, "reason": str(reason)})
         if refused:
-            message = (
-                f"Cannot use {counted(refused, 'line')} of {name}, such as {first[0]['line']}: "
-            )
-            message += str(first[0]["reason"])
+            where, why = first[0].values()
+            message = f"Cannot use {counted(refused, 'line')} of {name}, such as {where}: {why}"
             data = {"file": name, "lines": refused, "first": first}
             self.events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
 
@@ -1783,11 +1781,9 @@ class ImageFolder:
     def inspect(self, verb: str, names: Sequence[str]) -> None:
         """Look at images in parallel, and leave out those that turn out unusable."""
         phase = Phase(f"{verb} images", len(names), self.events, self.stop)
-        phase.at(0)
         looked = ahead(self.look, names, 4 + (os.cpu_count() or 1))
-        for done, (name, picture) in enumerate(looked, start=1):
-            if done < len(names):
-                phase.at(done)
+        for done, (name, picture) in enumerate(looked):
+            phase.at(done)
             usable = None
             with self.leaving_out(WarningCode.IMAGE_SKIPPED, name, "Skipped"):
                 usable = picture.result()
@@ -1853,13 +1849,10 @@ class ImageFolder:
             raise TrainError.listing(ErrorCode.CAPTIONS_MISSING, bare)
         small = [p.name for p in pictures if min(p.width, p.height) < resolution]
         if small:
-            count = len(small)
-            message = (
-                f"Smaller than {resolution} pixels: {counted(count, 'image')}, such as {small[0]}"
-            )
-            self.events.warn(WarningCode.IMAGES_SMALL, message, images=count, file=small[0])
-        worst = self.cropped
-        if worst:
+            few = counted(len(small), "image")
+            message = f"Smaller than {resolution} pixels: {few}, such as {small[0]}"
+            self.events.warn(WarningCode.IMAGES_SMALL, message, images=len(small), file=small[0])
+        if worst := self.cropped:
             lost = [{"file": p.name, "share": round(p.crop_loss, 2)} for p in worst[:10]]
             message = f"A square takes less than four fifths of {counted(len(worst), 'image')}: "
             message += f"{worst[0].name} loses {worst[0].crop_loss:.0%}"
