@@ -1933,7 +1933,7 @@ class Part:
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of its config
     refuses: Callable[[Record], str | None] | None = None  # names by its config what is no use
     original: str = ""  # what its names begin with in a single file
-    publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # original names to published
+    publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # names its library knows
     targets: str = ""  # the layers that get an adapter, named alike in both layouts
     unread_layers: int = 0  # at its end, which therefore learn nothing
     lora_prefix: str = ""  # in a LoRA file
@@ -2143,14 +2143,8 @@ def tokenize_padded(tokenizers: Sequence[Any], text: str, length: int) -> Condit
     return Conditioning({f"input_ids_{number}": each for number, each in enumerate(ids, 1)})
 
 
-def publish_clip(part: Part, weights: Tensors, _: Any) -> Tensors:
-    """Name OpenAI's text encoder as published; some merges lost the first word of its names."""
-    names = {n: n.removeprefix(part.original).removeprefix("text_model.") for n in weights}
-    return {f"text_model.{names[name]}": value for name, value in weights.items()}
-
-
 def publish_open_clip(part: Part, weights: Tensors, config: Any) -> Tensors:
-    """Name OpenCLIP's text encoder as published; it keeps q, k and v in one."""
+    """Name OpenCLIP's text encoder as OpenAI's; it keeps q, k and v in one."""
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
     model_like = types.SimpleNamespace(config=config)
@@ -2227,7 +2221,6 @@ CLIP = Part(
     stem="model",
     limits={"num_hidden_layers": (1, 128), "max_position_embeddings": (2, 8192)},
     original="cond_stage_model.transformer.",
-    publish=publish_clip,
     targets=TEXT_ATTENTION,
     lora_prefix="lora_te",
 )
@@ -2775,6 +2768,7 @@ def cause_of(error: BaseException) -> str:
 # === Loading =================================================================
 
 QUANTISED = ("int8", "nf4")  # precisions for which weights are packed by bitsandbytes
+Loaded = tuple[Any, Sequence[str]]  # a network, and what its files lack
 
 
 def library_class(part: Part) -> Any:
@@ -2786,14 +2780,9 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     """Load one network by its explicit class, from safetensors alone, frozen."""
     located = base.parts[part]
     place = located.files[0] if located.original else located.folder
-    near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
+    load = load_with_transformers if part.library == "transformers" else load_with_diffusers
     try:
-        if part.library == "transformers":
-            model, missing = load_with_transformers(part, located, dtype)
-        else:
-            model = load_with_diffusers(part, located, dtype, near)
-            # What the files lack was never given memory.
-            missing = [name for name, value in model.named_parameters() if value.is_meta]
+        model, missing = load(part, located, dtype, device)
     except Exception as error:  # a config without sense makes the libraries raise anything
         if isinstance(error, TrainError) or is_out_of_memory(error):
             raise
@@ -2803,33 +2792,34 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_with_transformers(
-    part: Part, located: Located, dtype: torch.dtype
-) -> tuple[Any, Sequence[str]]:
-    """Load a text encoder; the library knows the published names."""
-    cls = library_class(part)
+def load_with_transformers(part: Part, located: Located, dtype: torch.dtype, _: Any) -> Loaded:
+    """Load a text encoder; the library knows the published names, with their first word or not."""
+    cls, state = library_class(part), read_all(part, located, dtype)
     config = cls.config_class.from_pretrained(located.folder, local_files_only=True)
-    state = read_all(part, located, dtype)
     if located.original and part.publish:
         state = part.publish(part, state, config)
+    state = {name.removeprefix(part.original): value for name, value in state.items()}
     made: Record = {"config": config, "state_dict": state, "dtype": dtype}
     model, report = cls.from_pretrained(None, **made, output_loading_info=True)
     return model, list(report["missing_keys"])
 
 
-def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device: str) -> Any:
+def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device: Any) -> Loaded:
     """Load a denoiser or VAE; the library's way held 1.6 GiB more of an SD 1.5 denoiser."""
     from accelerate import init_empty_weights
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    cls, tensors = library_class(part), read_all(part, located, dtype, device)
-    if located.original:  # the library knows the names
-        options = {"torch_dtype": dtype, "device": device, "local_files_only": True}
-        return cls.from_single_file(tensors, config=str(located.folder), **options)
+    near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
+    cls, tensors = library_class(part), read_all(part, located, dtype, near)
+    config = cls.load_config(located.folder, local_files_only=True)
+    if located.original:
+        publish = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]["checkpoint_mapping_fn"]
+        tensors = publish(checkpoint=tensors, config=config)
     with init_empty_weights():
-        model = cls.from_config(cls.load_config(located.folder, local_files_only=True))
+        model = cls.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # noqa: SLF001, as old VAEs name attention
-    model.load_state_dict(tensors, strict=False, assign=True)
-    return model
+    lacks, _ = model.load_state_dict(tensors, strict=False, assign=True)
+    return model, lacks
 
 
 def read_all(part: Part, located: Located, dtype: torch.dtype, device: str = "cpu") -> Tensors:
@@ -2848,16 +2838,15 @@ def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
     from bitsandbytes import nn as packed
 
     four = precision == "nf4"
+    make, pack = packed.Linear8bitLt, packed.Int8Params
+    kind: Record = {"has_fp16_weights": False}
+    if four:
+        make = functools.partial(packed.Linear4bit, compute_dtype=dtype)
+        pack, kind = packed.Params4bit, {"quant_type": "nf4"}
     linears = [(n, m) for n, m in network.named_modules() if type(m) is torch.nn.Linear]
     for name, layer in linears:
-        sizes, numbers = (layer.in_features, layer.out_features), layer.weight.data
-        bias, frozen = layer.bias is not None, {"requires_grad": False}
-        if four:
-            slim = packed.Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4")
-            slim.weight = packed.Params4bit(numbers, quant_type="nf4", **frozen)
-        else:
-            slim = packed.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
-            slim.weight = packed.Int8Params(numbers, has_fp16_weights=False, **frozen)
+        slim = make(layer.in_features, layer.out_features, layer.bias is not None, **kind)
+        slim.weight = pack(layer.weight.data, requires_grad=False, **kind)
         slim.bias = layer.bias
         network.set_submodule(name, slim.requires_grad_(False))
     # PEFT asks for these before it puts an adapter beside such a layer.
@@ -3228,12 +3217,10 @@ def ahead(
 
 # === Objective ===============================================================
 
-DrawTime = Callable[["Tensor", "torch.Generator"], "Tensor"]  # for some latents
 Slots = Sequence[tuple[int, int]]  # places in an update, each with the number of its image
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The part of one update that goes through the denoiser at once."""
 
     text: Conditioning
@@ -3244,15 +3231,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device."""
-        return Batch(self.text.to(device), *(send(each, device) for each in self.numbers()))
-
-    def numbers(self) -> tuple[Tensor, ...]:
-        """List all but the text."""
-        return self.latents, self.noise, self.timesteps, self.time_ids
+        text, *numbers = self
+        return Batch(text.to(device), *(send(each, device) for each in numbers))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """List everything."""
-        return *self.text.values(), *self.numbers()
+        text, *numbers = self
+        return *text.values(), *numbers
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -3318,9 +3303,9 @@ class ImageOrder:
 
 
 def draw_batch(
-    cache: Cache, config: TrainingConfig, step: int, slots: Slots, draw_time: DrawTime
+    models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
 ) -> Batch:
-    """Draw what is left to chance for some slots of an update: a pure function of its arguments."""
+    """Draw what is left to chance for some slots of an update, by what is given here alone."""
     latents, noise, timesteps = [], [], []
     images = [cache.images[index] for _, index in slots]
     for (slot, _), image in zip(slots, images, strict=True):
@@ -3329,35 +3314,25 @@ def draw_batch(
         mean, deviation = image.latent_dist[form]
         latents.append(mean + deviation * torch.randn(mean.shape, generator=chance))
         noise.append(torch.randn(mean.shape, generator=chance))
-        timesteps.append(draw_time(latents[-1], chance))
+        timesteps.append(models.base.objective.draw_time(models.schedule, latents[-1], chance))
+    if config.lora_dropout:  # draws from torch's global source
+        torch.manual_seed(seeded(config.seed, "dropout", step, slots[0][0]).initial_seed())
     text = cache.read([image.caption for image in images])
     time_ids = [image.time_ids for image in images]
-    return Batch(text, *map(torch.stack, (latents, noise, timesteps, time_ids)))
+    batch = Batch(text, *map(torch.stack, (latents, noise, timesteps, time_ids)))
+    return batch.to(models.device)
 
 
 def batch_losses(models: Models, batch: Batch) -> Tensor:
     """Compare the denoiser's answer with what it should be; one loss per image, [batch]."""
     base, objective, schedule = models.base, models.base.objective, models.schedule
-    batch = batch.to(models.device)
-    latents, noise, timesteps, time_ids = batch.numbers()
+    text, latents, noise, timesteps, time_ids = batch
     latents = base.family.scale(latents, base.parts[base.family.vae].config)
     noisy = objective.mix(schedule, latents, noise, timesteps)
-    answer = models.predict(noisy, timesteps, models.read_text(batch.text), time_ids)
+    answer = models.predict(noisy, timesteps, models.read_text(text), time_ids)
     wanted = objective.target(schedule, latents, noise, timesteps)
     losses = (answer.float() - wanted).square().mean(dim=(1, 2, 3))
     return losses * objective.weight(schedule, timesteps) if objective.weight else losses
-
-
-def draw_part(
-    models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
-) -> Batch:
-    """Draw some slots of an update for the device, and set the chance that dropout has."""
-    draw_time = functools.partial(models.base.objective.draw_time, models.schedule)
-    batch = draw_batch(cache, config, step, slots, draw_time)
-    if config.lora_dropout:  # draws from torch's global source
-        first, _ = slots[0]
-        torch.manual_seed(seeded(config.seed, "dropout", step, first).initial_seed())
-    return batch.to(models.device)
 
 
 # === Adapter and optimizer ===================================================
@@ -3365,7 +3340,6 @@ def draw_part(
 
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
-    from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
     family = models.base.family
@@ -3384,8 +3358,6 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
                 unread = rf".*\.layers\.({'|'.join(map(str, last))})\..*"
             lora = LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
             network.add_adapter(lora)
-            # Adapters learn in full precision: half of it loses updates as small as theirs.
-            cast_training_params(network, torch.float32)
             named = sorted(network.named_parameters())
             parameters |= {f"{part.folder}.{name}": p for name, p in named if p.requires_grad}
     return parameters
@@ -3440,7 +3412,8 @@ class Learner:
         self.parameters = add_adapters(models, config)  # the networks' own, parts of used
         self.max_grad_norm = config.max_grad_norm
         matrices = self.parameters.values()
-        self.learned = torch.cat([p.detach().flatten() for p in matrices])  # in full precision
+        # In full precision: half of it loses updates as small as an adapter's.
+        self.learned = torch.cat([p.detach().flatten().float() for p in matrices])
         self.gradient = torch.zeros_like(self.learned)
         self.used = self.learned.to(models.dtype)  # learned itself, or its copy in half
         self.in_half = self.used is not self.learned
@@ -5267,7 +5240,7 @@ class LoRATrainer:
         self.phase, models, learner = "recording", self.models, self.learner
         slots = list(enumerate(self.order.window(1)))
         part = slots[: self.config.batch_size]
-        draw = functools.partial(draw_part, models, self.cache, self.config, slots=part)
+        draw = functools.partial(draw_batch, models, self.cache, self.config, slots=part)
         try:
             self.replay = record_replay(models, learner, draw, len(slots))
         except Exception as error:  # noqa: BLE001, drivers fail in more ways than one could list
@@ -5321,7 +5294,7 @@ class LoRATrainer:
         for begin in range(0, len(slots), config.batch_size):
             self.stop.check()
             part = slots[begin : begin + config.batch_size]
-            batch = draw_part(self.models, self.cache, config, step, part)
+            batch = draw_batch(self.models, self.cache, config, step, part)
             if self.replay and self.replay.fits(batch, len(slots)):
                 losses.append(self.replay(batch))
             else:
@@ -5623,7 +5596,7 @@ def compile_blocks(models: Models, cache: Cache, learner: Learner, config: Train
     def gradients() -> list[Tensor]:
         """Compute where a first batch would move the adapter's matrices; move nothing."""
         with torch.random.fork_rng():
-            losses = batch_losses(models, draw_part(models, cache, config, 1, slots))
+            losses = batch_losses(models, draw_batch(models, cache, config, 1, slots))
             (losses.mean() * TRIAL_SCALE).backward()
         learner.collect()
         # The device has no room for what is only looked at.

@@ -110,7 +110,7 @@ def recorded(ready: Ready) -> train_lora.Replay:
     """Record a run's update."""
     slots = list(enumerate(ready.order.window(1)))
     draw = functools.partial(
-        train_lora.draw_part, ready.models, ready.cache, ready.config, slots=slots
+        train_lora.draw_batch, ready.models, ready.cache, ready.config, slots=slots
     )
     return train_lora.record_replay(ready.models, ready.learner, draw, len(slots))
 
