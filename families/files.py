@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from train_lora import DIFFUSERS, Headers, Part, Tensors
+from train_lora import DIFFUSERS, Headers, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 def is_class(headers: Headers, name: str) -> bool:
     """Tell whether a folder's denoiser is of a class."""
     return headers.configs.get("transformer", {}).get("_class_name") == name
-
-
-def without_prefix(part: Part, weights: Tensors, _: Any) -> Tensors:
-    """Name weights as diffusers' conversion expects them, which some programs put words before."""
-    return {name.removeprefix(str(part.original)): value for name, value in weights.items()}
 
 
 def refuse_packed(headers: Headers) -> str | None:

@@ -139,6 +139,8 @@ def with_mask(prompt_embeds: Tensor) -> Conditioning:
 
 # --- what is known before loading --------------------------------------------------------------
 
+# What may be packed: the layers of repeated blocks. The few around them are read more exactly.
+BLOCKS = r".*\.\d+\..+"
 SAMPLER = Part(
     folder="scheduler",
     library="diffusers",
@@ -156,13 +158,18 @@ LAYERS = {"num_hidden_layers": (1, 256), "hidden_size": (1, 65_536)}
 FLOW_STATES = ("flow", False)
 
 
-def kept_by_blocks(widths: float, patch: int = 2) -> Callable[[BaseModel, int, bool], float]:
-    """Foresee what is kept of an image, by what a block keeps of each token in its widths."""
+@dataclass(frozen=True)
+class Kept:
+    """Foresees what is kept of a picture for the way back, by the blocks that it goes through."""
 
-    def kept(base: BaseModel, latents: int, checkpointing: bool) -> float:
-        tokens = latents // patch**2 + base.tokens
-        # With checkpointing, each block's input and all of one block.
-        times = base.blocks + widths if checkpointing else base.blocks * widths
-        return tokens * base.width * times
+    blocks: int
+    width: int  # of a token
+    widths: float  # that a block keeps of each
+    tokens: int = 512  # of a text
+    patch: int = 2
 
-    return kept
+    def __call__(self, places: int, checkpointing: bool) -> float:
+        """Count numbers; with checkpointing, each block's input and all of one block."""
+        tokens = places // self.patch**2 + self.tokens
+        times = self.blocks + self.widths if checkpointing else self.blocks * self.widths
+        return tokens * self.width * times

@@ -15,6 +15,7 @@ from train_lora import (
     Lazy,
     Located,
     Part,
+    Record,
     encode_kl,
 )
 
@@ -34,7 +35,7 @@ PUBLISHED |= {"attention_head_dim": 128, "joint_attention_dim": 4096, "in_channe
 PUBLISHED |= {"guidance_embeds": True}
 
 
-def recognise(headers: Headers) -> bool:
+def recognise(headers: Headers, _: Family) -> bool:
     """Tell FLUX.1 from FLUX.2, whose blocks share their modulation, and from Chroma."""
     shapes = headers.shapes(TRANSFORMER)
     others = ("double_stream_modulation", "distilled_guidance_layer")
@@ -58,14 +59,16 @@ def refuse(headers: Headers, _: Family) -> str | None:
     return kind or files.refuse_packed(headers)
 
 
-def measure(parts: Mapping[Part, Located]) -> dict[str, int]:
+def measure(parts: Mapping[Part, Located]) -> Record:
     """Take the sizes that are told of a model from its configs."""
     config = PUBLISHED | parts[TRANSFORMER].config
+    tokens = 512 if config.get("guidance_embeds") else 256
+    blocks = int(config["num_layers"]) + int(config["num_single_layers"])
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     return patches.vae_sizes(parts[patches.VAE]) | {
-        "width": int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
-        "blocks": int(config["num_layers"]) + int(config["num_single_layers"]),
+        "kept": flow.Kept(blocks, width, 16, tokens),
         "latent_channels": int(config["in_channels"]) // 4,
-        "tokens": 512 if config.get("guidance_embeds") else 256,
+        "tokens": tokens,
         "text_width": int(config["joint_attention_dim"]),
     }
 
@@ -123,7 +126,7 @@ TRANSFORMER = Part(
     },
     original="model.diffusion_model.",
     bare=True,
-    publish=files.without_prefix,
+    packed=flow.BLOCKS,
     targets=r"(single_)?transformer_blocks\.\d+\.attn\."
     r"(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out)",
 )
@@ -164,7 +167,6 @@ FAMILY = Family(
     decode=patches.decode_shifted_kl,
     objectives=(flow.flow_matching(training_shift, flow.scheduler_shift),),
     predict=predict,
-    kept=flow.kept_by_blocks(16),
     previews=((28, 3.5), (4, 1.0)),
     embedded_guidance=True,
     precisions=frozenset({"bf16", "nf4"}),

@@ -15,6 +15,7 @@ from train_lora import (
     Lazy,
     Located,
     Part,
+    Record,
     Tensors,
     encode_kl,
 )
@@ -54,14 +55,15 @@ def reference(headers: Headers) -> str:
     return f"black-forest-labs/FLUX.2-klein-base-{size}"
 
 
-def measure(parts: Mapping[Part, Located]) -> dict[str, int]:
+def measure(parts: Mapping[Part, Located]) -> Record:
     """Take the sizes that are told of a model from its configs."""
     config = PUBLISHED | parts[TRANSFORMER].config
     sizes = patches.vae_sizes(parts[VAE])
+    blocks = int(config["num_layers"]) + int(config["num_single_layers"])
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     return sizes | {
         "vae_scale_factor": sizes["pixel_step"],  # a latent here is four of the VAE's
-        "width": int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
-        "blocks": int(config["num_layers"]) + int(config["num_single_layers"]),
+        "kept": flow.Kept(blocks, width, 25, patch=1),
         "latent_channels": int(config["in_channels"]),
         "tokens": 512,
         "text_width": int(config["joint_attention_dim"]),
@@ -190,7 +192,7 @@ TRANSFORMER = Part(
     },
     original="model.diffusion_model.",
     bare=True,
-    publish=files.without_prefix,
+    packed=flow.BLOCKS,
     targets=r"transformer_blocks\.\d+\.attn\.(to_(q|k|v)|to_out\.0)"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
 )
@@ -220,7 +222,7 @@ FAMILY = Family(
     tokenizers=(flow.QWEN_TOKENIZER,),
     sampler=flow.SAMPLER,
     reference=reference,
-    recognises=lambda headers: (
+    recognises=lambda headers, _: (
         files.is_class(headers, TRANSFORMER.class_name)
         or "double_stream_modulation_img.lin.weight" in headers.shapes(TRANSFORMER)
     ),
@@ -236,7 +238,6 @@ FAMILY = Family(
     decode=decode,
     objectives=(flow.flow_matching(training_shift, preview_shift, patch=1),),
     predict=predict,
-    kept=flow.kept_by_blocks(25, patch=1),
     previews=((50, 4.0), (4, 1.0)),
     precisions=frozenset({"bf16", "nf4"}),
     headers={"flow": files.called("Flux.2-klein")},

@@ -52,17 +52,18 @@ def refuse(headers: Headers, _: Family) -> str | None:
     return files.refuse_packed(headers)
 
 
-def measure(parts: Mapping[Part, Located]) -> dict[str, int]:
+def measure(parts: Mapping[Part, Located]) -> Record:
     """Take the sizes that are told of a model from its configs."""
     config, vae = PUBLISHED | parts[TRANSFORMER].config, parts[VAE]
     factor = 2 ** len(vae.config.get("temperal_downsample", (False, True, True)))
     texts = int(config["num_text_layers"]) * int(config["text_hidden_dim"])
+    blocks = int(config["num_layers"])
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     return {
         "vae_scale_factor": factor,
         "vae_width": vae.shapes.get("decoder.conv_out.weight", (3, 96))[1],
         "pixel_step": 2 * factor,
-        "width": int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
-        "blocks": int(config["num_layers"]),
+        "kept": flow.Kept(blocks, width, 22.5),
         "latent_channels": int(config["in_channels"]) // 4,
         "tokens": 512,
         "text_width": texts,
@@ -172,7 +173,9 @@ TRANSFORMER = Part(
     },
     original="model.diffusion_model.",
     bare=True,
-    publish=files.without_prefix,
+    # Their numbers are counted from one, and lose what half precision has no room for.
+    exact=r"(.*\.)?(norm|norm1|norm2|norm_q|norm_k)\.weight|.*\.scale",
+    packed=flow.BLOCKS,
     targets=r"transformer_blocks\.\d+\.attn\.to_(q|k|v|gate|out\.0)",
 )
 VAE = Part(
@@ -201,7 +204,7 @@ FAMILY = Family(
     tokenizers=(flow.QWEN_TOKENIZER,),
     sampler=flow.SAMPLER,
     reference=lambda _: "krea/Krea-2-Raw",
-    recognises=lambda headers: (
+    recognises=lambda headers, _: (
         files.is_class(headers, TRANSFORMER.class_name)
         or "txtfusion.projector.weight" in headers.shapes(TRANSFORMER)
     ),
@@ -217,7 +220,6 @@ FAMILY = Family(
     decode=decode,
     objectives=(flow.flow_matching(lambda _: 2.5, preview_shift),),
     predict=predict,
-    kept=flow.kept_by_blocks(22.5),
     previews=((28, 5.5), (8, 1.0)),
     precisions=frozenset({"bf16", "nf4"}),
     ragged=True,

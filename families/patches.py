@@ -58,7 +58,7 @@ def places(high: int, wide: int, axes: int, device: torch.device) -> Tensor:
     return ids.view(high * wide, axes)
 
 
-def vae_sizes(vae: Located, patch: int = 2) -> dict[str, int]:
+def vae_sizes(vae: Located, patch: int = 2) -> Record:
     """Take from a VAE of the usual kind how far it reduces a side, and how wide it is."""
     factor: int = 2 ** (len(vae.config.get("block_out_channels", (128, 256, 512, 512))) - 1)
     width = vae.shapes.get("decoder.conv_out.weight", (3, 128))[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train_lora import Conditioning, Family, Headers, Lazy, Located, Part, encode_kl
+from train_lora import Conditioning, Family, Headers, Lazy, Located, Part, Record, encode_kl
 
 from . import files, flow, patches
 
@@ -22,7 +22,7 @@ PUBLISHED |= {"cap_feat_dim": 2560}
 TURBO_SHIFT = 3.0  # of its sampler, where the base has 6: nothing else tells them apart
 
 
-def recognise(headers: Headers) -> bool:
+def recognise(headers: Headers, _: Family) -> bool:
     """Tell Z-Image from its relative Lumina 2, which is narrower."""
     norms = headers.shapes(TRANSFORMER).get("noise_refiner.0.attention.k_norm.weight")
     caption = headers.shapes(TRANSFORMER).get("cap_embedder.1.weight", (LUMINA_WIDTH,))
@@ -30,13 +30,12 @@ def recognise(headers: Headers) -> bool:
     return in_file or files.is_class(headers, TRANSFORMER.class_name)
 
 
-def measure(parts: Mapping[Part, Located]) -> dict[str, int]:
+def measure(parts: Mapping[Part, Located]) -> Record:
     """Take the sizes that are told of a model from its configs."""
     config = PUBLISHED | parts[TRANSFORMER].config
     blocks = int(config["n_layers"]) + 2 * int(config["n_refiner_layers"])
     return patches.vae_sizes(parts[patches.VAE]) | {
-        "width": int(config["dim"]),
-        "blocks": blocks,
+        "kept": flow.Kept(blocks, int(config["dim"]), 32),
         "latent_channels": int(config["in_channels"]),
         "tokens": 512,
         "text_width": int(config["cap_feat_dim"]),
@@ -78,7 +77,7 @@ TRANSFORMER = Part(
     },
     original="model.diffusion_model.",
     bare=True,
-    publish=files.without_prefix,
+    packed=flow.BLOCKS,
     targets=r".*(layers|noise_refiner|context_refiner)\.\d+\.attention\.to_(q|k|v|out\.0)",
 )
 QWEN3 = Part(
@@ -113,7 +112,6 @@ FAMILY = Family(
     decode=patches.decode_shifted_kl,
     objectives=(flow.flow_matching(lambda _: 2.0, flow.scheduler_shift),),
     predict=predict,
-    kept=flow.kept_by_blocks(32),
     previews=((28, 4.0), (9, 1.0)),
     precisions=frozenset({"bf16", "nf4"}),
     ragged=True,

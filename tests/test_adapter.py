@@ -223,7 +223,7 @@ def test_a_short_window_follows_the_mean_of_its_own_images(ground: Path) -> None
     ready.learner.optimizer = None
     restore(ready, before)
     slots = [(0, ImageOrder(ready.config, 5).window(2)[0])]
-    batch = train_lora.draw_batch(ready.cache, ready.config, 2, slots, one_of(1000))
+    batch = train_lora.draw_batch(ready.models, ready.cache, ready.config, 2, slots)
     torch.autograd.backward(train_lora.batch_losses(ready.models, batch).mean())
     ready.learner.collect()
     assert largest_difference(found, ready.learner.gradients) < 1e-6
@@ -286,7 +286,7 @@ def test_one_image_is_learned_by_heart(ground: Path) -> None:
     """Eighty updates on one image at one time step halve the loss."""
     ready = prepare(tiny_config(ground, learning_rate=0.02, lora_rank=16, lora_alpha=16))
     models, cache, learner = ready.models, ready.cache, ready.learner
-    batch = train_lora.draw_batch(cache, ready.config, 1, [(0, 0)], one_of(1000))
+    batch = train_lora.draw_batch(one_of(1000), cache, ready.config, 1, [(0, 0)])
     losses = []
     for _ in range(80):
         loss = train_lora.batch_losses(models, batch).mean()
@@ -622,7 +622,7 @@ def gradient_of(ready: Ready) -> Tensors:
     """Tell the gradient of the next update without making it."""
     config, step = ready.config, ready.state.step + 1
     slots = list(enumerate(ready.order.window(step)))
-    batch = train_lora.draw_batch(ready.cache, config, step, slots, one_of(1000))
+    batch = train_lora.draw_batch(ready.models, ready.cache, config, step, slots)
     torch.autograd.backward(train_lora.batch_losses(ready.models, batch).mean())
     ready.learner.collect()
     found = {name: value.clone() for name, value in ready.learner.gradients.items()}
@@ -649,7 +649,7 @@ def gradients_of(ready: Ready, strength: float = 1.0, slots: int = 4) -> Tensors
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=chance))
     ready.learner.refresh()
     for slot in range(slots):
-        batch = train_lora.draw_batch(ready.cache, ready.config, 1, [(slot, slot)], one_of(1000))
+        batch = train_lora.draw_batch(ready.models, ready.cache, ready.config, 1, [(slot, slot)])
         (train_lora.batch_losses(ready.models, batch).sum() * strength).backward()
         ready.learner.collect()
     return {name: g.clone() / strength for name, g in ready.learner.gradients.items()}

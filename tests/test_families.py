@@ -75,7 +75,9 @@ def flow_matching() -> train_lora.Objective:
 
     return train_lora.Objective(
         prediction_type="flow",
-        load_schedule=lambda _, config: FlowMatchEulerDiscreteScheduler(shift=config["shift"]),
+        load_schedule=lambda base: FlowMatchEulerDiscreteScheduler(
+            shift=base.parts[base.family.sampler].config["shift"]
+        ),
         draw_time=lambda _, latents, chance: torch.rand((), generator=chance) * len(latents) / 4,
         mix=lambda _, latents, noise, t: (1 - share(t)) * latents + share(t) * noise,
         target=lambda _, latents, noise, __: noise - latents,
@@ -101,12 +103,12 @@ def another_family() -> train_lora.Family:
         name="another",
         title="Another",
         denoiser=replace(sd1.denoiser, folder="transformer", lora_prefix="lora_another"),
-        recognises=lambda headers: "transformer" in headers.configs,
+        recognises=lambda headers, _: "transformer" in headers.configs,
         refuses=lambda *_: None,
         native_resolution=256,
         states=lambda *_: ("flow", False),
         measure=lambda _: {
-            "width": 8,
+            "kept": lambda places, checkpointing: places * (4.0 if checkpointing else 8.0),
             "vae_scale_factor": 8,
             "vae_width": 8,
             "tokens": 77,

@@ -73,9 +73,9 @@ class Overheard:
 def exchange(ready: Ready) -> tuple[Batch, Overheard, torch.Tensor]:
     """Let a denoiser answer for four images; return what was drawn, said and lost."""
     batch = train_lora.draw_batch(
-        ready.cache, ready.config, 1, [(slot, slot) for slot in range(4)], one_of(1000)
+        ready.models, ready.cache, ready.config, 1, [(slot, slot) for slot in range(4)]
     )
-    batch = replace(batch, timesteps=torch.tensor([0, 1, 500, 999]))
+    batch = batch._replace(timesteps=torch.tensor([0, 1, 500, 999]))
     overheard = Overheard(ready.models.denoiser)
     with torch.no_grad():
         losses = train_lora.batch_losses(ready.models, batch)
@@ -156,9 +156,9 @@ def test_draws_do_not_depend_on_batches_or_order(
 ) -> None:
     """A slot of an update draws the same, whoever stands beside it."""
     cache = synthetic_cache()
-    together = train_lora.draw_batch(cache, config, 7, SLOTS, one_of(1000))
+    together = train_lora.draw_batch(one_of(1000), cache, config, 7, SLOTS)
     for part in parts:
-        batch = train_lora.draw_batch(cache, config, 7, [SLOTS[n] for n in part], one_of(1000))
+        batch = train_lora.draw_batch(one_of(1000), cache, config, 7, [SLOTS[n] for n in part])
         for one, all_ in zip(batch.tensors(), together.tensors(), strict=True):
             assert torch.equal(one, all_[part])
 
@@ -168,11 +168,11 @@ def test_draws_neither_use_nor_move_the_global_source_of_chance(config: Training
     cache = synthetic_cache()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        first = train_lora.draw_batch(cache, config, 3, SLOTS, one_of(1000))
+        first = train_lora.draw_batch(one_of(1000), cache, config, 3, SLOTS)
         moved = torch.rand(1)
         torch.manual_seed(1)
         assert torch.equal(torch.rand(1), moved)
-        assert same_draws(first, train_lora.draw_batch(cache, config, 3, SLOTS, one_of(1000)))
+        assert same_draws(first, train_lora.draw_batch(one_of(1000), cache, config, 3, SLOTS))
 
 
 def test_every_step_slot_and_seed_draws_something_of_its_own(config: TrainingConfig) -> None:
@@ -183,22 +183,23 @@ def test_every_step_slot_and_seed_draws_something_of_its_own(config: TrainingCon
         for step in (1, 2, 11, 111):
             slots = [(slot, 0) for slot in (0, 1, 2, 11, 111)]
             seeded = replace(config, seed=seed)
-            batch = train_lora.draw_batch(cache, seeded, step, slots, one_of(1000))
+            batch = train_lora.draw_batch(one_of(1000), cache, seeded, step, slots)
             seen |= {tuple(noise.flatten()[:4].tolist()) for noise in batch.noise}
             seen |= {tuple((c.flatten()[:4]).tolist()) for c in batch.latents}
     assert len(seen) == 2 * 2 * 4 * 5
 
 
 DIGEST = """
-import functools, hashlib, json, sys, torch, types
+import hashlib, json, sys, torch, types
 import train_lora as t
 torch.rand(3)
 config = t.TrainingConfig.from_json(sys.argv[1])
-schedule = types.SimpleNamespace(config=types.SimpleNamespace(num_train_timesteps=1000))
+class Models:
+    schedule = types.SimpleNamespace(config=types.SimpleNamespace(num_train_timesteps=1000))
+    base, device = types.SimpleNamespace(objective=t.DDPM_EPSILON), torch.device("cpu")
 image = t.CachedImage("a", "a", torch.ones(2, 2, 4, 8, 8), torch.zeros(6))
 cache = t.Cache((image,) * 5, {"a": t.Conditioning()})
-draw = functools.partial(t.draw_step, schedule)
-drawn = [t.draw_batch(cache, config, step, [(0, 1), (1, 4)], draw) for step in (5, 6)]
+drawn = [t.draw_batch(Models, cache, config, step, [(0, 1), (1, 4)]) for step in (5, 6)]
 numbers = [[b.latents.tolist(), b.noise.tolist(), b.timesteps.tolist()] for b in drawn]
 numbers.append([t.ImageOrder(config, 5).window(step) for step in range(1, 9)])
 print(hashlib.sha256(json.dumps(numbers).encode()).hexdigest())
@@ -221,7 +222,7 @@ def test_another_process_draws_the_same(config: TrainingConfig, ground: Path) ->
 def test_latents_are_drawn_anew_from_the_images_distribution(config: TrainingConfig) -> None:
     """Mean 30 and deviation 1 for image 3, independent of the noise that is added."""
     cache, slots = synthetic_cache(side=32), [(slot, 3) for slot in range(20)]
-    batch = train_lora.draw_batch(cache, config, 1, slots, one_of(1000))
+    batch = train_lora.draw_batch(one_of(1000), cache, config, 1, slots)
     assert float(batch.latents.mean()) == pytest.approx(30, abs=0.02)
     assert float(batch.latents.std()) == pytest.approx(1, abs=0.02)
     assert float(batch.noise.mean()) == pytest.approx(0, abs=0.02)
@@ -234,18 +235,18 @@ def test_timesteps_are_uniform_over_the_whole_schedule(config: TrainingConfig) -
     """Ten equal ranges of 4,000 draws hold 400 each, give or take five deviations; ends occur."""
     cache = synthetic_cache(side=1)
     drawn = train_lora.draw_batch(
-        cache, config, 1, [(s, 0) for s in range(4000)], one_of(1000)
+        one_of(1000), cache, config, 1, [(s, 0) for s in range(4000)]
     ).timesteps
     counts = torch.histc(drawn.double(), bins=10, min=0, max=1000)
     assert bool(((counts - 400).abs() < 5 * 19).all())
-    few = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], one_of(3)).timesteps
+    few = train_lora.draw_batch(one_of(3), cache, config, 1, [(s, 0) for s in range(200)]).timesteps
     assert set(few.tolist()) == {0, 1, 2}
 
 
 def test_both_forms_of_a_flipped_image_are_drawn(config: TrainingConfig) -> None:
     """About as often plain as mirrored; the form decides the whole picture."""
     cache = synthetic_cache(forms=2)
-    batch = train_lora.draw_batch(cache, config, 1, [(s, 0) for s in range(200)], one_of(1000))
+    batch = train_lora.draw_batch(one_of(1000), cache, config, 1, [(s, 0) for s in range(200)])
     means = batch.latents.mean(dim=(1, 2, 3))
     mirrored = int((means > 50).sum())
     assert bool(((means < 1) | (means > 99)).all())

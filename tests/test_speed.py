@@ -126,7 +126,7 @@ def recorded(ready: Ready) -> Graph:
     """Let a run have a recording of its first update."""
     slots = list(enumerate(ready.order.window(1)))
     part = slots[: ready.config.batch_size]
-    batch = train_lora.draw_part(ready.models, ready.cache, ready.config, 1, part)
+    batch = train_lora.draw_batch(ready.models, ready.cache, ready.config, 1, part)
     graph = Graph(ready, batch, len(slots))
     ready.replay = train_lora.Replay(batch, len(slots), graph)
     return graph

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -89,10 +90,11 @@ def prepare(config: TrainingConfig) -> Ready:
     return ready
 
 
-def one_of(steps: int) -> Callable[[torch.Tensor, torch.Generator], torch.Tensor]:
-    """Draw times as an objective does whose schedule has so many steps."""
+def one_of(steps: int) -> Any:
+    """Stand in for models whose objective draws one of so many time steps."""
+    base = SimpleNamespace(objective=train_lora.DDPM_EPSILON)
     schedule = DDPMScheduler(num_train_timesteps=steps)
-    return functools.partial(train_lora.draw_step, schedule)
+    return SimpleNamespace(base=base, schedule=schedule, device=torch.device("cpu"))
 
 
 def fail_once(run: LoRATrainer, at: int) -> None:
