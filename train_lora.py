@@ -2285,7 +2285,7 @@ FAMILY_FILES = Path(__file__).resolve().parent / "families"
 
 
 @functools.cache
-def all_families() -> Mapping[str, Family]:
+def all_families() -> dict[str, Family]:
     """List the families above, and those of the files in families/ beside this program."""
     sys.modules.setdefault("train_lora", sys.modules[__name__])  # as they call it
     package = types.ModuleType("train_lora_families")
@@ -2622,7 +2622,7 @@ def choose_objective(config: TrainingConfig, family: Family, stated: Stated) -> 
     zero = stated[1] if config.zero_terminal_snr == "auto" else config.zero_terminal_snr
     for objective in family.objectives:
         if (objective.prediction_type, objective.zero_terminal_snr) == (prediction, bool(zero)):
-            asked = {knob: config.value(knob) for knob in ("timestep_shift", "timestep_sampling")}
+            asked = {knob: getattr(config, knob) for knob in ("timestep_shift", "timestep_sampling")}
             return dataclasses.replace(objective, **asked)
     expected, found = "false where there is no velocity to predict", f"true with {prediction}"
     hint = "Set zero_terminal_snr to false, or prediction_type to v_prediction."
@@ -2685,7 +2685,7 @@ def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
         fit["timestep_shift"] = (config.timestep_shift == "auto", "auto")
         fit["timestep_sampling"] = (config.timestep_sampling == "auto", "auto")
     problems = [
-        Problem(knob, f"{expected} with {family.title}", show(plain(config.value(knob))), "")
+        Problem(knob, f"{expected} with {family.title}", show(plain(getattr(config, knob))), "")
         for knob, (fits, expected) in fit.items()
         if not fits
     ]

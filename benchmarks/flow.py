@@ -128,7 +128,7 @@ def look_at(title: str) -> tuple[BaseModel, Any]:
         objective=family.objectives[0],
         parts=parts,
         reference=None,
-        **family.measure(parts),  # type: ignore[arg-type]
+        **family.measure(parts),
     )
     return base, networks["transformer"]
 

@@ -337,7 +337,7 @@ PREDICTIONS = {each.prediction_type for f in train_lora.FAMILIES.values() for ea
     [
         ("lr_scheduler", train_lora.SCHEDULES),
         ("optimizer", train_lora.OPTIMIZERS),
-        ("model_family", train_lora.FAMILIES),
+        ("model_family", train_lora.all_families()),
         ("prediction_type", PREDICTIONS),
         ("base_precision", train_lora.NUMBER_BYTES),
     ],

@@ -125,7 +125,7 @@ def test_another_family_is_one_record(
     tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its model is found, planned, trained by its own objective, drawn and saved; SD's still is."""
-    monkeypatch.setitem(train_lora.FAMILIES, "another", another_family())
+    monkeypatch.setitem(train_lora.all_families(), "another", another_family())
     monkeypatch.chdir(tmp_path)
     folder = build_tiny("sd1", tmp_path / "model")
     assert train_lora.inspect_model(load_config(base_model="model"))[0].family == "sd1"

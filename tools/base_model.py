@@ -73,9 +73,11 @@ def load_models(
     find_model(config, events, stop)  # whose errors name the model
     _, base = train_lora.download_model(config, events, stop)
     device = torch.device("cpu") if exact else train_lora.choose_device(config)
-    dtype = torch.float32 if exact else train_lora.choose_precision(config, device, events)
+    dtype = torch.float32
+    if not exact:
+        dtype = train_lora.choose_precision(config, device, events, base.family)
     models = Models.prepare(base, device, dtype)
-    models.load_text_encoders(torch.float32)
+    models.load_text_encoders(models.text_dtype)
     models.load_denoiser("auto")
     models.load_vae()
     return models

@@ -101,13 +101,13 @@ def pieces_of(base: BaseModel, part: Part) -> dict[str, Piece]:
     located, found = base.parts[part], {}
     for file in located.files:
         for key, shape in train_lora.read_header(file).items():
-            if not located.original:
+            if located.original is None:
                 found[key.removeprefix("text_model.")] = Piece(file, key, shape)
-            elif key.startswith(part.original):
-                for name, third in published(key.removeprefix(part.original), part):
+            elif key.startswith(located.original):
+                for name, third in published(key.removeprefix(located.original), part):
                     own = shape if third is None else (shape[0] // 3, *shape[1:])
                     found[name] = Piece(file, key, own, third)
-    return without_unread(found, part) if located.original else found
+    return found if located.original is None else without_unread(found, part)
 
 
 def without_unread(pieces: dict[str, Piece], part: Part) -> dict[str, Piece]:

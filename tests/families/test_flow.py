@@ -125,7 +125,7 @@ def test_a_loaded_file_acts_as_the_model_in_training(
 def answer(ready: Ready, denoiser: Any = None) -> torch.Tensor:
     """Let the model in training, or another denoiser, predict for two captions."""
     models = replace(ready.models, denoiser=denoiser or ready.models.denoiser)
-    batch = train_lora.draw_part(models, ready.cache, ready.config, 3, [(0, 0), (1, 1)])
+    batch = train_lora.draw_batch(models, ready.cache, ready.config, 3, [(0, 0), (1, 1)])
     text = models.read_text(batch.text)
     with torch.no_grad():
         return models.predict(batch.latents, batch.timesteps, text, batch.time_ids)
@@ -135,7 +135,7 @@ def answer(ready: Ready, denoiser: Any = None) -> torch.Tensor:
 def test_the_loss_is_that_of_flow_matching(family: str, place: Path, tmp_path: Path) -> None:
     """Computed anew from the pipeline's own parts: latents, texts, path and direction."""
     ready = prepare(config_of(place, family, tmp_path))
-    batch = train_lora.draw_part(ready.models, ready.cache, ready.config, 1, [(0, 1)])
+    batch = train_lora.draw_batch(ready.models, ready.cache, ready.config, 1, [(0, 1)])
     own = float(train_lora.batch_losses(ready.models, batch)[0].detach())
     pipe = pipeline_of(place / family)
     caption, latents = ready.cache.images[1].caption, scaled(family, pipe, batch.latents)
@@ -270,7 +270,7 @@ def test_neighbours_of_other_length_change_nothing(
     slots = [(0, 0), (1, 1), (2, 2)]
     losses = [
         train_lora.batch_losses(
-            ready.models, train_lora.draw_part(ready.models, ready.cache, ready.config, 1, part)
+            ready.models, train_lora.draw_batch(ready.models, ready.cache, ready.config, 1, part)
         )
         for part in (slots, slots[:1], slots[1:2], slots[2:])
     ]

@@ -312,7 +312,8 @@ def test_a_single_file_draws_what_its_folder_does(
     family: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the configs of its kind from the Hugging Face cache."""
-    name = train_lora.FAMILIES[family].reference.replace("/", "--")
+    reference = train_lora.FAMILIES[family].reference(train_lora.Headers(path=built))
+    name = reference.replace("/", "--")
     place = tmp_path / "hub" / f"models--{name}"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("x", encoding="ascii")
