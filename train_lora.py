@@ -377,7 +377,7 @@ class ModelFacts(Facts, topic="model"):
     says = "Base model: {source}, family {family}, {parameters:parameter}"
     source: Annotated[str, "`folder`, `file` or `hub`"]
     cached: Annotated[bool, "whether the weights are on this machine"]
-    family: Annotated[str | None, "`sd1`, `sd2` or `sdxl`"] = None
+    family: Annotated[str | None, "`sd1`, `sd2`, `sdxl`, or what a file in families/ is called"] = None
     prediction_type: Annotated[str | None, "`epsilon` or `v_prediction`, when stated"] = None
     zero_terminal_snr: Annotated[bool | None, "whether it learned to begin with pure noise"] = None
     native_resolution: Annotated[int | None, "size the base was made for, pixels"] = None
