@@ -255,7 +255,6 @@ class TrainingInterrupted(BaseException):
 
 # === JSON ====================================================================
 
-NUMBER_LENGTH = 500  # a few thousand longer ones would hold the interpreter, deaf to signals
 # What parsing text of unknown origin, and looking into the result, can raise.
 NOT_JSON = (ValueError, RecursionError, TypeError, AttributeError)
 
@@ -268,7 +267,7 @@ def parse_json(text: str) -> tuple[Any, list[Problem]]:
         problems.append(Problem(path, expected, found, "Mend the file."))
 
     def number(kind: type, digits: str) -> Any:
-        if len(digits) > NUMBER_LENGTH:
+        if len(digits) > 500:  # thousands of them would hold the interpreter, deaf to signals
             raise ValueError(f"a number of {len(digits)} characters")
         value = kind(digits)
         if kind is float and not math.isfinite(value):
@@ -319,13 +318,9 @@ def plain(value: Any) -> Any:
 
 # === Events ==================================================================
 
-PROGRESS_SECONDS = 0.5  # a person cannot follow more than two lines a second
-PROGRESS_LINES = 1000  # a chart does not get better with more points
 NOT_OPEN = -1  # a descriptor that is yet to come
 LINE_BYTES = 60 * 1024 - 1  # many readers take no more than 64 KiB
 CONFIG_BYTES_ECHOED = LINE_BYTES - 2048  # what `start` leaves to its config
-SHORT_TEXT = 64  # no identifier is longer
-LONGEST_PATH = 4096
 PLACES = re.compile(r"{(\w+):?(\w*)}")  # in a sentence; `{images:image}` says what is counted
 
 
@@ -686,8 +681,9 @@ class Emitter:
         """Tell whether a progress line would go out; for the first and the last step, always."""
         if self._progress_step is None or step >= total_steps:
             return step != self._progress_step
-        waited = time.monotonic() - self._progress_time >= PROGRESS_SECONDS
-        return waited and (step - self._progress_step) * PROGRESS_LINES >= total_steps
+        # Nobody follows more than two lines a second, and a thousand points are a good chart.
+        waited = time.monotonic() - self._progress_time >= 0.5
+        return waited and (step - self._progress_step) * 1000 >= total_steps
 
     def emit(self, event: Event) -> None:
         """Send one event, unless the last line is out or a progress line comes too soon."""
@@ -713,14 +709,14 @@ class Emitter:
 
     def warn(self, code: WarningCode, message: str, **data: Any) -> None:
         """Send a warning."""
-        self.emit(remark(code, message, **data))
+        self.emit(WarningEvent(code=code, message=message, data=data))
 
 
 def shorten(value: Any, limit: int, key: str = "") -> Any:
     """Cut long texts, which then end in `…`, and long lists, which then say how many more."""
     if isinstance(value, str):
         is_path = key.endswith(("path", "file", "set_aside"))
-        most = max(limit, LONGEST_PATH if is_path else SHORT_TEXT)
+        most = max(limit, 4096 if is_path else 64)  # no path, no identifier is longer
         return value if len(value) <= most else value[: most - 1] + "…"
     if isinstance(value, dict):
         return {k: item if k == "config" else shorten(item, limit, k) for k, item in value.items()}
@@ -751,10 +747,6 @@ class LineWriter:
     all others wait here. They also wait for a full disk, which is tried again now and then.
     """
 
-    BACKLOG_LINES: ClassVar = 256
-    MOST_LINES: ClassVar = 2**16  # that are no progress, for a disk that stays full
-    RETRY_SECONDS: ClassVar = 1.0
-
     descriptor: int
     on_failure: Callable[[OSError], None]
     encode: Callable[[Record], bytes] = encode_line
@@ -768,7 +760,7 @@ class LineWriter:
 
     def __call__(self, record: Record) -> None:
         """Queue one record; never wait."""
-        most = self.BACKLOG_LINES if record["type"] == "progress" else self.MOST_LINES
+        most = 256 if record["type"] == "progress" else 2**16  # a disk may stay full
         if not self._closing.is_set() and self._lines.qsize() < most:
             self._lines.put(self.encode(record))
 
@@ -806,7 +798,7 @@ class LineWriter:
                 failed = True
                 if last_try or isinstance(error, ConnectionError):
                     return False
-                self._closing.wait(self.RETRY_SECONDS)
+                self._closing.wait(1)
         return True
 
 
@@ -839,7 +831,6 @@ TYPE_WORDS = {"integer": "a whole number", "boolean": "true or false", "object":
 
 # A rate above this destroys the adapter, except under optimizers that set their own scale.
 HIGH_LEARNING_RATE = 0.1
-LOW_LEARNING_RATE = 1e-5
 
 
 @functools.cache
@@ -1044,13 +1035,9 @@ def resolve(document: Record) -> tuple[Record, list[WarningEvent]]:
         if flat[key] != nested[key]:
             message = f"{key} is given twice; training_params wins with {show(nested[key])}"
             told = {"key": key, "top_level": flat[key], "training_params": nested[key]}
-            remarks.append(remark(WarningCode.CONFIG_VALUE_TWICE, message, **told))
+            code = WarningCode.CONFIG_VALUE_TWICE
+            remarks.append(WarningEvent(code=code, message=message, data=told))
     return values, remarks
-
-
-def remark(code: WarningCode, message: str, **data: Any) -> WarningEvent:
-    """Make a warning for when somebody listens."""
-    return WarningEvent(code=code, message=message, data=data)
 
 
 def expand_home(path: str) -> Path:
@@ -1232,18 +1219,19 @@ IDLE_KNOBS = {
 
 def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
     """Warn of values that are allowed but seldom meant."""
-    if (rate := config.learning_rate) < LOW_LEARNING_RATE:
+    if (rate := config.learning_rate) < 1e-5:
         message = f"learning_rate {rate:g} is very low; 1e-4 suits most runs"
-        yield remark(WarningCode.LEARNING_RATE_LOW, message, learning_rate=rate)
+        data: Record = {"learning_rate": rate}
+        yield WarningEvent(code=WarningCode.LEARNING_RATE_LOW, message=message, data=data)
     for (knob, other), idle in IDLE_KNOBS.items():
         value, beside = (vars(config)[each] for each in (knob, other))
         if bool(beside) is idle and value != knobs()[knob]["default"]:
             message = f"{knob} {show(value)} has no effect beside {other} {show(plain(beside))}"
             data = {"key": knob, "value": value, "because": other}
-            yield remark(WarningCode.KNOB_WITHOUT_EFFECT, message, **data)
+            yield WarningEvent(code=WarningCode.KNOB_WITHOUT_EFFECT, message=message, data=data)
     if not config.trigger_words:
         message = "No trigger words: only what the captions say will call the concept"
-        yield remark(WarningCode.TRIGGER_WORDS_EMPTY, message)
+        yield WarningEvent(code=WarningCode.TRIGGER_WORDS_EMPTY, message=message, data={})
 
 
 # === Stopping ================================================================
@@ -1255,12 +1243,9 @@ STOP_SIGNALS["SIGBREAK"] = "SIGTERM"
 EXIT_CODES: dict[StopReason, int] = dict.fromkeys(typing.get_args(StopReason), 143)
 EXIT_CODES |= {"SIGINT": 130, "SIGHUP": 129}
 
-# Ctrl-C under a launcher arrives twice within milliseconds; a person who means it waits longer.
-SECOND_SIGNAL_SECONDS = 1.0
 # How long the main thread may take to notice a request, and to save; `docker stop` waits for 10.
 NOTICE_SECONDS = 3.0
 SAVE_SECONDS = 6.5
-WINDOWS_SYNCHRONIZE = 0x00100000  # the right to wait for a process
 
 
 def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
@@ -1271,7 +1256,7 @@ def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
 
         kernel32 = ctypes.WinDLL("kernel32")
     if kernel32:  # there the parent's number stays, and may become another's; a handle does not
-        handle = kernel32.OpenProcess(WINDOWS_SYNCHRONIZE, False, parent)
+        handle = kernel32.OpenProcess(0x00100000, False, parent)  # with the right to wait for it
         return lambda: bool(handle) and kernel32.WaitForSingleObject(handle, 0) == 0
     return lambda: os.getppid() != parent
 
@@ -1375,7 +1360,8 @@ class StopRequest:
         if number not in self._taken:
             return
         now = time.monotonic()
-        if now - self._first_signal_at >= SECOND_SIGNAL_SECONDS:
+        # Ctrl-C under a launcher arrives twice within milliseconds; a person who means it waits.
+        if now - self._first_signal_at >= 1:
             os._exit(128 + number)
         self._first_signal_at = min(now, self._first_signal_at)
         self.request(STOP_SIGNALS[signal.Signals(number).name])
@@ -3529,7 +3515,6 @@ OWN_FOLDERS = ("checkpoints", "samples", "state")
 OWN_FILES = (*OWN_FOLDERS, "events.jsonl", "loss_history.csv", "loss_curve.png", FINAL)
 # What nobody wants to lose.
 RESULTS = (FINAL, "checkpoints/*.safetensors", "state/step_*")
-LOCK_SECONDS = 0.5  # a preflight may hold the lock for an instant
 # A link may lead out of the folder, and a pipe may never answer. Not every system has all three.
 OPEN_OWN = sum(vars(os).get(flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
@@ -3585,7 +3570,7 @@ def unusable_output(found: str) -> TrainError:
 
 def lock(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a lock file and lock it, unless a live run keeps it."""
-    descriptor, in_time = open_own(path, flags), deadline_in(LOCK_SECONDS)
+    descriptor, in_time = open_own(path, flags), deadline_in(0.5)  # a preflight is soon done
     while not try_lock(descriptor):
         if not in_time():
             os.close(descriptor)
