@@ -75,7 +75,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from fractions import Fraction
 from hashlib import sha256
@@ -144,6 +144,10 @@ class ErrorCode(Code):
     CAPTIONS_MISSING = "Images have neither caption nor trigger word.", "Give trigger_words."
     MODEL_NOT_FOUND = "base_model leads nowhere.", "Give a folder, a file or a Hugging Face id."
     MODEL_UNSUPPORTED = "The base model is of another kind.", "Use SD 1.x, 2.x or SDXL safetensors."
+    PROCESS_LOST = (
+        "A process that shares the run is gone.",
+        "Start again: the run goes on from its last checkpoint.",
+    )
     MODEL_DAMAGED = "The base model is incomplete or broken.", "Download it again."
     OUTPUT_UNUSABLE = "output_path cannot be written.", "Choose a folder this user may write."
     OUTPUT_BUSY = "Another run uses output_path.", "Wait for it, stop it, or choose another folder."
@@ -348,6 +352,8 @@ class StartEvent(Event, type="start"):
     pid: Annotated[int, "process to send a stop signal to"] = field(default_factory=os.getpid)
     resumed_step: Annotated[int, "updates done by earlier starts"]
     total_steps: Annotated[int | None, "updates in all; null until the images are counted"]
+    processes: Annotated[int, "that share the run, under a launcher"] = 1
+    effective_batch: Annotated[int, "images per update, of all processes"] = 1
     config: Annotated[dict[str, Any], "resolved config, defaults filled in; never a secret"]
 
 
@@ -372,7 +378,7 @@ class ModelFacts(Facts, topic="model"):
     says = "Base model: {source}, family {family}, {parameters:parameter}"
     source: Annotated[str, "`folder`, `file` or `hub`"]
     cached: Annotated[bool, "whether the weights are on this machine"]
-    family: Annotated[str | None, "`sd1`, `sd2`, `sdxl`, or what a file in families/ is called"] = None
+    family: Annotated[str | None, "`sd1`, `sd2`, `sdxl`, or that of a file in families/"] = None
     prediction_type: Annotated[str | None, "`epsilon` or `v_prediction`, when stated"] = None
     zero_terminal_snr: Annotated[bool | None, "whether it learned to begin with pure noise"] = None
     native_resolution: Annotated[int | None, "size the base was made for, pixels"] = None
@@ -1110,7 +1116,9 @@ class TrainingConfig:
     save_precision: str
     keep_checkpoints: int
 
-    remarks: tuple[WarningEvent, ...] = ()  # no knob: to be told as soon as somebody listens
+    # No knobs: what is to be told as soon as somebody listens, and who shares the run.
+    remarks: tuple[WarningEvent, ...] = ()
+    processes: int = 1
 
     @classmethod
     def from_json(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
@@ -1145,11 +1153,12 @@ class TrainingConfig:
     @property
     def effective_batch(self) -> int:
         """Count the images behind one update."""
-        return self.batch_size * self.gradient_accumulation_steps
+        return self.batch_size * self.gradient_accumulation_steps * self.processes
 
     def as_record(self) -> Record:
         """Show every knob as JSON."""
-        return {knob: value for knob, value in plain(self).items() if knob != "remarks"}
+        others = ("remarks", "processes")
+        return {name: value for name, value in plain(self).items() if name not in others}
 
 
 def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
@@ -2608,8 +2617,8 @@ def choose_objective(config: TrainingConfig, family: Family, stated: Stated) -> 
     zero = stated[1] if config.zero_terminal_snr == "auto" else config.zero_terminal_snr
     for objective in family.objectives:
         if (objective.prediction_type, objective.zero_terminal_snr) == (prediction, bool(zero)):
-            asked = {knob: getattr(config, knob) for knob in ("timestep_shift", "timestep_sampling")}
-            return dataclasses.replace(objective, **asked)
+            shift, sampling = config.timestep_shift, config.timestep_sampling
+            return dataclasses.replace(objective, timestep_shift=shift, timestep_sampling=sampling)
     expected, found = "false where there is no velocity to predict", f"true with {prediction}"
     hint = "Set zero_terminal_snr to false, or prediction_type to v_prediction."
     raise TrainError.at(ErrorCode.CONFIG_CONFLICT, "zero_terminal_snr", expected, found, hint)
@@ -3423,9 +3432,9 @@ class Learner:
         matrices = self.parameters.values()
         # In full precision: half of it loses updates as small as an adapter's.
         self.learned = torch.cat([p.detach().flatten().float() for p in matrices])
-        # What an update adds up: the gradient, and the loss at the end.
-        self.sums = torch.zeros(len(self.learned) + 1, device=self.learned.device)
-        self.gradient, self.loss = self.sums[:-1], self.sums[-1]
+        # What an update adds up: the gradient, the loss, and who was asked for a stop.
+        self.sums = torch.zeros(len(self.learned) + 2, device=self.learned.device)
+        self.gradient, self.loss, self.asked = self.sums[:-2], self.sums[-2], self.sums[-1]
         self.used = self.learned.to(models.dtype)  # learned itself, or its copy in half
         self.in_half = self.used is not self.learned
         # The optimizer has one part of what is learned for each rate.
@@ -4304,14 +4313,14 @@ def free_memory() -> int | None:
     return free
 
 
-def choose_device(config: TrainingConfig) -> torch.device:
-    """Take the processor that was asked for, or the best there is."""
+def choose_device(config: TrainingConfig, place: int = 0) -> torch.device:
+    """Take the processor that was asked for, or the best there is; of cards, the one in place."""
     kind, _, index = config.device.partition(":")
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if kind == "auto":
         kind = next(kind for kind, count in counts.items() if count)
-    number = int(index or 0)
+    number = int(index or (place if kind == "cuda" else 0))
     if number >= counts[kind]:
         found = "a torch that does not see it"
         raise TrainError.at(ErrorCode.DEVICE_UNAVAILABLE, "device", config.device, found)
@@ -4839,6 +4848,109 @@ def check_base_precision(config: TrainingConfig, device: DeviceFacts) -> None:
         check_package("bitsandbytes", "base_precision")
 
 
+# === Several processes =======================================================
+
+MEETING_SECONDS = 1800.0  # that the others wait for one, whose previews or disk may be slow
+LAST_WORDS = "last words"
+TEAM_VARIABLES = {"rank": "RANK", "size": "WORLD_SIZE", "place": "LOCAL_RANK"}  # torchrun's
+
+
+@dataclass
+class Team:
+    """The processes that share a run, as torchrun started them; most runs have but one.
+
+    Each takes its share of an update's images, and the sum of their gradients moves all of them
+    alike. The first alone speaks and writes; nothing that it does alone may need the others.
+    """
+
+    rank: int = 0
+    size: int = 1
+    place: int = 0  # among those of this machine, which is the number of its card
+    store: Any = None  # where they leave each other words
+    group: Any = None  # for what is no tensor on a card
+
+    @classmethod
+    def found(cls) -> Self:
+        """Read what the launcher says."""
+        told = {name: os.environ.get(word, "") for name, word in TEAM_VARIABLES.items()}
+        return cls(**{name: int(word) for name, word in told.items() if word.isdecimal()})
+
+    @property
+    def leads(self) -> bool:
+        """Tell whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    def meet(self, device: torch.device) -> None:
+        """Wait until all are here."""
+        if self.size == 1:
+            return
+        distributed, wait = torch.distributed, timedelta(seconds=MEETING_SECONDS)
+        with self.together():
+            self.store, _, _ = next(iter(distributed.rendezvous("env://", self.rank, self.size)))
+            known: Record = {"store": self.store, "rank": self.rank, "world_size": self.size}
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            distributed.init_process_group(backend, timeout=wait, **known)
+            self.group = distributed.new_group(backend="gloo", timeout=wait)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Take this process's part."""
+        return items[self.rank :: self.size]
+
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        """Put all parts together, in the order of the whole."""
+        if self.size == 1:
+            return list(mine)
+        parts: list[Any] = [None] * self.size
+        with self.together():
+            torch.distributed.all_gather_object(parts, mine, group=self.group)
+        rows = itertools.zip_longest(*parts, fillvalue=self)
+        return [item for row in rows for item in row if item is not self]
+
+    def told(self, work: Callable[[], T]) -> T:
+        """Let the first do something, and give all what came of it."""
+        result = [work() if self.leads else None]
+        if self.size > 1:
+            with self.together():
+                torch.distributed.broadcast_object_list(result, src=0, group=self.group)
+        return typing.cast("T", result[0])
+
+    def add_up(self, sums: Tensor) -> None:
+        """Let all have the sum of what each has."""
+        if self.size > 1:
+            with self.together():
+                torch.distributed.all_reduce(sums)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Do what takes all; where one is missing, say what it left as its last words."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.store and self.store.check([LAST_WORDS]):
+                raise self.words_left() from error
+            message = f"One of the {self.size} processes that share the run is gone"
+            raise TrainError(ErrorCode.PROCESS_LOST, message) from error
+
+    def leave_words(self, ended: Ended) -> None:
+        """Tell the first why this process ends, as it alone speaks."""
+        words: Record = {"message": str(ended)}
+        if isinstance(ended, TrainingInterrupted):
+            words["reason"] = ended.reason
+        else:
+            words |= {"code": ended.code.name, "problems": plain(ended.problems)}
+        if self.store and words.get("code") != ErrorCode.PROCESS_LOST.name:
+            with contextlib.suppress(RuntimeError):  # the others may be gone too
+                self.store.set(LAST_WORDS, json.dumps(words))
+
+    def words_left(self) -> Ended:
+        """Say what a process that is gone had to say."""
+        words = json.loads(self.store.get(LAST_WORDS))
+        if reason := words.get("reason"):
+            return TrainingInterrupted(reason)
+        problems = [Problem(*problem) for problem in words["problems"]]
+        return TrainError(ErrorCode[words["code"]], words["message"], problems)
+
+
 # === Training ================================================================
 
 MOST_BAD_STEPS = 10  # updates in a row without a finite loss
@@ -4959,6 +5071,7 @@ class LoRATrainer:
     stop: StopRequest = field(default_factory=StopRequest)
     _: dataclasses.KW_ONLY
     fresh: bool = False
+    team: Team = field(default_factory=Team.found)
     # What comes to light on the way, in this order.
     phase: str = "starting"
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -4979,9 +5092,14 @@ class LoRATrainer:
     deaf: bool = False  # to request.json, which cannot be removed
     written: int | None = None  # the step of the newest LoRA file
     previewed: int | None = None  # that of the newest previews
+    asked: Tensor | None = None  # how many of the team were asked for a stop, before this update
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
     # Held while numbers change or are written, so that a rescuer finds neither half done.
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def __post_init__(self) -> None:
+        """Count who takes part."""
+        self.config = dataclasses.replace(self.config, processes=self.team.size)
 
     def validate(self) -> ValidFacts:
         """Check all that can be checked without loading a model, and write nothing."""
@@ -5013,17 +5131,20 @@ class LoRATrainer:
             # Look at everything before anything heavy is loaded.
             quiet_libraries()
             imports = beside(import_libraries)  # takes seconds; the images are looked at meanwhile
+            if self.team.size > 1:
+                self.stop.wait_for(imports)
+                self.team.meet(choose_device(config, self.team.place))
             # Who goes on has decoded every image before, and none may have changed.
-            dataset = scan_dataset(config, events, self.stop, thorough=not self.state.step)
+            anew = not self.state.step
+            dataset = self.team.told(lambda: scan_dataset(config, events, self.stop, thorough=anew))
+            self.state.step = self.team.told(lambda: self.state.step)
             facts, base = download_model(config, events, self.stop)
             report_model(config, (facts, base), events)
             plan = Preflight(config, facts, base, dataset, self.state.step)
             self.compare(plan, base)
-            if said := self.earlier.complete:
-                done = CompleteEvent(**said["event"])
-                if self.total_steps <= done.step:
-                    events.emit(done)
-                    return done
+            if done := self.team.told(self.done_before):
+                events.emit(done)
+                return done
             check_copies(config)
 
             # Encode once what no update changes; the encoders go before the denoiser comes.
@@ -5035,6 +5156,7 @@ class LoRATrainer:
             # Adapt, and restore what earlier starts learned.
             self.learner = self.adapt(facts)
             self.restore()
+            self.share_state()
 
             # Step until done or asked to stop.
             with self.compile():
@@ -5044,16 +5166,22 @@ class LoRATrainer:
                 self.tell_memory()
 
                 # Save.
-                return self.finish()
+                return self.team.told(self.finish)
 
     @contextlib.contextmanager
     def in_output_folder(self) -> Iterator[None]:
         """Hold the folder and mirror the events into it, from the first line to the last."""
         config, output = self.config, self.config.output_path
+        if not self.team.leads:
+            self.stop.save = self.team.leave_words
+            orphaned: dict[StopReason, Callable[[], bool]] = {"host_gone": self.stop.parent_ended}
+            with self.stop.watching(orphaned), reporting(self.events, self.rescue):
+                yield
+            return
         check_paths(config)
         stop_file = functools.partial(take_stop_file, output / "stop")
         causes: dict[StopReason, Callable[[], bool]] = {"stop_file": stop_file}
-        if config.stop_with_parent:
+        if config.stop_with_parent or self.team.size > 1:
             causes["host_gone"] = self.stop.parent_ended
         with claimed(output) as claim:
             for name in ("stop", "request.json"):  # what an earlier start left asks for nothing
@@ -5104,10 +5232,23 @@ class LoRATrainer:
         elif done < self.total_steps and self.earlier.complete and not self.saved:
             refuse_to_overwrite(self.config.output_path)  # there is nothing to extend it from
 
+    def done_before(self) -> CompleteEvent | None:
+        """Recall how an earlier start completed the run, if it did all that is asked for."""
+        said = self.earlier.complete
+        done = CompleteEvent(**said["event"]) if said else None
+        return done if done and self.total_steps <= done.step else None
+
     def start(self, aside: Path | None = None) -> None:
         """Send the first line, also of a run that is to stop, and what happened before."""
         step, steps, config = self.state.step, self.config.steps, self.config.as_record()
-        first = StartEvent(run_id=self.run_id, resumed_step=step, total_steps=steps, config=config)
+        first = StartEvent(
+            run_id=self.run_id,
+            resumed_step=step,
+            total_steps=steps,
+            processes=self.team.size,
+            effective_batch=self.config.effective_batch,
+            config=config,
+        )
         for event in (first, *self.config.remarks):
             self.events.emit(event)
         self.stop.check()
@@ -5133,7 +5274,10 @@ class LoRATrainer:
             offers = self.memory.remedies(self.phase) if self.memory else []
             ended = TrainError(ErrorCode.OUT_OF_MEMORY, message, offers)
         traceback.clear_frames(error.__traceback__)  # they hold what may be lacking
-        self.save_before_end(ended)
+        if self.team.leads:
+            self.save_before_end(ended)
+        else:
+            self.team.leave_words(ended)
         return ended
 
     def save_before_end(self, ended: Ended) -> None:
@@ -5151,7 +5295,9 @@ class LoRATrainer:
 
     def load(self, base: BaseModel, plan: Preflight | None = None) -> Models:
         """Choose device and precision and load what is small; the networks come one by one."""
-        device = self.device = self.stop.wait_for(beside(lambda: choose_device(self.config)))
+        device = self.device = self.stop.wait_for(
+            beside(lambda: choose_device(self.config, self.team.place))
+        )
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what asks for no device by name gets this one
         self.memory = plan.on(device_facts(device), self.events) if plan else None
@@ -5168,24 +5314,27 @@ class LoRATrainer:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config, models, self.phase = self.config, self.models, "encoding"
         self.shelf = Shelf(config.cache_dir, models.device, self.events)
-        texts = self.encode_texts(texts_of(config, pictures))
+        texts = self.encode_texts(texts_of(config, pictures), self.team)
         if config.train_text_encoder:
             models.load_text_encoders(models.dtype)
-        phase = Phase("encoding images", len(pictures), self.events, self.stop)
-        images = encode_images(models, pictures, config, self.shelf, phase)
+        own = self.team.share(pictures)
+        phase = Phase("encoding images", len(own), self.events, self.stop)
+        images = tuple(self.team.gather(encode_images(models, own, config, self.shelf, phase)))
         if models.vae:
             models.vae.to("cpu")
         self.tell_memory()
         return Cache(images, texts)
 
-    def encode_texts(self, texts: Texts) -> dict[str, Conditioning]:
+    def encode_texts(self, texts: Texts, team: Team) -> dict[str, Conditioning]:
         """Let text encoders that do not learn read texts, and go; those that do get token ids."""
         tokens = tokenize(texts, self.models, self.events)
         if self.config.train_text_encoder:
             return tokens
-        phase = Phase("encoding captions", len(tokens), self.events, self.stop)
+        own = dict(team.share(list(tokens.items())))
+        phase = Phase("encoding captions", len(own), self.events, self.stop)
         try:
-            return read_texts(self.models, tokens, self.shelf, phase)
+            read = read_texts(self.models, own, self.shelf, phase)
+            return dict(team.gather(list(read.items())))
         finally:
             self.models.text_encoders = []
 
@@ -5237,6 +5386,25 @@ class LoRATrainer:
             except nonsense as error:
                 self.tell_ignored({self.saved / "manifest.json": f"its history: {error}"})
 
+    def share_state(self) -> None:
+        """Let all go on from the numbers that the first has."""
+        learner, held = self.learner, io.BytesIO()
+        if self.team.size == 1:
+            return
+        if self.team.leads:
+            numbers = learner.learned, learner.optimizer.state_dict(), learner.scaler.state_dict()
+            torch.save([*numbers, self.state.step, self.state.to_json()], held)
+        held = io.BytesIO(self.team.told(held.getvalue))
+        if not self.team.leads:
+            options: Record = {"map_location": self.models.device, "weights_only": True}
+            learned, moments, scaler, step, progress = torch.load(held, **options)
+            learner.learned.copy_(learned)
+            learner.optimizer.load_state_dict(moments)
+            learner.scaler.load_state_dict(scaler)
+            learner.refresh()
+            self.state = TrainState(step=step, first_step=step + 1)
+            self.state.recall(progress)
+
     def compile(self) -> contextlib.AbstractContextManager[Any]:
         """Compile what the denoiser repeats; if that fails, it runs as it is.
 
@@ -5269,14 +5437,14 @@ class LoRATrainer:
             return
         self.phase = "recording"
         slots = list(enumerate(self.order.window(1)))
+        part = self.team.share(slots)[: self.config.batch_size]
 
         def learn() -> None:
             # With other numbers than those of the trial, which it then has to heed.
-            part = slots[: self.config.batch_size]
             batch = draw_batch(self.models, self.cache, self.config, 2, part)
             self.replay = Replay.record(self.models, self.learner, batch, len(slots))
 
-        if not self.passes(learn, WarningCode.CUDA_GRAPH_FAILED):
+        if part and not self.passes(learn, WarningCode.CUDA_GRAPH_FAILED):
             self.replay = None
 
     def passes(self, change: Callable[[], object], code: WarningCode) -> bool:
@@ -5323,7 +5491,14 @@ class LoRATrainer:
     def update(self) -> None:
         """Make one update from one window of images."""
         config, step, began = self.config, self.state.step + 1, time.monotonic()
+        if self.asked is not None and float(self.asked):  # for a stop, by somebody in the team
+            self.stop.request("SIGTERM")
+            self.stop.check()
         self.collect_gradient(step)
+        if self.team.size > 1:
+            self.learner.asked.fill_(float(self.stop.reason is not None))
+            self.team.add_up(self.learner.sums)
+            self.asked = self.learner.asked.clone()  # read before the next update, which all make
         with self.lock:
             self.torn = True
             self.state.unread.append(self.learner.step(rate(config, step, self.total_steps)))
@@ -5353,9 +5528,11 @@ class LoRATrainer:
     def go_through(self, step: int) -> None:
         """Collect the gradient of an update, a batch at a time."""
         size, slots = self.config.batch_size, list(enumerate(self.order.window(step)))
-        for begin in range(0, len(slots), size):
-            self.stop.check()
-            part = slots[begin : begin + size]
+        own = self.team.share(slots)
+        for begin in range(0, len(own), size):
+            if self.team.size == 1:  # else all stop after the same update
+                self.stop.check()
+            part = own[begin : begin + size]
             batch = draw_batch(self.models, self.cache, self.config, step, part)
             if self.replay and self.replay.fits(batch, len(slots)):
                 self.replay(batch)
@@ -5462,6 +5639,8 @@ class LoRATrainer:
     def make_due(self) -> None:
         """Write and draw what this step asks for."""
         config, step = self.config, self.state.step
+        if not self.team.leads:
+            return
         self.answer_request()
         if step and due(config.checkpoint_steps, step):
             self.state.checkpoint_seconds = timed(self.checkpoint)
@@ -5493,7 +5672,8 @@ class LoRATrainer:
 
     def change_prompts(self, prompts: tuple[str, ...]) -> None:
         """Draw other previews from here on; text encoders that are gone come back for them."""
-        texts = self.encode_texts(("sample_prompts", each) for each in prompts)
+        wanted = (("sample_prompts", each) for each in prompts)
+        texts = self.encode_texts(wanted, Team())  # the others know nothing of it
         self.cache = dataclasses.replace(self.cache, texts=self.cache.texts | texts)
         self.prompts = prompts
 
@@ -5890,10 +6070,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if 1 in closed:
             stop.request("host_gone")
         stdout = claim_stdout()
+        if not Team.found().leads:  # the first alone speaks
+            os.close(stdout)
+            stdout = os.open(os.devnull, os.O_WRONLY)
         shown = os.isatty(stdout)  # to a person, who has it told once
         encode = draw if shown and not arguments.json else encode_line
         host = LineWriter(stdout, functools.partial(stop_for, stop), encode)
-        beside_it = os.isatty(2) and not shown
+        beside_it = os.isatty(2) and not shown and Team.found().leads
         people = [LineWriter(os.dup(2), lambda _: None, draw)] if beside_it else []
         events = Emitter(host, *people)
         stop.end = functools.partial(end_at_once, events, host)
