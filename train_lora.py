@@ -4947,7 +4947,7 @@ class Team:
         words = json.loads(self.store.get(LAST_WORDS))
         if reason := words.get("reason"):
             return TrainingInterrupted(reason)
-        problems = [Problem(*problem) for problem in words["problems"]]
+        problems = [Problem(**problem) for problem in words["problems"]]
         return TrainError(ErrorCode[words["code"]], words["message"], problems)
 
 

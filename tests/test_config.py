@@ -233,12 +233,12 @@ def python_type(name: str) -> Any:
 def test_fields_have_the_names_and_types_of_the_schema() -> None:
     """The class repeats the schema's names and types, and nothing else but the remarks."""
     hints = typing.get_type_hints(TrainingConfig)
-    del hints["remarks"]
+    del hints["remarks"], hints["processes"]
     assert hints == {name: python_type(name) for name in KNOBS}
 
 
 def test_no_default_is_written_in_python() -> None:
-    """Only the remarks, which are no knob, have a default in the class."""
+    """Only what is no knob has a default in the class."""
     nothing = dataclasses.MISSING
     fields = dataclasses.fields(TrainingConfig)
     with_default = [
@@ -246,7 +246,7 @@ def test_no_default_is_written_in_python() -> None:
         for field in fields
         if field.default is not nothing or field.default_factory is not nothing
     ]
-    assert with_default == ["remarks"]
+    assert with_default == ["remarks", "processes"]
 
 
 def test_a_config_cannot_be_written_to() -> None:
