@@ -817,7 +817,10 @@ class Phase:
     events: Emitter
     stop: StopRequest
     unit: str = "items"
-    told: float = field(default_factory=time.monotonic)  # nothing in the first second
+
+    def __post_init__(self) -> None:
+        """Tell nothing in the first second."""
+        self.told = time.monotonic()
 
     def at(self, done: int) -> None:
         """Note how many are done."""
@@ -1270,7 +1273,7 @@ def watch_parent(kernel32: Any = None) -> Callable[[], bool]:
     return lambda: os.getppid() != parent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # signal.signal spells out its handler and all it holds
 class StopRequest:
     """The first reason to stop, remembered for whoever asks."""
 
