@@ -4630,6 +4630,10 @@ def denoiser_bytes(structure: BaseModel, base: str, run: str) -> float:
 
 # === Preflight ===============================================================
 
+# What CLIP's tokenizer keeps together, before it cuts words into pieces.
+WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNORECASE)
+TOKENS = 77  # that all known text encoders of these families have room for
+
 
 def check_paths(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
     """Look at the places the config names and list all that is wrong with them at once."""
@@ -4793,11 +4797,6 @@ def report_model(
         message = f"resolution {side} is far from the base model's {native}"
         told = {"resolution": side, "native_resolution": native}
         events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **told)
-
-
-# What CLIP's tokenizer keeps together, before it cuts words into pieces.
-WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNORECASE)
-TOKENS = 77  # that all known text encoders of these families have room for
 
 
 def report_long(texts: Texts, base: BaseModel | None, events: Emitter) -> None:
@@ -5994,14 +5993,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", metavar="PATH", help="the JSON config, or - for standard input")
     add("--validate-only", action="store_true", help="check everything, train and write nothing")
-    add(
-        "--set",
-        metavar="KEY=JSON",
-        action="append",
-        default=[],
-        type=parse_override,
-        help="override one config value (repeatable); what is not JSON is a string",
-    )
+    repeatable: Record = {"action": "append", "default": [], "type": parse_override}
+    what = "override one config value (repeatable); what is not JSON is a string"
+    add("--set", metavar="KEY=JSON", help=what, **repeatable)
     add("--fresh", action="store_true", help="set an earlier run in output_path aside, start anew")
     add("--json", action="store_true", help="JSON lines on stdout, on a terminal too")
     add("--devices", action="store_true", help="print what could train here, as JSON, and exit")
