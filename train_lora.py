@@ -1910,10 +1910,6 @@ class Conditioning(dict[str, "Tensor"]):
         numbers = {name: tensor for name, tensor in self.items() if tensor.is_floating_point()}
         return Conditioning(self | {name: tensor.to(dtype) for name, tensor in numbers.items()})
 
-    def silenced(self) -> Conditioning:
-        """Say nothing at all, in the same shape."""
-        return Conditioning({name: tensor.new_zeros(tensor.shape) for name, tensor in self.items()})
-
     @classmethod
     def stack(cls, texts: Sequence[Conditioning]) -> Self:
         """Join captions to a batch. Shorter ones are filled up with zeros, as masks are too."""
@@ -2148,8 +2144,7 @@ def publish_open_clip(part: Part, weights: Tensors, config: Any) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
     model_like = types.SimpleNamespace(config=config)
-    state: Tensors = convert_open_clip_checkpoint(model_like, weights, part.original)
-    return state
+    return dict(convert_open_clip_checkpoint(model_like, weights, part.original))
 
 
 def read_last_layer(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
@@ -2335,6 +2330,17 @@ def damaged_model(path: Path, found: str) -> TrainError:
     return TrainError.at(ErrorCode.MODEL_DAMAGED, path, "a complete model", found)
 
 
+@contextlib.contextmanager
+def blaming(path: Path, found: str) -> Iterator[None]:
+    """Name the file of the base model at which a library failed."""
+    try:
+        yield
+    except Exception as error:  # a file without sense makes libraries raise anything
+        if isinstance(error, TrainError) or is_out_of_memory(error):
+            raise
+        raise damaged_model(path, f"{found} ({error})") from error
+
+
 def unsupported_model(kind: str) -> TrainError:
     """Say what the base model is instead of what can be trained."""
     expected = f"one of {', '.join(family.title for family in FAMILIES.values())}"
@@ -2353,12 +2359,11 @@ def hub_folder(hub_id: str) -> Path:
 def cached_snapshot(hub_id: str) -> Path | None:
     """Find what was downloaded of a Hugging Face model, without asking the network."""
     folder = hub_folder(hub_id)
-    try:
+    with contextlib.suppress(OSError, ValueError):
         revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return None
-    snapshot = folder / "snapshots" / revision
-    return snapshot if snapshot.is_dir() else None
+        if (snapshot := folder / "snapshots" / revision).is_dir():
+            return snapshot
+    return None
 
 
 def look_up(
@@ -2419,10 +2424,8 @@ def read_json_file(path: Path) -> Record:
     """Read one of the base model's own JSON files."""
     if not path.is_file():  # a pipe of that name would never answer
         raise damaged_model(path, "no such file")
-    try:
+    with blaming(path, "no readable JSON"):
         document, problems = parse_json(path.read_text("utf-8"))
-    except (OSError, *NOT_JSON) as error:
-        raise damaged_model(path, f"no readable JSON ({error})") from error
     # Some of diffusers' own schedulers are saved with an infinity.
     serious = [problem for problem in problems if not problem.found.endswith("Infinity")]
     if serious or not isinstance(document, dict):
@@ -2454,17 +2457,14 @@ def read_headers(path: Path) -> Headers:
 
 def read_header(path: Path) -> Shapes:
     """Read the names and shapes of a safetensors file; refuse one that is cut short."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > HEADER_BYTES:
-                raise ValueError("its header is larger than any")
-            header, problems = parse_json(file.read(length).decode())
-            header.pop("__metadata__", None)
-            shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            check_spans(header, shapes, file.seek(0, os.SEEK_END) - 8 - length)
-    except (OSError, ArithmeticError, LookupError, struct.error, *NOT_JSON) as error:
-        raise damaged_model(path, f"no safetensors header ({error})") from error
+    with blaming(path, "no safetensors header"), path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > HEADER_BYTES:
+            raise ValueError("its header is larger than any")
+        header, problems = parse_json(file.read(length).decode())
+        header.pop("__metadata__", None)
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        check_spans(header, shapes, file.seek(0, os.SEEK_END) - 8 - length)
     if problems or not shapes:
         raise damaged_model(path, "a file that does not hold what its header says")
     return shapes
@@ -2760,12 +2760,8 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     located = base.parts[part]
     place = located.files[0] if located.original else located.folder
     load = load_with_transformers if part.library == "transformers" else load_with_diffusers
-    try:
+    with blaming(place, "what cannot be loaded"):
         model, missing = load(part, located, dtype, device)
-    except Exception as error:  # a config without sense makes the libraries raise anything
-        if isinstance(error, TrainError) or is_out_of_memory(error):
-            raise
-        raise damaged_model(place, f"what cannot be loaded ({error})") from error
     if missing:  # the libraries would go on with random numbers in their place
         raise damaged_model(place, f"{len(missing)} weights missing")
     return model.to(device).eval().requires_grad_(False)
@@ -2792,8 +2788,8 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
     cls, tensors = library_class(part), read_all(part, located, dtype, near)
     config = cls.load_config(located.folder, local_files_only=True)
     if located.original:
-        publish = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]["checkpoint_mapping_fn"]
-        tensors = publish(checkpoint=tensors, config=config)
+        known: Any = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]
+        tensors = known["checkpoint_mapping_fn"](checkpoint=tensors, config=config)
     with init_empty_weights():
         model = cls.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # noqa: SLF001, as old VAEs name attention
@@ -2835,11 +2831,9 @@ def pack_linears(network: Any, precision: str, dtype: torch.dtype) -> None:
 def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
     """Load the tokenizer of a text encoder, which must have room for all of its numbers."""
     folder, text = base.parts[part].folder, base.parts[encoder].config
-    try:
+    with blaming(folder, "no tokenizer"):
         tokenizer = library_class(part).from_pretrained(folder, local_files_only=True)
         highest = max(tokenizer.get_vocab().values())
-    except Exception as error:  # the library's own exceptions have no common name
-        raise damaged_model(folder, f"no tokenizer ({error})") from error
     if highest >= text.get("vocab_size", highest + 1):
         raise damaged_model(folder / part.needs[0], f"token {highest} beyond the text encoder's")
     return tokenizer
@@ -2868,10 +2862,8 @@ class Models:
         pairs = zip(base.family.tokenizers, base.family.text_encoders, strict=True)
         tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
         sampler = base.parts[base.family.sampler]
-        try:
+        with blaming(sampler.folder, "no noise schedule"):
             schedule = base.objective.load_schedule(base.objective, sampler.config)
-        except Exception as error:  # a config without sense
-            raise damaged_model(sampler.folder, f"no noise schedule ({error})") from error
         return cls(base, device, dtype, schedule, tokenizers)
 
     def load_text_encoders(self, dtype: torch.dtype) -> None:
@@ -3127,9 +3119,12 @@ def tokenize(texts: Texts, models: Models, events: Emitter) -> dict[str, Conditi
 
 
 def read_texts(
-    models: Models, tokens: Mapping[str, Conditioning], shelf: Shelf, phase: Phase
+    models: Models, texts: Texts, config: TrainingConfig, shelf: Shelf, stop: StopRequest
 ) -> dict[str, Conditioning]:
-    """Let the text encoders read what is new to the shelf; they are loaded for the first of it."""
+    """Let the text encoders read what is new to the shelf; token ids are all while these learn."""
+    tokens = tokenize(texts, models, shelf.events)
+    if config.train_text_encoder:
+        return tokens
 
     def read(rows: Iterable[Conditioning]) -> Iterator[Tensors]:
         models.load_text_encoders(torch.float32)  # read once, text can have the better precision
@@ -3139,10 +3134,14 @@ def read_texts(
                 made = models.read_text(row).to(torch.device("cpu"))
             yield {name: tensor.contiguous() for name, tensor in made.items()}
 
+    phase = Phase("encoding captions", len(tokens), shelf.events, stop)
     origin = shelf.origin(models.base, models.base.family.text_encoders)
     rows = {text: [ids.tolist() for ids in row.values()] for text, row in tokens.items()}
     keys = {text: digest_of([origin, row]) for text, row in rows.items()}
-    kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
+    try:
+        kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
+    finally:
+        models.text_encoders = []
     return {text: Conditioning(kept[key]) for text, key in keys.items()}
 
 
@@ -3206,11 +3205,6 @@ class Batch(NamedTuple):
     noise: Tensor  # the same shape
     timesteps: Tensor  # [batch]
     time_ids: Tensor  # [batch, 6]
-
-    def to(self, device: torch.device) -> Batch:
-        """Move to a device."""
-        text, *numbers = self
-        return Batch(text.to(device), *(send(each, device) for each in numbers))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """List everything."""
@@ -3295,10 +3289,10 @@ def draw_batch(
         timesteps.append(models.base.objective.draw_time(models.schedule, latents[-1], chance))
     if config.lora_dropout:  # draws from torch's global source
         torch.manual_seed(seeded(config.seed, "dropout", step, slots[0][0]).initial_seed())
-    text = cache.read([image.caption for image in images])
+    text = cache.read([image.caption for image in images]).to(models.device)
     time_ids = [image.time_ids for image in images]
-    batch = Batch(text, *map(torch.stack, (latents, noise, timesteps, time_ids)))
-    return batch.to(models.device)
+    numbers = map(torch.stack, (latents, noise, timesteps, time_ids))
+    return Batch(text, *(send(each, models.device) for each in numbers))
 
 
 def batch_losses(models: Models, batch: Batch) -> Tensor:
@@ -3321,9 +3315,8 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     from peft import LoraConfig
 
     family = models.base.family
-    trained = [(family.denoiser, models.denoiser)]
-    if config.train_text_encoder:
-        trained += zip(family.text_encoders, models.text_encoders, strict=True)
+    texts = zip(family.text_encoders, models.text_encoders, strict=False)  # kept if they learn
+    trained = [(family.denoiser, models.denoiser), *texts]
     shape: Record = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
     shape |= {"lora_dropout": config.lora_dropout, "init_lora_weights": "gaussian"}
     parameters: dict[str, Any] = {}
@@ -4104,7 +4097,7 @@ def read_pairs(
     """Read the prompts, and before them as often their opposite."""
     texts, negative = (models.read_text(cache.read(t)) for t in (prompts, [sketch.negative]))
     if models.base.family.empty_is_silence and not sketch.negative:
-        negative = negative.silenced()
+        negative = Conditioning({name: torch.zeros_like(t) for name, t in negative.items()})
     return Conditioning.stack([*[negative] * len(prompts), texts]).to(models.device)
 
 
@@ -5121,13 +5114,9 @@ class LoRATrainer:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config, models, self.phase = self.config, self.models, "encoding"
         shelf = Shelf(config.cache_dir, models.device, self.events)
-        texts = tokenize(texts_of(config, pictures), models, self.events)
+        texts = read_texts(models, texts_of(config, pictures), config, shelf, self.stop)
         if config.train_text_encoder:
             models.load_text_encoders(models.dtype)
-        else:
-            phase = Phase("encoding captions", len(texts), self.events, self.stop)
-            texts = read_texts(models, texts, shelf, phase)
-            models.text_encoders = []
         phase = Phase("encoding images", len(pictures), self.events, self.stop)
         images = encode_images(models, pictures, config, shelf, phase)
         if models.vae:
@@ -5411,15 +5400,10 @@ class LoRATrainer:
 
     def change_prompts(self, prompts: tuple[str, ...]) -> None:
         """Draw other previews from here on; text encoders that are gone come back for them."""
-        texts = tokenize((("sample_prompts", each) for each in prompts), self.models, self.events)
-        if not self.config.train_text_encoder:
-            phase = Phase("encoding captions", len(texts), self.events, self.stop)
-            shelf = Shelf(self.config.cache_dir, self.models.device, self.events)
-            try:
-                texts = read_texts(self.models, texts, shelf, phase)
-            finally:
-                self.models.text_encoders = []
-        self.cache = dataclasses.replace(self.cache, texts=self.cache.texts | texts)
+        texts = (("sample_prompts", prompt) for prompt in prompts)
+        shelf = Shelf(self.config.cache_dir, self.models.device, self.events)
+        read = read_texts(self.models, texts, self.config, shelf, self.stop)
+        self.cache = dataclasses.replace(self.cache, texts=self.cache.texts | read)
         self.prompts = prompts
 
     def owes(self, path: Path) -> bool:
