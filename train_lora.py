@@ -1846,10 +1846,6 @@ class Conditioning(dict[str, "Tensor"]):
         numbers = {name: tensor for name, tensor in self.items() if tensor.is_floating_point()}
         return Conditioning(self | {name: tensor.to(dtype) for name, tensor in numbers.items()})
 
-    def silenced(self) -> Conditioning:
-        """Say nothing at all, in the same shape."""
-        return Conditioning({name: tensor.new_zeros(tensor.shape) for name, tensor in self.items()})
-
     @classmethod
     def stack(cls, texts: Sequence[Conditioning]) -> Self:
         """Join captions to a batch. Shorter ones are filled up with zeros, as masks are too."""
@@ -2111,8 +2107,7 @@ def publish_open_clip(part: Part, weights: Tensors, config: Any) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
     model_like = types.SimpleNamespace(config=config)
-    state: Tensors = convert_open_clip_checkpoint(model_like, weights, part.original)
-    return state
+    return dict(convert_open_clip_checkpoint(model_like, weights, part.original))
 
 
 def read_last_layer(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
@@ -2313,6 +2308,17 @@ def damaged_model(path: Path, found: str) -> TrainError:
     return TrainError.at(ErrorCode.MODEL_DAMAGED, path, "a complete model", found)
 
 
+@contextlib.contextmanager
+def blaming(path: Path, found: str) -> Iterator[None]:
+    """Name the file of the base model at which a library failed."""
+    try:
+        yield
+    except Exception as error:  # a file without sense makes libraries raise anything
+        if isinstance(error, TrainError) or is_out_of_memory(error):
+            raise
+        raise damaged_model(path, f"{found} ({error})") from error
+
+
 def unsupported_model(kind: str) -> TrainError:
     """Say what the base model is instead of what can be trained."""
     expected = f"one of {', '.join(family.title for family in all_families().values())}"
@@ -2331,12 +2337,11 @@ def hub_folder(hub_id: str) -> Path:
 def cached_snapshot(hub_id: str) -> Path | None:
     """Find what was downloaded of a Hugging Face model, without asking the network."""
     folder = hub_folder(hub_id)
-    try:
+    with contextlib.suppress(OSError, ValueError):
         revision = (folder / "refs" / "main").read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return None
-    snapshot = folder / "snapshots" / revision
-    return snapshot if snapshot.is_dir() else None
+        if (snapshot := folder / "snapshots" / revision).is_dir():
+            return snapshot
+    return None
 
 
 def look_up(
@@ -2397,10 +2402,8 @@ def read_json_file(path: Path) -> Record:
     """Read one of the base model's own JSON files."""
     if not path.is_file():  # a pipe of that name would never answer
         raise damaged_model(path, "no such file")
-    try:
+    with blaming(path, "no readable JSON"):
         document, problems = parse_json(path.read_text("utf-8"))
-    except (OSError, *NOT_JSON) as error:
-        raise damaged_model(path, f"no readable JSON ({error})") from error
     # Some of diffusers' own schedulers are saved with an infinity.
     serious = [problem for problem in problems if not problem.found.endswith("Infinity")]
     if serious or not isinstance(document, dict):
@@ -2449,16 +2452,13 @@ def shapes_of(entries: Record) -> Shapes:
 
 def read_entries(path: Path) -> Record:
     """Read what a safetensors file says of its tensors; refuse one that is cut short."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > HEADER_BYTES:
-                raise ValueError("its header is larger than any")
-            header, problems = parse_json(file.read(length).decode())
-            header.pop("__metadata__", None)
-            check_spans(header, shapes_of(header), file.seek(0, os.SEEK_END) - 8 - length)
-    except (OSError, ArithmeticError, LookupError, struct.error, *NOT_JSON) as error:
-        raise damaged_model(path, f"no safetensors header ({error})") from error
+    with blaming(path, "no safetensors header"), path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > HEADER_BYTES:
+            raise ValueError("its header is larger than any")
+        header, problems = parse_json(file.read(length).decode())
+        header.pop("__metadata__", None)
+        check_spans(header, shapes_of(header), file.seek(0, os.SEEK_END) - 8 - length)
     if problems or not header:
         raise damaged_model(path, "a file that does not hold what its header says")
     entries: Record = header
@@ -2796,12 +2796,8 @@ def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cp
     located = base.parts[part]
     place = located.folder if located.original is None else located.files[0]
     load = load_with_transformers if part.library == "transformers" else load_with_diffusers
-    try:
+    with blaming(place, "what cannot be loaded"):
         model, missing = load(part, located, dtype, device)
-    except Exception as error:  # a config without sense makes the libraries raise anything
-        if isinstance(error, TrainError) or is_out_of_memory(error):
-            raise
-        raise damaged_model(place, f"what cannot be loaded ({error})") from error
     if missing:  # the libraries would go on with random numbers in their place
         raise damaged_model(place, f"{len(missing)} weights missing")
     return model.to(device).eval().requires_grad_(False)
@@ -2835,8 +2831,8 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
     cls, tensors = library_class(part), read_all(part, located, dtype, near)
     config = cls.load_config(located.folder, local_files_only=True)
     if located.original is not None:
-        publish = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]["checkpoint_mapping_fn"]
-        tensors = publish(checkpoint=tensors, config=config)
+        known: Any = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]
+        tensors = known["checkpoint_mapping_fn"](checkpoint=tensors, config=config)
     with init_empty_weights():
         model = cls.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # noqa: SLF001, as old VAEs name attention
@@ -2890,11 +2886,9 @@ def pack_linears(network: Any, part: Part, precision: str, dtype: torch.dtype) -
 def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
     """Load the tokenizer of a text encoder, which must have room for all of its numbers."""
     folder, text = base.parts[part].folder, base.parts[encoder].config
-    try:
+    with blaming(folder, "no tokenizer"):
         tokenizer = library_class(part).from_pretrained(folder, local_files_only=True)
         highest = max(tokenizer.get_vocab().values())
-    except Exception as error:  # the library's own exceptions have no common name
-        raise damaged_model(folder, f"no tokenizer ({error})") from error
     if highest >= text.get("vocab_size", highest + 1):
         raise damaged_model(folder / part.needs[0], f"token {highest} beyond the text encoder's")
     return tokenizer
@@ -2923,10 +2917,8 @@ class Models:
         pairs = zip(base.family.tokenizers, base.family.text_encoders, strict=True)
         tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
         sampler = base.parts[base.family.sampler]
-        try:
+        with blaming(sampler.folder, "no noise schedule"):
             schedule = base.objective.load_schedule(base)
-        except Exception as error:  # a config without sense
-            raise damaged_model(sampler.folder, f"no noise schedule ({error})") from error
         return cls(base, device, dtype, schedule, tokenizers)
 
     @property
@@ -3250,11 +3242,6 @@ class Batch(NamedTuple):
     timesteps: Tensor  # [batch]
     time_ids: Tensor  # [batch, 6]
 
-    def to(self, device: torch.device) -> Batch:
-        """Move to a device."""
-        text, *numbers = self
-        return Batch(text.to(device), *(send(each, device) for each in numbers))
-
     def tensors(self) -> tuple[Tensor, ...]:
         """List everything."""
         text, *numbers = self
@@ -3338,10 +3325,10 @@ def draw_batch(
         timesteps.append(models.base.objective.draw_time(models.schedule, latents[-1], chance))
     if config.lora_dropout:  # draws from torch's global source
         torch.manual_seed(seeded(config.seed, "dropout", step, slots[0][0]).initial_seed())
-    text = cache.read([image.caption for image in images])
+    text = cache.read([image.caption for image in images]).to(models.device)
     time_ids = [image.time_ids for image in images]
-    batch = Batch(text, *map(torch.stack, (latents, noise, timesteps, time_ids)))
-    return batch.to(models.device)
+    numbers = map(torch.stack, (latents, noise, timesteps, time_ids))
+    return Batch(text, *(send(each, models.device) for each in numbers))
 
 
 def batch_losses(models: Models, batch: Batch) -> Tensor:
@@ -3364,9 +3351,8 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     from peft import LoraConfig
 
     family = models.base.family
-    trained = [(family.denoiser, models.denoiser)]
-    if config.train_text_encoder:
-        trained += zip(family.text_encoders, models.text_encoders, strict=True)
+    texts = zip(family.text_encoders, models.text_encoders, strict=False)  # kept if they learn
+    trained = [(family.denoiser, models.denoiser), *texts]
     shape: Record = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
     shape |= {"lora_dropout": config.lora_dropout, "init_lora_weights": "gaussian"}
     parameters: dict[str, Any] = {}
@@ -4146,7 +4132,7 @@ def read_pairs(
         return models.read_text(cache.read(prompts)).to(models.device)
     texts, negative = (models.read_text(cache.read(t)) for t in (prompts, [sketch.negative]))
     if models.base.family.empty_is_silence and not sketch.negative:
-        negative = negative.silenced()
+        negative = Conditioning({name: torch.zeros_like(t) for name, t in negative.items()})
     return Conditioning.stack([*[negative] * len(prompts), texts]).to(models.device)
 
 

@@ -710,10 +710,12 @@ def test_a_caption_is_read_as_by_the_pipeline_with_two_encoders(
 
 def test_silence_is_what_the_pipeline_takes_for_no_negative_prompt(here: Path, built: Path) -> None:
     """SDXL was trained with zeros there."""
-    empty = encode(built / "sdxl", "a").cache.texts[""].silenced()
+    encoded = encode(built / "sdxl", "a")
+    sketch = train_lora.Sketch(SIDE, SIDE, steps=1, guidance=7.0, negative="")
+    pairs = train_lora.read_pairs(encoded.models, encoded.cache, ["a"], sketch)
     _, hidden, _, pooled = pipeline(built / "sdxl", "sdxl").encode_prompt("a")
-    assert torch.equal(empty["prompt_embeds"], hidden)
-    assert torch.equal(empty["pooled_prompt_embeds"], pooled)
+    assert torch.equal(pairs["prompt_embeds"][:1], hidden)
+    assert torch.equal(pairs["pooled_prompt_embeds"][:1], pooled)
 
 
 def test_every_text_is_read_once(here: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -401,17 +401,6 @@ def test_events_tell_the_epoch_and_every_step_once(ground: Path, tmp_path: Path)
     assert (progress[-1]["step"], progress[-1]["total_steps"], progress[-1]["epoch"]) == (3, 3, 2)
 
 
-def test_silence_has_the_shape_of_a_text() -> None:
-    """Zeros for all that a family is told."""
-    text = Conditioning(prompt_embeds=torch.ones(1, 77, 8), pooled=torch.ones(1, 4))
-    silent = text.silenced()
-    assert {name: tuple(each.shape) for name, each in silent.items()} == {
-        "prompt_embeds": (1, 77, 8),
-        "pooled": (1, 4),
-    }
-    assert not any(each.any() for each in silent.values())
-
-
 def test_texts_of_different_lengths_stand_in_one_batch() -> None:
     """Zeros fill the shorter ones up, and a mask that a family gives tells where."""
     texts = [
