@@ -2085,7 +2085,7 @@ def measure_sd(kept: Sequence[float], parts: Mapping[Part, Located]) -> Record:
     width, *_ = unet.get("conv_in.weight") or unet.get("input_blocks.0.0.weight", (320,))
     widths = [s[1] for n, s in unet.items() if n.endswith("attn2.to_k.weight")]
     texts = [parts[p].config for p in (CLIP, OPEN_CLIP, CLIP_L, CLIP_G) if p in parts]
-    weights = sum(map(math.prod, unet.values())) / width
+    weights = sum(map(math.prod, unet.values())) / max(1, width)  # 0 in a hostile file
     return {
         "kept": lambda places, checkpointing: places * weights * kept[checkpointing],
         "vae_scale_factor": sd_scale_factor(vae.config),
@@ -4872,7 +4872,8 @@ class Team:
         """Wait until all are here."""
         if self.size == 1:
             return
-        distributed, wait = torch.distributed, timedelta(seconds=MEETING_SECONDS)
+        distributed: Any = torch.distributed
+        wait = timedelta(seconds=MEETING_SECONDS)
         with self.together():
             self.store, _, _ = next(iter(distributed.rendezvous("env://", self.rank, self.size)))
             known: Record = {"store": self.store, "rank": self.rank, "world_size": self.size}

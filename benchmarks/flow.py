@@ -51,7 +51,7 @@ def qwen3(width: int, inner: int, heads: int) -> Any:
 
 def t5() -> Any:
     """Build FLUX.1's second text encoder."""
-    shape = {"d_model": 4096, "d_ff": 10_240, "num_layers": 24, "num_heads": 64}
+    shape: dict[str, Any] = {"d_model": 4096, "d_ff": 10_240, "num_layers": 24, "num_heads": 64}
     config = transformers.T5Config(**shape, vocab_size=32_128, feed_forward_proj="gated-gelu")
     return transformers.T5EncoderModel(config)
 
@@ -150,7 +150,7 @@ def operations(base: BaseModel, denoiser: Any) -> float:
     told = conditioning(base, denoiser)
     with FlopCounterMode(display=False) as counter:
         base.family.predict(denoiser, noisy, torch.zeros(1, device="meta"), told)
-    return 2 * counter.get_total_flops() / 1e12
+    return float(2 * counter.get_total_flops() / 1e12)
 
 
 def conditioning(base: BaseModel, denoiser: Any) -> Any:

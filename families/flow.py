@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from train_lora import BaseModel, Conditioning, Lazy, Objective, Part
+from train_lora import BaseModel, Conditioning, Objective, Part
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 else:
-    torch = Lazy("torch")
+    from train_lora import torch  # which is imported when it is asked for
 
 Shift = Callable[[int], float]  # by the tokens that a picture has
 

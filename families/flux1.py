@@ -12,7 +12,6 @@ from train_lora import (
     Conditioning,
     Family,
     Headers,
-    Lazy,
     Located,
     Part,
     Record,
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 else:
-    torch = Lazy("torch")
+    from train_lora import torch  # which is imported when it is asked for
 
 INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}  # by the columns of the first layer
 CLIP_TOKENS = 77

@@ -12,7 +12,6 @@ from train_lora import (
     Conditioning,
     Family,
     Headers,
-    Lazy,
     Located,
     Part,
     Record,
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 else:
-    torch = Lazy("torch")
+    from train_lora import torch  # which is imported when it is asked for
 
 READ_LAYERS = (9, 18, 27)  # of the text encoder; what is above them is not loaded
 # Of the 4B, where the config is still to be fetched.

@@ -6,17 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train_lora import (
-    BaseModel,
-    Conditioning,
-    Family,
-    Headers,
-    Lazy,
-    Located,
-    Part,
-    Record,
-    Tensors,
-)
+from train_lora import BaseModel, Conditioning, Family, Headers, Located, Part, Record, Tensors
 
 from . import files, flow, patches
 
@@ -24,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 else:
-    torch = Lazy("torch")
+    from train_lora import torch  # which is imported when it is asked for
 
 SYSTEM = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train_lora import Lazy, Located, Part, Record, decode_kl
+from train_lora import Located, Part, Record, decode_kl
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 else:
-    torch = Lazy("torch")
+    from train_lora import torch  # which is imported when it is asked for
 
 VAE = Part(
     folder="vae",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train_lora import Conditioning, Family, Headers, Lazy, Located, Part, Record, encode_kl
+from train_lora import Conditioning, Family, Headers, Located, Part, Record, encode_kl
 
 from . import files, flow, patches
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 else:
-    torch = Lazy("torch")
+    from train_lora import torch  # which is imported when it is asked for
 
 LUMINA_WIDTH = 2304
 # Where the config is still to be fetched.

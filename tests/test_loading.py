@@ -236,7 +236,7 @@ def test_packed_layers_compute_and_pass_gradients_on(
     width = unet.config.cross_attention_dim
     given = (torch.randn(2, 4, 32, 32), torch.tensor([10, 900]), torch.randn(2, 16, width))
     expected = unet(*given).sample
-    train_lora.pack_linears(unet, precision, torch.float32)
+    train_lora.pack_linears(unet, base.family.denoiser, precision, torch.float32)
     unet.to(CPU).add_adapter(LoraConfig(r=2, target_modules=base.family.denoiser.targets))
     found = unet(*given).sample
     assert (found - expected).norm() < error * expected.norm()

@@ -123,7 +123,7 @@ def test_three_processes_learn_what_one_learns(
     family: str, text: bool, place: Path, tmp_path: Path
 ) -> None:
     """Other families, and text encoders that learn too."""
-    options = {"family": family, "train_text_encoder": text}
+    options: Record = {"family": family, "train_text_encoder": text}
     alone(config_for(place, tmp_path / "one", gradient_accumulation_steps=3, **options))
     launched(3, config_for(place, tmp_path / "three", **options))
     assert differs(learned(tmp_path / "one"), learned(tmp_path / "three")) < 1e-6
@@ -317,7 +317,8 @@ def test_last_words_are_told_by_the_first() -> None:
     with pytest.raises(TrainError, match="2 processes") as caught, first.together():
         lose_touch()
     assert caught.value.code == ErrorCode.PROCESS_LOST
-    first.store = second.store = torch.distributed.HashStore()
+    distributed: Any = torch.distributed
+    first.store = second.store = distributed.HashStore()
     problem = Problem("cat.png", "a readable image", "a torn one", "Save it anew.")
     second.leave_words(TrainError.listing(ErrorCode.IMAGE_UNREADABLE, [problem]))
     with pytest.raises(TrainError, match=r"cat\.png") as caught, first.together():

@@ -67,11 +67,9 @@ def write_qwen_tokenizer(folder: Path) -> int:
     merges = [
         tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in learned["merges"]
     ]
+    rules: Any = {"vocab": vocabulary, "merges": merges}
     made = transformers.Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=merges,
-        additional_special_tokens=MARKS[1:],
-        model_max_length=131072,
+        **rules, additional_special_tokens=MARKS[1:], model_max_length=131072
     )
     made.chat_template = TEMPLATE
     made.save_pretrained(folder)
@@ -123,7 +121,7 @@ def _kl_vae() -> Any:
 
 def _flux2_vae() -> Any:
     """The VAE of FLUX.2, whose latents are normalised by what it remembers of them."""
-    vae = diffusers.AutoencoderKLFlux2(
+    vae: Any = diffusers.AutoencoderKLFlux2(
         sample_size=64,
         block_out_channels=(8, 8, 16, 16, 16)[: LEVELS - 1],  # the denoiser halves once more
         down_block_types=("DownEncoderBlock2D",) * (LEVELS - 1),
@@ -181,7 +179,7 @@ def _qwen3_vl(vocabulary: int) -> Any:
             "mrope_interleaved": True,
         },
     }
-    eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    eye: dict[str, Any] = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     eye |= {"out_hidden_size": WIDTH, "deepstack_visual_indexes": [0]}
     return transformers.Qwen3VLModel(
         transformers.Qwen3VLConfig(text_config=text, vision_config=eye)
