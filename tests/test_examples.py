@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,3 +212,65 @@ def test_the_images_are_those_of_the_script(tmp_path: Path) -> None:
             assert kept.read_text("utf-8") == drawn.read_text("utf-8")
         else:
             assert Image.open(kept).tobytes() == Image.open(drawn).tobytes()
+
+
+# --- The cluster --------------------------------------------------------------
+
+CLUSTER = ROOT / "examples" / "cluster"
+
+
+def test_the_slurm_script_is_one(tmp_path: Path) -> None:
+    """Bash reads it, and it asks for a stop in time: before the limit, and for all processes."""
+    script = CLUSTER / "train.slurm"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    told = [line for line in script.read_text("utf-8").splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --signal=B:TERM@60" in told
+    assert "#SBATCH --requeue" in told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="runs bash")
+def test_the_slurm_script_stops_and_asks_to_be_started_again(tmp_path: Path) -> None:
+    """A program stands in for the launcher, and another for Slurm's own."""
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/bash\ntrap 'echo saved; exit 143' TERM\necho began\nsleep 60 & wait\n")
+    control = tmp_path / "scontrol"
+    control.write_text('#!/bin/bash\necho "$@" >> "$(dirname "$0")/asked"\n')
+    for program in (slow, control):
+        program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(slow)}
+    with subprocess.Popen(
+        ["bash", str(CLUSTER / "train.slurm"), "config.json"],
+        env=environment | {"SLURM_JOB_ID": "7"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as job:
+        assert job.stdout
+        assert job.stdout.readline() == "began\n"
+        job.send_signal(signal.SIGTERM)
+        assert job.stdout.read() == "saved\n"
+        assert job.wait(timeout=30) == 0
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+def test_a_job_of_kubernetes_is_started_again_for_the_right_reasons() -> None:
+    """Preemption counts for nothing, a wrong command line is final, and there is time to save."""
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((CLUSTER / "job.yaml").read_text("utf-8"))["spec"]
+    ignored, final = job["podFailurePolicy"]["rules"]
+    assert ignored == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert final["onExitCodes"]["values"] == [2]
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # as a policy for failures demands
+    assert pod["terminationGracePeriodSeconds"] > 10
+    (container,) = pod["containers"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_a_spot_machine_is_replaced_by_another() -> None:
+    """What is saved lies in a bucket, under the same name."""
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load((CLUSTER / "spot.yaml").read_text("utf-8"))
+    assert task["resources"]["use_spot"] is True
+    assert "output_path=/runs/output" in task["run"]
+    assert "/runs" in task["file_mounts"]

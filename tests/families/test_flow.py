@@ -128,7 +128,9 @@ def answer(ready: Ready, denoiser: Any = None) -> torch.Tensor:
     batch = train_lora.draw_batch(models, ready.cache, ready.config, 3, [(0, 0), (1, 1)])
     text = models.read_text(batch.text)
     with torch.no_grad():
-        said: torch.Tensor = models.predict(batch.latents, batch.timesteps, text, batch.time_ids)
+        said: torch.Tensor = models.predict(
+            batch.latents, batch.timesteps, text, batch.time_ids
+        )
     return said
 
 
