@@ -2910,6 +2910,7 @@ class Models:
     checkpointing: bool = False  # whether activations are computed anew on the way back
     tiling: bool = False  # whether the VAE decodes previews in pieces
     previews_at_once: int = 1
+    base_precision: str = "auto"  # as it was asked for
 
     @classmethod
     def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Self:
@@ -2928,30 +2929,34 @@ class Models:
         return torch.bfloat16 if half else torch.float32
 
     def load_text_encoders(self, dtype: torch.dtype) -> None:
-        """Load the networks that read captions."""
-        parts = self.base.family.text_encoders
-        self.text_encoders = [load_part(self.base, p, dtype, self.device) for p in parts]
+        """Load the networks that read captions; large ones are packed where the denoiser is."""
+        parts, large = self.base.family.text_encoders, self.base.family.text_precision == "bf16"
+        packing = self.base_precision if large else "auto"
+        self.text_encoders = [self._load(part, dtype, packing) for part in parts]
+
+    def _load(self, part: Part, dtype: torch.dtype, packing: str) -> Any:
+        """Load a network to where it computes; what is packed is packed on its way to a card."""
+        packs = packing in QUANTISED and self.device.type == "cuda"
+        network = load_part(self.base, part, dtype, "cpu" if packs else self.device)
+        if packs:
+            pack_linears(network, part, packing, dtype)
+        return network.to(self.device)
 
     def load_vae(self) -> Any:
         """Load the VAE once, in full precision, to where it waits for pictures."""
         self.vae = self.vae or load_part(self.base, self.base.family.vae, torch.float32)
         return self.vae
 
-    def load_denoiser(self, precision: str) -> None:
+    def load_denoiser(self) -> None:
         """Load the network that is adapted, in a precision of its own where that was asked for."""
-        part = self.base.family.denoiser
-        if self.device.type != "cuda":
-            self.denoiser = load_part(self.base, part, self.dtype, self.device)
-            return
         kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        dtype, packs = kinds.get(precision, self.dtype), precision in QUANTISED
+        on_card, asked = self.device.type == "cuda", self.base_precision
+        dtype = kinds.get(asked, self.dtype) if on_card else self.dtype
         self.mixes = dtype != self.dtype
-        # What is packed is packed on its way to the card.
-        denoiser = load_part(self.base, part, dtype, "cpu" if packs else self.device)
-        if packs:
-            pack_linears(denoiser, part, precision, self.dtype)
-        # Convolutions in half precision read this order of numbers, and else convert to it.
-        self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
+        self.denoiser = self._load(self.base.family.denoiser, dtype, asked)
+        if on_card:
+            # Convolutions in half precision read this order of numbers, and else convert to it.
+            self.denoiser.to(memory_format=torch.channels_last)
 
     def checkpoint_gradients(self) -> None:
         """Keep few activations, and compute the others anew on the way back."""
@@ -4512,7 +4517,9 @@ class MemoryPlan:
         mixes = base not in ("auto", run, *QUANTISED)  # autocast widens what norms see
         text = structure.numbers(*family.text_encoders)
         learned_text = text if config.train_text_encoder else 0
-        read = NUMBER_BYTES[family.text_precision if self.on_card else "fp32"]
+        readers = [p for p in family.text_encoders if not config.train_text_encoder]
+        read = family.text_precision if self.on_card else "fp32"
+        packing = base if read == "bf16" and base in QUANTISED else "auto"
         widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
         encode = ENCODE_MAPS * widest * config.resolution**2
         drawn = min(TILE_PIXELS, config.resolution) if self.tiling else config.resolution
@@ -4520,8 +4527,9 @@ class MemoryPlan:
         cached = (1 + config.flip) * 2 * latents + structure.tokens * structure.text_width
         return {
             "process": 0 if self.on_card else LIBRARIES_BYTES,
-            "encoders": max(read * (text - learned_text), encode),  # these go
-            "denoiser": denoiser_bytes(structure, base, run),
+            # These go.
+            "encoders": max(sum(part_bytes(structure, p, packing, read) for p in readers), encode),
+            "denoiser": part_bytes(structure, family.denoiser, base, run),
             "learned_text": NUMBER_BYTES[run] * learned_text,
             # With its gradients, the optimizer's moments, and a copy where the run is in half.
             "adapter": (16 if run == "fp32" else 20) * adapter_numbers(config, structure),
@@ -4603,14 +4611,15 @@ class MemoryPlan:
         return [problem for *_, problem in sorted(found)]
 
 
-def denoiser_bytes(structure: BaseModel, base: str, run: str) -> float:
-    """Tell the size of the frozen denoiser, and of the copy that is made of another width."""
-    numbers, width = structure.numbers(structure.family.denoiser), NUMBER_BYTES[run]
+def part_bytes(structure: BaseModel, part: Part, base: str, run: str) -> float:
+    """Tell the size of a frozen network, and of the copy that is made of another width."""
+    numbers, width = structure.numbers(part), NUMBER_BYTES[run]
     if base == "auto" or NUMBER_BYTES[base] == width:
         return width * numbers
     if base not in QUANTISED:
         return (width + NUMBER_BYTES[base]) * numbers
-    packed = sum(math.prod(shape) for shape in structure.shapes.values() if len(shape) == 2)
+    may, shapes = re.compile(part.packed or ".*"), structure.parts[part].shapes.items()
+    packed = sum(math.prod(s) for name, s in shapes if len(s) == 2 and may.fullmatch(name))
     return width * (numbers - packed) + NUMBER_BYTES[base] * packed
 
 
@@ -5295,6 +5304,7 @@ class LoRATrainer:
             # TF32: exacter than the rest of such a run, and far faster than full precision.
             torch.set_float32_matmul_precision("high")
         models = Models.prepare(base, device, dtype)
+        models.base_precision = self.config.base_precision
         if memory := self.memory:
             models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
         return models
@@ -5340,7 +5350,7 @@ class LoRATrainer:
         gc.collect()  # the networks that were dropped
         if models.device.type == "cuda":
             torch.cuda.empty_cache()
-        models.load_denoiser(self.config.base_precision)
+        models.load_denoiser()
         asked = self.config.gradient_checkpointing
         if self.memory.checkpointing if self.memory else asked is True:
             models.checkpoint_gradients()

@@ -136,6 +136,7 @@ T5 = Part(
     class_name="T5EncoderModel",
     stem="model",
     limits={"num_layers": (1, 256), "d_model": (1, 65_536)},
+    packed=flow.BLOCKS,
 )
 T5_TOKENIZER = Part(
     folder="tokenizer_2",

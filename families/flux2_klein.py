@@ -210,6 +210,7 @@ QWEN3 = Part(
     limits=flow.LAYERS,
     unread_layers=36 - max(READ_LAYERS),
     cut=True,
+    packed=flow.BLOCKS,
 )
 FAMILY = Family(
     name="flux2_klein",

@@ -183,6 +183,7 @@ QWEN3_VL = Part(
     inner="language_model.",
     unread_layers=1,
     cut=True,
+    packed=flow.BLOCKS,
 )
 FAMILY = Family(
     name="krea2",

@@ -88,6 +88,7 @@ QWEN3 = Part(
     limits=flow.LAYERS,
     unread_layers=1,
     cut=True,
+    packed=flow.BLOCKS,
 )
 FAMILY = Family(
     name="z_image",

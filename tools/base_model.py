@@ -78,7 +78,7 @@ def load_models(
         dtype = train_lora.choose_precision(config, device, events, base.family)
     models = Models.prepare(base, device, dtype)
     models.load_text_encoders(models.text_dtype)
-    models.load_denoiser("auto")
+    models.load_denoiser()
     models.load_vae()
     return models
 

@@ -12,11 +12,12 @@ import diffusers
 import pytest
 import safetensors.torch
 import torch
-from conftest import Recorder, change_json, write_config, write_image
+from conftest import ROOT, Recorder, change_json, write_config, write_image
 from safetensors.torch import load_file
 from tiny_flow import FLOW_FAMILIES, build_flow
 from tiny_runs import Ready, prepare
 
+import on_meta
 import train_lora
 from train_lora import Emitter, LoRATrainer, TrainError, TrainingConfig
 
@@ -128,9 +129,7 @@ def answer(ready: Ready, denoiser: Any = None) -> torch.Tensor:
     batch = train_lora.draw_batch(models, ready.cache, ready.config, 3, [(0, 0), (1, 1)])
     text = models.read_text(batch.text)
     with torch.no_grad():
-        said: torch.Tensor = models.predict(
-            batch.latents, batch.timesteps, text, batch.time_ids
-        )
+        said: torch.Tensor = models.predict(batch.latents, batch.timesteps, text, batch.time_ids)
     return said
 
 
@@ -579,3 +578,35 @@ def test_every_layer_of_the_real_size_has_its_published_name(family: str) -> Non
         for side in "AB"
     }
     assert set(named) == expected
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "examples" / "configs").glob("*gb.json"))
+    if TrainingConfig.from_json(path).base_model in on_meta.TITLES
+]
+BASES: dict[str, train_lora.BaseModel] = {}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_ready_made_config_fits_the_card_that_it_is_called_after(path: Path) -> None:
+    """By the plan for the real size, with a twelfth of the card taken by others."""
+    config = TrainingConfig.from_json(path)
+    title = on_meta.TITLES[config.base_model]
+    base = BASES.get(title) or BASES.setdefault(title, on_meta.look_at(title)[0])
+    size = int(re.findall(r"(\d+)gb", path.stem)[0]) * 2**30
+    free = size - size // 12
+    card = train_lora.DeviceFacts(
+        kind="cuda", name="card", memory_total_bytes=size, memory_free_bytes=free
+    )
+    plan = train_lora.MemoryPlan.make(config, base, 30, card)
+    assert plan.fits
+    assert plan.phases["encoding"] <= (plan.free or 0)
+
+
+def test_every_size_of_card_has_a_config() -> None:
+    """From 8 GB to 24."""
+    sizes = {int(re.findall(r"(\d+)gb", path.stem)[0]) for path in CONFIGS}
+    assert sizes == {8, 12, 16, 24}

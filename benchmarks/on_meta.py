@@ -1,6 +1,6 @@
 """Count what a step of each flow-matching family takes: operations, and the memory that is planned.
 
-    python benchmarks/flow.py
+    python benchmarks/on_meta.py
 
 Networks of real size are built without memory, so that this takes a minute on any machine.
 """
@@ -72,6 +72,13 @@ KLEIN = {"num_single_layers": 20, "num_layers": 5, "num_attention_heads": 24}
 KLEIN |= {"joint_attention_dim": 7680, "guidance_embeds": False}
 KLEIN_9B = KLEIN | {"num_single_layers": 24, "num_layers": 8, "num_attention_heads": 32}
 KLEIN_9B |= {"joint_attention_dim": 12_288}
+TITLES = {  # by the ids that configs name
+    "Tongyi-MAI/Z-Image": "Z-Image",
+    "black-forest-labs/FLUX.2-klein-base-4B": "FLUX.2 klein 4B",
+    "black-forest-labs/FLUX.2-klein-base-9B": "FLUX.2 klein 9B",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1",
+    "krea/Krea-2-Raw": "Krea 2",
+}
 NETWORKS: dict[str, tuple[str, dict[str, Build]]] = {
     "Z-Image": (
         "z_image",
