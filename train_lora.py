@@ -4025,7 +4025,9 @@ class Earlier:
         problems = []
         for key in sorted(said.keys() | identity.keys()):
             knob, unit = KNOBS_BEHIND.get(key, (key, ""))
-            before, now = (str(each.get(key, "nothing")) + unit for each in (said, identity))
+            # An earlier version did what is the default of a knob that it did not know.
+            unsaid = knobs().get(key, {}).get("default", "nothing")
+            before, now = (str(each.get(key, unsaid)) + unit for each in (said, identity))
             if before != now:
                 problems.append(Problem(knob, before, now, hint))
         if problems:
