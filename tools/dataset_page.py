@@ -10,7 +10,7 @@ from typing import Any
 
 from tools.page import bullets, grid, table, thumbnails
 from tools.program import refuse
-from train_lora import NOT_JSON, Record
+from train_lora import NOT_JSON, Record, counted
 
 COLUMNS, MOST, SIDE = 6, 48, 96  # of the sheet, which shows the first of many
 
@@ -46,7 +46,7 @@ def sections(
         for flag in flags
     }
     good = sum(not each["flags"] for each in said["pictures"])
-    yield f"<p>{len(said['pictures'])} pictures, {good} of them without a remark.</p>"
+    yield f"<p>{counted(len(said['pictures']), 'picture')}, {good} without a remark.</p>"
     if flags:
         body = [(flag, count, firsts[flag]) for flag, count in flags.most_common()]
         yield table(("to look at", "pictures", "the first"), body)

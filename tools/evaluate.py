@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.program import as_json, command_line, remark, run, table, take_events
-from train_lora import Emitter, Phase, Record, StopRequest, choose_device, load_picture, write_whole
+from train_lora import (
+    Emitter,
+    Phase,
+    Record,
+    StopRequest,
+    choose_device,
+    counted,
+    load_picture,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from tools.embeddings import Eye
@@ -53,8 +62,11 @@ def work(
 
     grid = join([read_grid(folder) for folder in arguments.folder])
     if arguments.dry_run:
-        told = f"Would judge {len(grid.files)} pictures: {len(grid.arms)} arms"
-        return f"{told}, {len(grid.prompts)} prompts, {len(grid.seeds)} seeds", []
+        told = (
+            f"Would judge {counted(len(grid.files), 'picture')}: {counted(len(grid.arms), 'arm')}"
+        )
+        asked = f"{counted(len(grid.prompts), 'prompt')}, {counted(len(grid.seeds), 'seed')}"
+        return f"{told}, {asked}", []
     phase = Phase("checking pictures", len(grid.files), events, stop)
     grid = without_bad_cells(grid, events, phase)
     result = judge(grid, arguments, events, stop)
@@ -78,7 +90,8 @@ def judge(grid: Grid, arguments: argparse.Namespace, events: Emitter, stop: Stop
 
     training = training_files(arguments.train, events, stop)
     if len(training) < FEW_IMAGES:
-        remark(events, f"Only {len(training)} different training pictures: little can be concluded")
+        few = counted(len(training), "different training picture")
+        remark(events, f"Only {few}: little can be concluded")
     heldout = training_files(arguments.heldout, events, stop) if arguments.heldout else []
     look = Looking(grid, training, heldout, events, stop)
     device = str(choose_device(ask_for("none", device=arguments.device)))

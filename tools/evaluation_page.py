@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tools.page import bullets, esc, grid, table, thumbnails
 from tools.program import refuse
 from tools.verdict import FORMAT, conclusion
-from train_lora import NOT_JSON, Record, natural_key
+from train_lora import NOT_JSON, Record, counted, natural_key
 
 if TYPE_CHECKING:
     from tools.grid import Grid
@@ -83,9 +83,10 @@ def read_result(path: Path) -> Record:
 def choice(result: Record) -> str:
     """Show quality over checkpoints and strengths, and how one was chosen."""
     told = result["quality_on_other_prompts"]
+    asked = counted(told["prompts"], "prompt")
     words = (
         "The earliest checkpoint, and of it the lowest strength, within one standard error of the "
-        f"best. Quality of {result['recommended']} on {told['prompts']} prompts that did not "
+        f"best. Quality of {result['recommended']} on {asked} that did not "
         f"choose it: {plus_minus(told)}."
     )
     if result["prompts"]["subject"] < 8:
@@ -135,8 +136,9 @@ def numbers(result: Record) -> str:
     if result["two_seeds"] is not None:
         told += f"; two seeds of the base are {result['two_seeds']:.3f} apart, the scale of drift"
     counts = result["prompts"]
-    asked = f"{counts['subject']} prompts of the subject, {counts['prior']} without it"
-    told += f". {asked}, {result['seeds']} seeds, {result['training_images']} training pictures."
+    asked = f"{counted(counts['subject'], 'prompt')} of the subject, {counts['prior']} without it"
+    seeds = counted(result["seeds"], "seed")
+    told += f". {asked}, {seeds}, {counted(result['training_images'], 'training picture')}."
     fids = [
         (a["arm"], a["fid"]["value"], a["fid"]["by_chance"]) for a in result["arms"] if "fid" in a
     ]

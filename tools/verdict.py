@@ -21,6 +21,7 @@ from tools.intervals import (
     vendi,
 )
 from tools.judging import FEW_IMAGES, Cells, Judge, rows_of
+from train_lora import counted
 
 if TYPE_CHECKING:
     from tools.grid import Arm
@@ -197,10 +198,10 @@ def front_of(arms: Sequence[Arm], scored: Mapping[Arm, Record]) -> list[str]:
 def doubts(judge: Judge, scored: Mapping[Arm, Record]) -> list[str]:
     """Say what these pictures are too few, or of the wrong kind, to tell."""
     subject, train, seeds = len(judge.subject), len(judge.vision.train), len(judge.grid.seeds)
-    found = []
+    asked, found = counted(subject, "prompt"), []
     if subject < FEW_PROMPTS or seeds < FEW_SEEDS:
         found.append(
-            f"{subject} prompts with {seeds} seeds give no interval: nothing can be concluded. "
+            f"{asked} with {counted(seeds, 'seed')} give no interval: nothing can be concluded. "
             "Twelve prompts with four seeds tell much."
         )
     elif subject < HALVES:
@@ -209,7 +210,8 @@ def doubts(judge: Judge, scored: Mapping[Arm, Record]) -> list[str]:
             "chosen by, and so somewhat too well."
         )
     if train < FEW_IMAGES:
-        found.append(f"{train} training pictures cannot tell whether they were learned by heart.")
+        few = counted(train, "training picture")
+        found.append(f"{few} cannot tell whether training pictures were learned by heart.")
     if not judge.others:
         found.append("No prompt is without the subject: what else changed is not known.")
     if judge.clip is None:
