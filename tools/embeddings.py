@@ -108,14 +108,14 @@ class Eye:
         What an earlier start has kept is taken from there.
         """
         kept = kept or Kept(self)
-        keys = {file: digest_of(file) for file in files}
-        missing = [file for file in files if keys[file] not in kept.rows]
-        for begin in range(0, len(missing), AT_ONCE):
-            phase.at(done + len(files) - len(missing) + begin)
-            some = missing[begin : begin + AT_ONCE]
-            rows = unit(self.vectors([train_lora.load_picture(file) for file in some]))
-            kept.add({keys[file]: row for file, row in zip(some, rows, strict=True)})
-        return np.asarray([kept.rows[keys[file]] for file in files])
+        keys = [digest_of(file) for file in files]
+        unseen = {k: file for k, file in zip(keys, files, strict=True) if k not in kept.rows}
+        for begin in range(0, len(unseen), AT_ONCE):
+            phase.at(done + len(files) - len(unseen) + begin)
+            some = [*unseen][begin : begin + AT_ONCE]
+            images = [train_lora.load_picture(unseen[key]) for key in some]
+            kept.add(dict(zip(some, unit(self.vectors(images)), strict=True)))
+        return kept.of(keys)
 
     def vectors(self, images: Sequence[Image.Image]) -> Numbers:
         """Let the model see some pictures; in full precision, alike whatever the batch."""
@@ -152,24 +152,21 @@ class Kept:
         """Take what an earlier start left. Without a folder, nothing outlives this one."""
         self.path = folder / f".seen_{eye.key}" if folder else None
         self.rows: dict[bytes, Numbers] = {}
-        self.size = KEY_BYTES + eye.width * NUMBER.itemsize
+        self.asked: set[bytes] = set()
+        self.width, self.size = eye.width, KEY_BYTES + eye.width * NUMBER.itemsize
         if self.path and self.path.is_file():
             self.take(self.path.read_bytes())
 
     def take(self, content: bytes) -> None:
         """Read rows up to one that is torn, or that is no row of length one."""
         for begin in range(0, len(content) - self.size + 1, self.size):
-            key, numbers = content[begin : begin + KEY_BYTES], content[begin + KEY_BYTES :]
-            row = np.frombuffer(numbers, NUMBER, (self.size - KEY_BYTES) // NUMBER.itemsize)
-            if not abs(np.linalg.norm(row) - 1) < 1e-9:
+            key, place = content[begin : begin + KEY_BYTES], begin + KEY_BYTES
+            row = np.frombuffer(content, NUMBER, self.width, place)
+            if not (np.abs(row) <= 1).all() or abs(np.linalg.norm(row) - 1) > 1e-9:
                 break
             self.rows[key] = row
         if self.path and len(content) != len(self.rows) * self.size:
-            train_lora.write_whole(self.path, self.content())
-
-    def content(self) -> bytes:
-        """Put all rows together."""
-        return b"".join(key + row.astype(NUMBER).tobytes() for key, row in self.rows.items())
+            train_lora.write_whole(self.path, written(self.rows))
 
     def add(self, rows: dict[bytes, Numbers]) -> None:
         """Keep rows, at the end of the file."""
@@ -177,8 +174,23 @@ class Kept:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                for key, row in rows.items():
-                    file.write(key + row.astype(NUMBER).tobytes())
+                file.write(written(rows))
+
+    def of(self, keys: Sequence[bytes]) -> Numbers:
+        """Take the rows of some pictures."""
+        self.asked.update(keys)
+        return np.asarray([self.rows[key] for key in keys])
+
+    def tidy(self) -> None:
+        """Forget pictures that nobody asked for, when they are most of what is kept."""
+        if self.path and len(self.rows) > 2 * len(self.asked):
+            rows = {key: row for key, row in self.rows.items() if key in self.asked}
+            train_lora.write_whole(self.path, written(rows))
+
+
+def written(rows: dict[bytes, Numbers]) -> bytes:
+    """Write rows as a file holds them."""
+    return b"".join(key + row.astype(NUMBER).tobytes() for key, row in rows.items())
 
 
 def config_of(name: str) -> Path:
