@@ -193,7 +193,7 @@ def page_of(
 
     phase = Phase("drawing the page", len(grid.files), events, stop)
     pictures = pictures_of(grid, int(arguments.max_mb * 2**20), phase.at)
-    title = " and ".join(folder.resolve().name for folder in arguments.folder)
+    title = "Evaluation of " + " and ".join(f.resolve().name for f in arguments.folder)
     return document(title, [f"<h1>{esc(title)}</h1>", *sections(result, pictures)])
 
 

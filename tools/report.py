@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lora
 from tools.page import document, esc, grid, rows, thumbnails
 from tools.program import command_line, refuse, run, take_events
-from train_lora import Emitter, Phase, Record, StopRequest, counted
+from train_lora import Emitter, Phase, Record, StopRequest, counted, duration_of
 
 POINTS = 1000  # of a curve; a screen has no more
 LAST = {"complete", "interrupted", "error"}
@@ -127,11 +127,7 @@ def say(value: Any) -> str:
 
 def span(seconds: float | None) -> str:
     """Say how long something took."""
-    if seconds is None:
-        return "unknown"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return "unknown" if seconds is None else duration_of(seconds)
 
 
 def many(number: Any, noun: str) -> str:
@@ -263,6 +259,8 @@ def curves(points: Sequence[tuple[float, float]], story: Story) -> str:
         '<p><a href="#linear">linear</a> <a href="#logarithmic">logarithmic</a></p>'
         f'<div id="logarithmic" class="steep">{steep}</div>'
         f'<div id="linear" class="flat">{flat}</div>'
+        '<p class="told">Pale: as told. Strong: the mean of a twentieth of the run. Upright: '
+        "checkpoints; dashed where the run was resumed.</p>"
     )
 
 

@@ -146,11 +146,18 @@ def flags_of(judge: Judge, arm: Arm, record: Record) -> list[str]:
     base = judge.diversity(judge.base)
     if record["copies"] or (copying and copying["alarm"]):
         found.append("learned by heart")
-    if base and record["diversity"]["mean"] < COLLAPSED * estimate(base).mean:
+    # Of a word that it does not know, the base draws anything, and so more than a subject can be.
+    usual = min(filter(None, (scale, estimate(base).mean if base else None)), default=0.0)
+    if base and record["diversity"]["mean"] < COLLAPSED * usual:
         found.append("always the same picture")
-    if scale is not None and record["drift"]["mean"] > scale:
+    if scale is not None and surely_above(record["drift"], scale):
         found.append("changes what it should not")
     return found
+
+
+def surely_above(told: Record, limit: float) -> bool:
+    """Tell whether all that the truth may be is above a limit; without an interval, the mean."""
+    return bool(told["mean"] - (told["half_width"] or 0.0) > limit)
 
 
 def two_seeds(judge: Judge) -> float | None:
@@ -212,6 +219,10 @@ def doubts(judge: Judge, scored: Mapping[Arm, Record]) -> list[str]:
     if train < FEW_IMAGES:
         few = counted(train, "training picture")
         found.append(f"{few} cannot tell whether training pictures were learned by heart.")
+    held = judge.vision.heldout
+    if held is not None and len(held) < FEW_IMAGES:
+        few = counted(len(held), "picture")
+        found.append(f"{few} held back cannot tell that either; {FEW_IMAGES} or more can.")
     if not judge.others:
         found.append("No prompt is without the subject: what else changed is not known.")
     if judge.clip is None:

@@ -22,7 +22,7 @@ from tools.grid import Arm, Grid, join, read_grid
 from tools.intervals import unit
 from tools.judging import Judge, Seen, quality
 from tools.page import POLICY
-from tools.verdict import conclusion, verdict_on
+from tools.verdict import conclusion, surely_above, verdict_on
 from train_lora import TrainError
 
 BASE = Arm("base", 0.0, None)
@@ -182,6 +182,27 @@ def test_a_lora_that_changes_everything_or_always_draws_the_same_is_no_choice() 
     assert result["recommended"] == "step_1 at 1"
     same = verdict_on(planted({BASE: (0.0, 0.0), arm(1): (1.0, 0.1)}, alike=1.0))
     assert "always the same picture" in same["arms"][1]["flags"]
+
+
+def test_a_subject_may_be_drawn_alike_where_the_base_draws_anything() -> None:
+    """Of an unknown word; the measure is how the base draws what it knows."""
+    judge = planted({BASE: (0, 0), arm(1): (1, 0)}, alike=0.9)
+    assert "always the same picture" in verdict_on(judge)["arms"][1]["flags"]
+    pictures = dict(judge.vision.pictures)
+    for prompt in PRIOR:  # the base knows them, and hardly varies
+        first = pictures[judge.grid.files[BASE, prompt, 0]]
+        for seed in range(1, 4):
+            near = first + 0.01 * direction(seed)
+            pictures[judge.grid.files[BASE, prompt, seed]] = unit([near])[0]
+    known = Judge(judge.grid, Seen(pictures, TRAIN))
+    assert "always the same picture" not in verdict_on(known)["arms"][1]["flags"]
+
+
+def test_what_may_be_chance_is_held_against_nobody() -> None:
+    """A mean is above a limit when its whole interval is."""
+    assert not surely_above({"mean": 0.05, "half_width": 0.1}, 0.01)
+    assert surely_above({"mean": 0.05, "half_width": 0.03}, 0.01)
+    assert surely_above({"mean": 0.05, "half_width": None}, 0.01)
 
 
 def test_a_subject_that_leaks_into_its_class_is_seen_there_alone() -> None:

@@ -66,7 +66,7 @@ def make(folder: Path, *options: str) -> str:
 @pytest.mark.parametrize(
     ("last", "words"),
     [
-        (COMPLETE, "Complete: 4 steps in 1 h 2 min"),
+        (COMPLETE, "Complete: 4 steps in 1 h 02 min"),
         ({"type": "interrupted", "reason": "SIGTERM", "step": 3}, "Stopped by SIGTERM at step 3"),
         ({"type": "error", "code": "out_of_memory", "hint": "See."}, "Failed with out_of_memory"),
         ({"type": "info", "topic": "novel", "data": 7}, "No last line: still under way, or killed"),
@@ -196,7 +196,8 @@ def test_the_dataset_is_told_with_its_pictures(folder: Path, tmp_path: Path) -> 
     assert "2 pictures, 1 without a remark" in page.text
     assert "exact_duplicate" in page.text
     images = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
-    assert images == [f"train/0.png: {HOSTILE}", "train/1.png: zkb"]
+    assert images == ["train/0.png", "train/1.png"]
+    assert HOSTILE in page.text
     write_image(tmp_path / "secret.png")
     outside = [{"file": "../secret.png", "caption": "x"}]
     write_manifest(tmp_path / "set", images=outside)
