@@ -19,6 +19,7 @@ from train_lora import (
     TrainError,
     TrainingConfig,
     Wanted,
+    counted,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def find_layers(models: Models, lora: LoRA) -> tuple[list[tuple[Any, Layer]], li
             raise refuse(lora.source, "a LoRA of the base's family", told)
         found.append((target, layer))
     if not found:
-        told = f"none of its {len(unknown)} layers, such as {unknown[0]}"
+        told = f"none of its {counted(len(unknown), 'layer')}, such as {unknown[0]}"
         raise refuse(lora.source, "a LoRA of the base's family", told)
     return found, unknown
 
@@ -160,30 +161,6 @@ class Attached:
         """Leave the model as it was."""
         for handle in self.handles:
             handle.remove()
-
-
-def add_to_weights(models: Models, lora: LoRA, strength: float) -> tuple[int, list[str]]:
-    """Change the model's own numbers as a LoRA does; count the layers, and name the unknown."""
-    import torch
-
-    found, unknown = find_layers(models, lora)
-    with torch.no_grad():
-        for target, layer in found:
-            target.weight += (strength * layer.delta()).to(target.weight)
-    return len(found), unknown
-
-
-def pipeline_of(models: Models) -> Any:
-    """Put the networks together as diffusers knows them."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    parts, family = networks_of(models), models.base.family
-    parts |= {part.folder: t for part, t in zip(family.tokenizers, models.tokenizers, strict=True)}
-    parts |= {family.vae.folder: models.vae, family.sampler.folder: models.schedule}
-    if len(family.text_encoders) > 1:
-        return StableDiffusionXLPipeline(**parts)
-    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(**parts, **nothing)
 
 
 # --- Drawing ---

@@ -27,6 +27,7 @@ from train_lora import (
     StopRequest,
     TrainError,
     WarningCode,
+    counted,
     write_whole,
 )
 
@@ -121,15 +122,15 @@ def caption_folder(job: Job, events: Emitter, stop: StopRequest) -> str:
         else:
             remark(events, f"{name}: the captioner says nothing; its caption stays", file=name)
     if waiting and not journal.done:
-        found, who = f"nothing, for {len(waiting)} pictures", job.request.captioner
+        found, who = f"nothing, for {counted(len(waiting), 'picture')}", job.request.captioner
         raise refuse(job.request.model or who, "captions", found, "Take another model.")
     refresh_tables(job)
     journal.remove()
     for sentence in remarks_on_captions(job.found(), job.wishes):
         remark(events, sentence)
     failed = len(job.wanted) - len(journal.done)
-    told = f"{len(journal.done)} captions written, {job.kept} kept"
-    return told + (f", {failed} pictures without a new one" if failed else "")
+    told = f"{counted(len(journal.done), 'caption')} written, {job.kept} kept"
+    return told + (f", {counted(failed, 'picture')} without a new one" if failed else "")
 
 
 class Journal:

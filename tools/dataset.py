@@ -21,7 +21,7 @@ from typing import Any
 import train_lora
 from tools.pictures import Measures, clusters, has_location, measure
 from tools.program import refuse
-from train_lora import Emitter, Phase, Record, StopRequest
+from train_lora import Emitter, Phase, Record, StopRequest, counted
 
 FORMAT, VERSION = "lora-dataset", 1
 FEW, ENOUGH = 5, 10  # pictures: hardly anything is learned; a share can be held back
@@ -263,13 +263,14 @@ def remarks_on_set(usable: Sequence[Found]) -> Iterator[str]:
     """Say what all pictures together lack."""
     kept = [each for each in usable if not each.excluded]
     if len(kept) < FEW:
-        yield f"Only {len(kept)} pictures: a subject needs {FEW} or more, better {ENOUGH}"
+        few = counted(len(kept), "picture")
+        yield f"Only {few}: a subject needs {FEW} or more, better {ENOUGH}"
     near = sum(any("duplicate" in flag for flag in each.flags) for each in kept)
     if len(kept) > 50 and near > 0.2 * len(kept):
         yield f"{near} of {len(kept)} pictures are near duplicates: they count for more than others"
     grey = sum(bool(each.measures and each.measures.grey) for each in kept)
     if 0 < grey < len(kept) / 2:
-        yield f"{grey} pictures are without colour, beside {len(kept) - grey} with it"
+        yield f"Beside {len(kept) - grey} pictures with colour: {counted(grey, 'picture')} without"
     stems = Counter(each.name.rpartition(".")[0] for each in usable)
     for stem in (stem for stem, count in stems.items() if count > 1):
         yield f"{stems[stem]} pictures are called {stem}: they share one caption file"

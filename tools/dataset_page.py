@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tools.page import bullets, grid, table, thumbnails
+from tools.page import bullets, sheet, table, thumbnails
 from tools.program import refuse
-from train_lora import NOT_JSON, Record
+from train_lora import NOT_JSON, Record, counted
 
-COLUMNS, MOST, SIDE = 6, 48, 96  # of the sheet, which shows the first of many
+MOST, SIDE = 48, 128  # of the sheet, which shows the first of many; pixels
 
 
 def read_dataset(path: Path) -> Record:
@@ -46,7 +46,7 @@ def sections(
         for flag in flags
     }
     good = sum(not each["flags"] for each in said["pictures"])
-    yield f"<p>{len(said['pictures'])} pictures, {good} of them without a remark.</p>"
+    yield f"<p>{counted(len(said['pictures']), 'picture')}, {good} without a remark.</p>"
     if flags:
         body = [(flag, count, firsts[flag]) for flag, count in flags.most_common()]
         yield table(("to look at", "pictures", "the first"), body)
@@ -56,10 +56,8 @@ def sections(
     shown = [each for each in said["pictures"] if is_inside(each["name"])][:MOST]
     files = {each["name"]: folder / each["name"] for each in shown}
     made = thumbnails(files, most_bytes, at, SIDE)
-    cells = [(made[each["name"]], f"{each['name']}: {each['caption']}") for each in shown]
-    if any(source for source, _ in cells):
-        lines = [("", cells[at : at + COLUMNS]) for at in range(0, len(cells), COLUMNS)]
-        yield grid([], lines)
+    if any(made.values()):
+        yield sheet((made[each["name"]], each["name"], each["caption"]) for each in shown)
 
 
 def is_inside(name: str) -> bool:

@@ -32,6 +32,7 @@ CLIP = (
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"  # no family's own text encoder: it would judge itself
 )
 AT_ONCE = 16
+KEY_BYTES, NUMBER = 32, np.dtype("<f8")  # of a row in a file: whose it is, and what it holds
 
 
 def load(name: str, class_name: str) -> Any:
@@ -80,18 +81,41 @@ class Eye:
                 whole.update(hashlib.file_digest(opened, "sha256").digest())
         return whole.hexdigest() if files else None
 
+    @property
+    def width(self) -> int:
+        """Count the numbers of a row."""
+        config = self.model.config
+        return int(config.projection_dim if self.reads else config.hidden_size)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Tell all that a row depends on, beside the picture."""
+        import transformers
+
+        told = [self.digest, self.device, torch.__version__, transformers.__version__]
+        configs = (self.model.config.to_json_string(), self.processor.to_json_string())
+        return train_lora.digest_of([*told, *configs], 12)
+
     def record(self) -> Record:
         """Say which model a number was made with."""
         return {"model": self.name, "sha256": self.digest}
 
-    def see(self, files: Sequence[Path], phase: Phase, done: int = 0) -> Numbers:
-        """Turn pictures, of which is known that they can be read, into rows of length one."""
-        rows: list[Numbers] = []
-        for begin in range(0, len(files), AT_ONCE):
-            phase.at(done + begin)
-            images = [train_lora.load_picture(file) for file in files[begin : begin + AT_ONCE]]
-            rows += list(self.vectors(images))
-        return unit(rows)
+    def see(
+        self, files: Sequence[Path], phase: Phase, done: int = 0, kept: Kept | None = None
+    ) -> Numbers:
+        """Turn pictures, of which is known that they can be read, into rows of length one.
+
+        What an earlier start has kept is taken from there.
+        """
+        kept = kept or Kept(self)
+        keys = [digest_of(file) for file in files]
+        unseen = {k: file for k, file in zip(keys, files, strict=True) if k not in kept.rows}
+        for begin in range(0, len(unseen), AT_ONCE):
+            phase.at(done + len(files) - len(unseen) + begin)
+            some = [*unseen][begin : begin + AT_ONCE]
+            images = [train_lora.load_picture(unseen[key]) for key in some]
+            kept.add(dict(zip(some, unit(self.vectors(images)), strict=True)))
+        return kept.of(keys)
 
     def vectors(self, images: Sequence[Image.Image]) -> Numbers:
         """Let the model see some pictures; in full precision, alike whatever the batch."""
@@ -113,6 +137,60 @@ class Eye:
         with torch.no_grad():
             found = self.model.get_text_features(**tokens).pooler_output
         return unit(found.double().cpu().numpy())
+
+
+def digest_of(file: Path) -> bytes:
+    """Tell a picture by its bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+class Kept:
+    """What a model has seen, by picture; in a file that grows as it sees, for a second start."""
+
+    def __init__(self, eye: Eye, folder: Path | None = None) -> None:
+        """Take what an earlier start left. Without a folder, nothing outlives this one."""
+        self.path = folder / f".seen_{eye.key}" if folder else None
+        self.rows: dict[bytes, Numbers] = {}
+        self.asked: set[bytes] = set()
+        self.width, self.size = eye.width, KEY_BYTES + eye.width * NUMBER.itemsize
+        if self.path and self.path.is_file():
+            self.take(self.path.read_bytes())
+
+    def take(self, content: bytes) -> None:
+        """Read rows up to one that is torn, or that is no row of length one."""
+        for begin in range(0, len(content) - self.size + 1, self.size):
+            key, place = content[begin : begin + KEY_BYTES], begin + KEY_BYTES
+            row = np.frombuffer(content, NUMBER, self.width, place)
+            if not (np.abs(row) <= 1).all() or abs(np.linalg.norm(row) - 1) > 1e-9:
+                break
+            self.rows[key] = row
+        if self.path and len(content) != len(self.rows) * self.size:
+            train_lora.write_whole(self.path, written(self.rows))
+
+    def add(self, rows: dict[bytes, Numbers]) -> None:
+        """Keep rows, at the end of the file."""
+        self.rows |= rows
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(written(rows))
+
+    def of(self, keys: Sequence[bytes]) -> Numbers:
+        """Take the rows of some pictures."""
+        self.asked.update(keys)
+        return np.asarray([self.rows[key] for key in keys])
+
+    def tidy(self) -> None:
+        """Forget pictures that nobody asked for, when they are most of what is kept."""
+        if self.path and len(self.rows) > 2 * len(self.asked):
+            rows = {key: row for key, row in self.rows.items() if key in self.asked}
+            train_lora.write_whole(self.path, written(rows))
+
+
+def written(rows: dict[bytes, Numbers]) -> bytes:
+    """Write rows as a file holds them."""
+    return b"".join(key + row.astype(NUMBER).tobytes() for key, row in rows.items())
 
 
 def config_of(name: str) -> Path:

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.program import as_json, command_line, remark, run, table, take_events
-from train_lora import Emitter, Phase, Record, StopRequest, choose_device, load_picture, write_whole
+from train_lora import (
+    Emitter,
+    Phase,
+    Record,
+    StopRequest,
+    choose_device,
+    counted,
+    load_picture,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from tools.embeddings import Eye
@@ -53,8 +62,11 @@ def work(
 
     grid = join([read_grid(folder) for folder in arguments.folder])
     if arguments.dry_run:
-        told = f"Would judge {len(grid.files)} pictures: {len(grid.arms)} arms"
-        return f"{told}, {len(grid.prompts)} prompts, {len(grid.seeds)} seeds", []
+        told = (
+            f"Would judge {counted(len(grid.files), 'picture')}: {counted(len(grid.arms), 'arm')}"
+        )
+        asked = f"{counted(len(grid.prompts), 'prompt')}, {counted(len(grid.seeds), 'seed')}"
+        return f"{told}, {asked}", []
     phase = Phase("checking pictures", len(grid.files), events, stop)
     grid = without_bad_cells(grid, events, phase)
     result = judge(grid, arguments, events, stop)
@@ -78,9 +90,11 @@ def judge(grid: Grid, arguments: argparse.Namespace, events: Emitter, stop: Stop
 
     training = training_files(arguments.train, events, stop)
     if len(training) < FEW_IMAGES:
-        remark(events, f"Only {len(training)} different training pictures: little can be concluded")
+        few = counted(len(training), "different training picture")
+        remark(events, f"Only {few}: little can be concluded")
     heldout = training_files(arguments.heldout, events, stop) if arguments.heldout else []
-    look = Looking(grid, training, heldout, events, stop)
+    place = (arguments.out or arguments.folder[0] / "eval.json").parent
+    look = Looking(grid, (training, heldout), place, events, stop)
     device = str(choose_device(ask_for("none", device=arguments.device)))
     eye = Eye(arguments.vision or VISION, device)
     reader = Eye(arguments.clip, device) if arguments.clip else None
@@ -102,31 +116,36 @@ class Looking:
     def __init__(
         self,
         grid: Grid,
-        training: Sequence[Path],
-        heldout: Sequence[Path],
+        others: tuple[Sequence[Path], Sequence[Path]],  # of training, and held back
+        place: Path,
         events: Emitter,
         stop: StopRequest,
     ) -> None:
-        """Collect them."""
-        self.grid, self.training, self.heldout = grid, training, heldout
+        """Collect them; what models see is kept in a place, should this start be stopped."""
+        self.grid, self.place, (self.training, self.heldout) = grid, place, others
         self.files = list(dict.fromkeys(grid.files.values()))
-        self.total = len(self.files) + len(training) + len(heldout)
+        self.total = len(self.files) + len(self.training) + len(self.heldout)
         self.events, self.stop = events, stop
 
     def through(self, eye: Eye) -> Seen:
         """Let a model look at them, and read the prompts if it reads."""
+        from tools.embeddings import Kept
         from tools.judging import Seen
 
+        kept = Kept(eye, self.place)
         phase = Phase(f"looking with {eye.name}", self.total, self.events, self.stop)
         asked = self.grid.role("subject")
         texts = eye.read([self.grid.prompts[p]["plain"] for p in asked]) if eye.reads else None
         count, known = len(self.files), len(self.files) + len(self.training)
-        return Seen(
-            pictures=dict(zip(self.files, eye.see(self.files, phase), strict=True)),
-            train=eye.see(self.training, phase, count),
-            heldout=eye.see(self.heldout, phase, known) if self.heldout else None,
+        pictures = eye.see(self.files, phase, 0, kept)
+        seen = Seen(
+            pictures=dict(zip(self.files, pictures, strict=True)),
+            train=eye.see(self.training, phase, count, kept),
+            heldout=eye.see(self.heldout, phase, known, kept) if self.heldout else None,
             texts=dict(zip(asked, texts, strict=True)) if texts is not None else None,
         )
+        kept.tidy()
+        return seen
 
     def for_copies(self) -> dict[Arm, list[Record]]:
         """Find pictures that are training pictures again, as a dataset's near duplicates are."""
@@ -174,7 +193,7 @@ def page_of(
 
     phase = Phase("drawing the page", len(grid.files), events, stop)
     pictures = pictures_of(grid, int(arguments.max_mb * 2**20), phase.at)
-    title = " and ".join(folder.resolve().name for folder in arguments.folder)
+    title = "Evaluation of " + " and ".join(f.resolve().name for f in arguments.folder)
     return document(title, [f"<h1>{esc(title)}</h1>", *sections(result, pictures)])
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.page import bullets, esc, grid, table, thumbnails
+from tools.page import bullets, esc, grid, solid, table, thumbnails
 from tools.program import refuse
 from tools.verdict import FORMAT, conclusion
-from train_lora import NOT_JSON, Record, natural_key
+from train_lora import NOT_JSON, Record, counted, natural_key
 
 if TYPE_CHECKING:
     from tools.grid import Grid
@@ -47,7 +47,7 @@ def plus_minus(score: Record | None) -> str:
     if not score:
         return "-"
     width = "" if score["half_width"] is None else f" ± {score['half_width']:.3f}"
-    return f"{score['mean']:.3f}{width}"
+    return f"{score['mean']:z.3f}{width}"
 
 
 def sections(result: Record, pictures: str, level: int = 2) -> Iterator[str]:
@@ -83,9 +83,10 @@ def read_result(path: Path) -> Record:
 def choice(result: Record) -> str:
     """Show quality over checkpoints and strengths, and how one was chosen."""
     told = result["quality_on_other_prompts"]
+    asked = counted(told["prompts"], "prompt")
     words = (
         "The earliest checkpoint, and of it the lowest strength, within one standard error of the "
-        f"best. Quality of {result['recommended']} on {told['prompts']} prompts that did not "
+        f"best. Quality of {result['recommended']} on {asked} that did not "
         f"choose it: {plus_minus(told)}."
     )
     if result["prompts"]["subject"] < 8:
@@ -93,14 +94,12 @@ def choice(result: Record) -> str:
     arms = result["arms"][1:]
     strengths = sorted({arm["strength"] for arm in arms})
     loras = sorted({arm["lora"] for arm in arms}, key=natural_key)
-    found = {(arm["lora"], arm["strength"]): quality_cell(arm, result) for arm in arms}
+    found = {(arm["lora"], arm["strength"]): solid(quality_cell(arm, result)) for arm in arms}
     body = [[lora, *(found.get((lora, w), "-") for w in strengths)] for lora in loras]
     marks = "* recommended, ~ cannot be told from the best, ! see what speaks against it"
-    differ = [difference_row(arm) for arm in arms if arm["arm"] != result["recommended"]]
-    head = (f"less {result['recommended']}", "quality", "like the subject", "true to the prompt")
     return (
         f"<p>{esc(words)}</p>{table(['quality', *map('{:g}'.format, strengths)], body)}"
-        f'<p class="told">{esc(marks)}</p>{table(head, differ) if differ else ""}'
+        f'<p class="told">{esc(marks)}</p>{differences(result)}'
     )
 
 
@@ -112,14 +111,23 @@ def quality_cell(arm: Record, result: Record) -> str:
     return f"{plus_minus(arm.get('quality'))} {marks}".rstrip()
 
 
-def difference_row(arm: Record) -> list[str]:
-    """Show by how much an arm differs, and how often chance alone makes as much."""
-    gaps: dict[str, Any] = arm.get("against_recommended", {})
-    cells = []
-    for name in ("quality", "fidelity", "text_fit"):
-        gap = gaps.get(name)
-        cells.append(f"{plus_minus(gap)} (p {gap['p']:.3f})" if gap else "-")
-    return [arm["arm"], *cells]
+def differences(result: Record) -> str:
+    """Show by how much arms differ, and how often chance alone makes as much."""
+    names = {"quality": "quality", "fidelity": "like the subject", "text_fit": "true to the prompt"}
+    gaps = {arm["arm"]: arm.get("against_recommended", {}) for arm in result["arms"][1:]}
+    gaps.pop(result["recommended"])
+    there = [name for name in names if any(name in each for each in gaps.values())]
+    body = [
+        [solid(arm), *(difference(each[name]) if name in each else "-" for name in there)]
+        for arm, each in gaps.items()
+    ]
+    head = (f"less {result['recommended']}", *(names[name] for name in there))
+    return table(head, body) if body else ""
+
+
+def difference(gap: Record) -> str:
+    """Show one difference."""
+    return solid(f"{plus_minus(gap)} (p {gap['p']:.3f})")
 
 
 def numbers(result: Record) -> str:
@@ -128,15 +136,19 @@ def numbers(result: Record) -> str:
     there = [each for each in SCORES if any(each[2] in arm for arm in result["arms"])]
     head = ["", "against it", *(f"{word} ({names[kind]})" for word, kind, _ in there)]
     body = [
-        [arm["arm"], ", ".join(arm["flags"]), *(plus_minus(arm.get(key)) for _, _, key in there)]
+        [
+            *(solid(arm["arm"]), ", ".join(arm["flags"])),
+            *(solid(plus_minus(arm.get(key))) for _, _, key in there),
+        ]
         for arm in result["arms"]
     ]
     told = f"Training pictures are alike by {result['ceiling']:.3f}"
     if result["two_seeds"] is not None:
         told += f"; two seeds of the base are {result['two_seeds']:.3f} apart, the scale of drift"
     counts = result["prompts"]
-    asked = f"{counts['subject']} prompts of the subject, {counts['prior']} without it"
-    told += f". {asked}, {result['seeds']} seeds, {result['training_images']} training pictures."
+    asked = f"{counted(counts['subject'], 'prompt')} of the subject, {counts['prior']} without it"
+    seeds = counted(result["seeds"], "seed")
+    told += f". {asked}, {seeds}, {counted(result['training_images'], 'training picture')}."
     fids = [
         (a["arm"], a["fid"]["value"], a["fid"]["by_chance"]) for a in result["arms"] if "fid" in a
     ]
@@ -149,16 +161,19 @@ def by_heart(result: Record) -> str:
     arms = [arm for arm in result["arms"] if arm["copying"]]
     if not arms:
         return "<p>Too few training pictures to tell.</p>"
+    held = "above_heldout" in arms[0]["copying"]
     head = ["", "nearer than two of training", "expected", "by chance at most"]
-    head += ["above pictures held back", "copies by their pixels"]
+    head += ["above pictures held back"] * held + ["copies by their pixels"]
     body = []
     for arm in arms:
-        told, held = arm["copying"], "-"
-        if "above_heldout" in told:
-            held = f"{told['above_heldout']:.0%} (p {told['above_heldout_p']:.3f}; half is chance)"
+        told, cells = arm["copying"], [solid(arm["arm"])]
         shares = ("nearer_than_training", "expected", "by_chance_at_most")
+        cells += [f"{told[name]:.0%}" for name in shares]
+        if held:
+            above, chance = told["above_heldout"], told["above_heldout_p"]
+            cells.append(f"{above:.0%} (p {chance:.3f}; half is chance)")
         pairs = ", ".join(f"{each['file']} of {each['of']}" for each in arm["copies"][:5])
-        body.append([arm["arm"], *(f"{told[name]:.0%}" for name in shares), held, pairs or "none"])
+        body.append([*cells, pairs or "none"])
     return table(head, body)
 
 
@@ -170,7 +185,7 @@ def pictures_of(judged: Grid, most_bytes: int, at: Callable[[int], None]) -> str
     made = thumbnails(firsts, most_bytes, at, PICTURE)
     lines = [
         (
-            arm.name,
+            solid(arm.name),
             [
                 (made.get((arm.name, p)), f"{arm.name}, {said['text']}")
                 for p, said in judged.prompts.items()

@@ -22,7 +22,7 @@ import train_lora
 from tools.base_model import ask_for, find_model, title_of
 from tools.lora_file import Layer, LoRA, Module, diffusers_name, enough
 from tools.program import refuse, remark
-from train_lora import BaseModel, Emitter, Part, Phase, StopRequest
+from train_lora import BaseModel, Emitter, Part, Phase, StopRequest, counted
 
 SPARE = 16  # directions followed beside those that are wanted, so that those settle sooner
 SETTLED, MOST_TURNS = 1e-6, 60  # growth of what is found in a turn, after which no more is
@@ -63,7 +63,7 @@ class Extraction:
         """Say how much of the change is in the LoRA."""
         told = f"{self.kept / self.held:.2%} of the change of their weights"
         share = sum(self.lost.values()) / (self.held + sum(self.lost.values()))
-        some = ", ".join(f"{count} {kind}" for kind, count in self.kinds().items())
+        some = ", ".join(f"{kind} ({count})" for kind, count in self.kinds().items())
         return f"{told}; not held: {some}, {share:.2%} of all" if self.lost else told
 
     def kinds(self) -> dict[str, int]:
@@ -165,9 +165,10 @@ def find_both(names: tuple[str, str], events: Emitter) -> tuple[BaseModel, BaseM
 
 def check_alike(one: dict[str, Piece], other: dict[str, Piece], part: Part, tuned: str) -> None:
     """Refuse two networks of different layers."""
-    alone = sorted(one.keys() ^ other.keys()) if part.library == "diffusers" else []
-    if alone or not one.keys() & other.keys():
-        found = f"{len(alone)} tensors that only one of both has, such as {alone[:1]}"
+    alone = sorted(one.keys() ^ other.keys())
+    if (alone and part.library == "diffusers") or not one.keys() & other.keys():
+        some, first = counted(len(alone), "tensor"), ", ".join(alone[:1])
+        found = f"{some} that only one of both has, such as {first}"
         raise refuse(tuned, f"the same layers in its {part.folder}", found)
     for name in sorted(one.keys() & other.keys()):
         if one[name].shape != other[name].shape:

@@ -1,7 +1,7 @@
 """Draw what LoRAs do: prompts × LoRAs × strengths × seeds, with contact sheets and a list of all.
 
 python tools/generate.py --base MODEL --lora RUN_DIR --prompts FILE --seeds 1-4 --out DIR
-python tools/generate.py --base MODEL --lora FILE --strengths 0.8 --fuse DIR
+python tools/generate.py --base MODEL --lora FILE --strengths 0.8 --fuse DIR --dtype fp16
 
 RUN_DIR stands for all LoRAs of a run. What is drawn already is not drawn again.
 """
@@ -9,6 +9,7 @@ RUN_DIR stands for all LoRAs of a run. What is drawn already is not drawn again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import io
@@ -23,16 +24,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_lora
-from tools.base_model import (
-    Attached,
-    add_to_weights,
-    ask_for,
-    draw,
-    find_model,
-    load_models,
-    pipeline_of,
-    title_of,
-)
+from tools.base_model import Attached, ask_for, draw, find_model, load_models, title_of
 from tools.program import as_json, command_line, refuse, remark, run, take_events
 from train_lora import (
     Emitter,
@@ -42,6 +34,7 @@ from train_lora import (
     Sketch,
     StopRequest,
     TrainingConfig,
+    counted,
     natural_key,
 )
 
@@ -52,6 +45,7 @@ if TYPE_CHECKING:
 
 MOST_SIDE = 16_384  # pixels of a sheet; beyond, it goes on on another
 LEAST, MOST = 64, 4096  # pixels of a side
+FEW_STEPS = 4  # of a picture that is compared; a processor takes seconds for each
 MARGIN, LINE, THUMBNAIL = 8, 20, 256
 PEFT_FILE = "adapter_model.safetensors"
 CELL_KEY = "lora_grid"  # where a picture says which cell it is
@@ -289,7 +283,7 @@ class Studio:
         for source in dict.fromkeys(cell.source for cell in self.missing):
             attached = Attached(models, read_lora(source.file)) if source.file else None
             if attached and attached.unknown:
-                some = f"{len(attached.unknown)} layers, such as {attached.unknown[0]}"
+                some = f"{counted(len(attached.unknown), 'layer')}, such as {attached.unknown[0]}"
                 remark(events, f"{source.name} changes {some} that the base does not have")
             own = [cell for cell in self.missing if cell.source == source]
             for part in batches(own, arguments.batch):
@@ -418,6 +412,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=parse_numbers, default=[1, 2, 3, 4], help="1-4")
     add("--out", type=Path, help="folder for the pictures")
     add("--fuse", type=Path, help="instead: save the model with the LoRA in it there")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="of what is saved; fp32 unless given")
+    add("--no-verify", dest="verify", action="store_false", help="do not draw with what was saved")
     add("--width", type=int, help="of the pictures; the model's own unless given")
     add("--height", type=int)
     add("--resolution", type=int, help="both of them")
@@ -439,21 +435,26 @@ def work(
         raise refuse("--out", "either --out or --fuse", "both" if arguments.out else "neither")
     sources = find_sources(arguments.lora)
     if arguments.fuse:
-        return fuse(sources, arguments, events, stop)
+        return fuse_into_base(sources, arguments, events, stop)
+    if arguments.dtype or not arguments.verify:
+        raise refuse("--dtype", "it with --fuse, as --no-verify too", "--out")
     prompts = read_prompts(arguments.prompts, arguments.trigger)
     sketch, base = choose_sides(arguments, events)
     cells = cells_of(sources, prompts, arguments)
     studio, listed = Studio(arguments.out, base, sketch, cells), arguments.out / "grid.json"
     if arguments.dry_run:
-        told = f"Would draw {len(studio.missing)} of {len(cells)} pictures"
-        return f"{told}: {len(sources)} LoRAs, {len(prompts)} prompts", []
+        told = f"Would draw {len(studio.missing)} of {counted(len(cells), 'picture')}"
+        return f"{told}: {counted(len(sources), 'LoRA')}, {counted(len(prompts), 'prompt')}", []
     grid = as_json(grid_record(studio, sources, prompts))
     if listed.is_file() and listed.read_bytes() != grid:
         listed.unlink()  # a list of other pictures, until all of these are there
     studio.draw_all(arguments, events, stop)
     sheets = write_sheets(cells, arguments.out, sketch)
     train_lora.write_whole(listed, grid)
-    return f"{len(cells)} pictures in {arguments.out.name}", [str(listed), *map(str, sheets)]
+    return f"{counted(len(cells), 'picture')} in {arguments.out.name}", [
+        str(listed),
+        *map(str, sheets),
+    ]
 
 
 def grid_record(studio: Studio, sources: Sequence[Source], prompts: Sequence[Record]) -> Record:
@@ -485,31 +486,51 @@ def grid_record(studio: Studio, sources: Sequence[Source], prompts: Sequence[Rec
     }
 
 
-def fuse(
+def fuse_into_base(
     sources: Sequence[Source], arguments: argparse.Namespace, events: Emitter, stop: StopRequest
 ) -> tuple[str, list[str]]:
     """Save the whole model with a LoRA in it, as a folder that diffusers loads."""
+    from tools.fusing import Wish, fuse
     from tools.lora_file import read_lora
 
     if len(sources) != 1 or len(arguments.strengths) != 1:
-        raise refuse("--lora", "one LoRA at one strength", f"{len(sources)} LoRAs")
+        found = (
+            f"{counted(len(sources), 'LoRA')} at {counted(len(arguments.strengths), 'strength')}"
+        )
+        raise refuse("--lora", "one LoRA at one strength", found)
     if arguments.fuse.exists():
         raise refuse(arguments.fuse, "a new name", "something that is there")
     lora, (strength,) = read_lora(sources[0].file or Path()), arguments.strengths
+    sketch, base = choose_sides(arguments, events)
     if arguments.dry_run:
-        find_model(config_of(arguments), events, stop)
-        return f"Would add {len(lora.layers)} layers at {strength:g} and save the model", []
-    stop.check()
-    models = load_models(config_of(arguments), events, stop, exact=True)
-    stop.check()
-    changed, unknown = add_to_weights(models, lora, strength)
-    if unknown:
-        some = f"{len(unknown)} layers, such as {unknown[0]}"
-        remark(events, f"{lora.source} changes {some} that the base does not have")
-    staging = arguments.fuse.with_name(f".{arguments.fuse.name}.tmp")
-    pipeline_of(models).save_pretrained(staging, safe_serialization=True)
-    staging.rename(arguments.fuse)
-    return f"{arguments.fuse.name}: {changed} layers changed", [str(arguments.fuse)]
+        told = f"Would add {counted(len(lora.layers), 'layer')} at {strength:g}"
+        return f"{told}, and save the model", []
+    prompts = read_prompts(arguments.prompts or [trigger_of(lora.header)], arguments.trigger)
+    wish = Wish(
+        base_model=arguments.base,
+        base=base,
+        lora=lora,
+        digest=sources[0].digest,
+        strength=strength,
+        precision=arguments.dtype or "fp32",
+        sketch=quick(sketch, arguments) if arguments.verify else None,
+        prompt=prompts[0]["text"],
+        seed=arguments.seeds[0],
+    )
+    return fuse(wish, arguments.fuse, events, stop), [str(arguments.fuse)]
+
+
+def quick(sketch: Sketch, arguments: argparse.Namespace) -> Sketch:
+    """Make a picture small that only numbers are compared by, unless its size was asked for."""
+    steps = min(FEW_STEPS, sketch.steps)
+    if arguments.resolution or arguments.width or arguments.height:
+        return dataclasses.replace(sketch, steps=steps)
+    return Sketch(sketch.width // 2, sketch.height // 2, steps, sketch.guidance, sketch.negative)
+
+
+def trigger_of(header: dict[str, str]) -> str:
+    """Find words that a LoRA answers to."""
+    return header.get("modelspec.trigger_phrase") or "a photo"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

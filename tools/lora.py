@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.program import command_line, refuse, run, table, take_events
-from train_lora import Emitter, Phase, StopRequest, choose_device
+from train_lora import Emitter, Phase, StopRequest, choose_device, counted
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ def work(
         for file in arguments.files:
             stop.check()
             describe(read_lora(file), arguments)
-        return f"{len(arguments.files)} LoRAs read", []
+        return f"{counted(len(arguments.files), 'LoRA')} read", []
     if arguments.out.exists() and not arguments.overwrite:
         raise refuse(arguments.out, "a new name", "something that is there", "Or use --overwrite.")
     if arguments.command == "extract":
@@ -157,7 +157,7 @@ def write(lora: LoRA, dtype: torch.dtype, arguments: argparse.Namespace) -> tupl
     dtype = getattr(torch, PRECISIONS[arguments.dtype]) if arguments.dtype else dtype
     ranks = sorted({layer.rank for layer in lora.layers.values()})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    told = f"{arguments.out.name}: {len(lora.layers)} modules, {rank}"
+    told = f"{arguments.out.name}: {counted(len(lora.layers), 'module')}, {rank}"
     if arguments.dry_run:
         return f"Would write {told}", []
     off = write_lora(arguments.out, lora, arguments.to, dtype)

@@ -17,10 +17,13 @@ STYLE = """
 :root{color-scheme:light dark;--line:#8884;--strong:#2457a6;--pale:#b9cdea;--text:#667}
 @media(prefers-color-scheme:dark){:root{--strong:#8ab4f8;--pale:#35507a;--text:#99a}}
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}
+h1{font-size:1.5rem}h2{font-size:1.25rem;margin-top:2.2rem}h3{font-size:1rem;margin-top:1.5rem}
+table{border-collapse:collapse}
 td,th{padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--line);text-align:left}
 td,th{vertical-align:top;overflow-wrap:anywhere}.wide{overflow-x:auto}.wide th{min-width:6rem}
 .wide td{overflow-wrap:normal;min-width:5.5rem}.told{color:var(--text)}
+.sheet{display:flex;flex-wrap:wrap;gap:.8rem}figure{margin:0;width:8rem}
+figcaption{font-size:12px;line-height:1.3;color:var(--text);overflow-wrap:anywhere}
 img{display:block;max-width:12rem}svg{width:100%;height:auto}
 svg text{font-size:11px;fill:var(--text)}
 polyline{fill:none}.raw{stroke:var(--pale);stroke-width:1}.mean{stroke:var(--strong);stroke-width:2.5}
@@ -100,6 +103,20 @@ def grid(
         for name, cells in lines
     )
     return f'<div class="wide"><table><tr><td></td>{names}</tr>{body}</table></div>'
+
+
+def sheet(cells: Iterable[tuple[str | None, str, str]]) -> str:
+    """Lay pictures out one after the other: what is seen, its name, and what is said of it."""
+    figures = (
+        f"<figure>{picture(source, name)}<figcaption>{esc(words)}</figcaption></figure>"
+        for source, name, words in cells
+    )
+    return f'<div class="sheet">{"".join(figures)}</div>'
+
+
+def solid(words: str) -> str:
+    """Keep words in one line."""
+    return words.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def document(title: str, parts: Iterable[str]) -> bytes:

@@ -301,6 +301,12 @@ class Plan:
         return train_lora.expand_home(str(self.document["training"]["dataset_path"]))
 
     @property
+    def heldout(self) -> Path | None:
+        """Tell where the pictures are that data held back from training, if it did."""
+        place = self.out / "dataset" / "validation"
+        return place if "data" in self.document and place.is_dir() else None
+
+    @property
     def triggers(self) -> list[str]:
         """List the trigger words."""
         return [str(word) for word in self.document["training"].get("trigger_words") or ()]
@@ -357,12 +363,10 @@ class Plan:
             if {"resolution", "width", "height"} & set(section):
                 size = []
             return [*base, *places, *size, prompts, *options, *triggers]
-        return [
-            str(out / "grid"),
-            f"--train={self.dataset}",
-            f"--out={out / 'eval.json'}",
-            *options,
-        ]
+        held = self.heldout and not section.get("heldout")
+        places = [f"--train={self.dataset}", f"--out={out / 'eval.json'}"]
+        places += [f"--heldout={self.heldout}"] if held else []
+        return [str(out / "grid"), *places, *options]
 
     def write_files(self, step: Step) -> None:
         """Write what the program of a step reads."""
@@ -383,7 +387,10 @@ class Plan:
             "caption": [section.get("model"), *given],
             "training": [self.dataset, *base, knobs.get("regularization_path")],
             "generate": [out / "run/checkpoints", out / "run/lora_final.safetensors", *base],
-            "evaluate": [out / "grid", self.dataset, section.get("clip"), section.get("vision")],
+            "evaluate": [
+                *(out / "grid", self.dataset, section.get("heldout") or self.heldout),
+                *(section.get("clip"), section.get("vision")),
+            ],
         }
         return [train_lora.expand_home(str(path)) for path in reads[step.name] if path]
 

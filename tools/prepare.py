@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.program import as_json, command_line, refuse, remark, run, table, take_events
-from train_lora import Emitter, Record, StopRequest, write_whole
+from train_lora import Emitter, Record, StopRequest, counted, write_whole
 
 if TYPE_CHECKING:
     from tools.dataset import Found, Wishes
@@ -171,7 +171,7 @@ def caption(
     request = Request(**{key: known[key] for key in Request.__annotations__})
     job = Job.find(arguments.source, wishes, request, events, stop)
     if arguments.dry_run:
-        return f"Would write {len(job.wanted)} captions, and keep {job.kept}", []
+        return f"Would write {counted(len(job.wanted), 'caption')}, and keep {job.kept}", []
     return caption_folder(job, events, stop), [str(arguments.source)]
 
 
@@ -197,7 +197,10 @@ def tell(
         files.append(str(arguments.report))
     good = sum(not each.flags for each in found)
     told = ", ".join(f"{count} {flag}" for flag, count in sorted(flags.items()))
-    return f"{len(found)} pictures, {good} without a remark{'; ' if told else ''}{told}", files
+    return (
+        f"{counted(len(found), 'picture')}, {good} without a remark{'; ' if told else ''}{told}",
+        files,
+    )
 
 
 def make(

@@ -92,6 +92,8 @@ def tell(record: Record) -> None:
         if sys.stderr.isatty():  # a log is better off without
             sys.stderr.write(draw(record).decode())
         return
+    if record["type"] == "interrupted":
+        record = {**record, "message": f"Stopped by {record['reason']}; started again, it goes on"}
     problems = record.get("problems") or []
     lines = [record["message"]] if len(problems) < 2 else [f"{len(problems)} problems:"]
     lines += [

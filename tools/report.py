@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lora
 from tools.page import document, esc, grid, rows, thumbnails
 from tools.program import command_line, refuse, run, take_events
-from train_lora import Emitter, Phase, Record, StopRequest
+from train_lora import Emitter, Phase, Record, StopRequest, counted, duration_of
 
 POINTS = 1000  # of a curve; a screen has no more
 LAST = {"complete", "interrupted", "error"}
@@ -127,11 +127,12 @@ def say(value: Any) -> str:
 
 def span(seconds: float | None) -> str:
     """Say how long something took."""
-    if seconds is None:
-        return "unknown"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return "unknown" if seconds is None else duration_of(seconds)
+
+
+def many(number: Any, noun: str) -> str:
+    """Count what an event told; it may have told nothing."""
+    return counted(number, noun) if isinstance(number, int) else f"? {noun}s"
 
 
 def verdict(story: Story) -> str:
@@ -141,7 +142,9 @@ def verdict(story: Story) -> str:
     if last is None:
         return f"No last line: still under way, or killed, after step {step}"
     if last["type"] == "complete":
-        return f"Complete: {last.get('step')} steps in {span(number(last.get('total_time')))}"
+        return (
+            f"Complete: {many(last.get('step'), 'step')} in {span(number(last.get('total_time')))}"
+        )
     if last["type"] == "interrupted":
         return f"Stopped by {last.get('reason')} at step {last.get('step')}; it can go on"
     said = f"Failed with {last.get('code')}: {last.get('message')} {last.get('hint')}"
@@ -156,7 +159,8 @@ def facts_of(story: Story) -> Iterator[tuple[str, str]]:
     base = story.at_home(str(story.config.get("base_model", "?")))
     yield "Base model", f"{base} ({model.get('family', '?')})"
     yield "Device", f"{device.get('name', '?')} ({device.get('kind', '?')})"
-    yield "Images", f"{dataset.get('images', '?')}, {dataset.get('captions_found', '?')} captions"
+    images = many(dataset.get("images"), "image")
+    yield "Images", f"{images}, {many(dataset.get('captions_found'), 'caption')}"
     yield "Steps", f"{newest.get('step', 0)} of {newest.get('total_steps', '?')}"
     yield "Starts", str(len(story.starts))
     for name, key in (("Loss at the end", "loss"), ("Images per second", "images_per_second")):
@@ -165,7 +169,7 @@ def facts_of(story: Story) -> Iterator[tuple[str, str]]:
     if peak := number(last.get("peak_memory_bytes")):
         yield "Memory at most", f"{peak / 2**30:.2f} GiB"
     if last.get("type") == "complete":
-        yield "File", f"{Path(str(last.get('final_path'))).name}, {last.get('bytes')} bytes"
+        yield "File", f"{Path(str(last.get('final_path'))).name}, {many(last.get('bytes'), 'byte')}"
         yield "SHA-256", str(last.get("sha256"))
 
 
@@ -177,7 +181,7 @@ def settings(story: Story) -> str:
     same = {k: v for k, v in config.items() if k not in differ}
     return (
         f"<table>{rows(differ.items())}</table>"
-        f"<details><summary>{len(same)} knobs at their defaults</summary>"
+        f"<details><summary>{counted(len(same), 'knob')} at default</summary>"
         f"<table>{rows(same.items())}</table></details>"
     )
 
@@ -255,6 +259,8 @@ def curves(points: Sequence[tuple[float, float]], story: Story) -> str:
         '<p><a href="#linear">linear</a> <a href="#logarithmic">logarithmic</a></p>'
         f'<div id="logarithmic" class="steep">{steep}</div>'
         f'<div id="linear" class="flat">{flat}</div>'
+        '<p class="told">Pale: as told. Strong: the mean of a twentieth of the run. Upright: '
+        "checkpoints; dashed where the run was resumed.</p>"
     )
 
 
@@ -284,7 +290,7 @@ def pictures(folder: Path, story: Story, most_bytes: int, at: Callable[[int], No
         for prompt in prompts
     ]
     left = len(steps) - len(kept)
-    told = f"{left} of {len(steps)} rounds of previews are left out for size."
+    told = f"Left out for size: {left} of {counted(len(steps), 'round')} of previews."
     return grid(kept, lines) + (f"<p>{told}</p>" if left else "")
 
 

@@ -21,6 +21,7 @@ from tools.intervals import (
     vendi,
 )
 from tools.judging import FEW_IMAGES, Cells, Judge, rows_of
+from train_lora import counted
 
 if TYPE_CHECKING:
     from tools.grid import Arm
@@ -145,11 +146,18 @@ def flags_of(judge: Judge, arm: Arm, record: Record) -> list[str]:
     base = judge.diversity(judge.base)
     if record["copies"] or (copying and copying["alarm"]):
         found.append("learned by heart")
-    if base and record["diversity"]["mean"] < COLLAPSED * estimate(base).mean:
+    # Of a word that it does not know, the base draws anything, and so more than a subject can be.
+    usual = min(filter(None, (scale, estimate(base).mean if base else None)), default=0.0)
+    if base and record["diversity"]["mean"] < COLLAPSED * usual:
         found.append("always the same picture")
-    if scale is not None and record["drift"]["mean"] > scale:
+    if scale is not None and surely_above(record["drift"], scale):
         found.append("changes what it should not")
     return found
+
+
+def surely_above(told: Record, limit: float) -> bool:
+    """Tell whether all that the truth may be is above a limit; without an interval, the mean."""
+    return bool(told["mean"] - (told["half_width"] or 0.0) > limit)
 
 
 def two_seeds(judge: Judge) -> float | None:
@@ -197,10 +205,10 @@ def front_of(arms: Sequence[Arm], scored: Mapping[Arm, Record]) -> list[str]:
 def doubts(judge: Judge, scored: Mapping[Arm, Record]) -> list[str]:
     """Say what these pictures are too few, or of the wrong kind, to tell."""
     subject, train, seeds = len(judge.subject), len(judge.vision.train), len(judge.grid.seeds)
-    found = []
+    asked, found = counted(subject, "prompt"), []
     if subject < FEW_PROMPTS or seeds < FEW_SEEDS:
         found.append(
-            f"{subject} prompts with {seeds} seeds give no interval: nothing can be concluded. "
+            f"{asked} with {counted(seeds, 'seed')} give no interval: nothing can be concluded. "
             "Twelve prompts with four seeds tell much."
         )
     elif subject < HALVES:
@@ -209,7 +217,12 @@ def doubts(judge: Judge, scored: Mapping[Arm, Record]) -> list[str]:
             "chosen by, and so somewhat too well."
         )
     if train < FEW_IMAGES:
-        found.append(f"{train} training pictures cannot tell whether they were learned by heart.")
+        few = counted(train, "training picture")
+        found.append(f"{few} cannot tell whether training pictures were learned by heart.")
+    held = judge.vision.heldout
+    if held is not None and len(held) < FEW_IMAGES:
+        few = counted(len(held), "picture")
+        found.append(f"{few} held back cannot tell that either; {FEW_IMAGES} or more can.")
     if not judge.others:
         found.append("No prompt is without the subject: what else changed is not known.")
     if judge.clip is None:

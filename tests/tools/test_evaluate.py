@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ from PIL import Image
 from scenes import scene
 from web_page import HOSTILE, Page
 
-from tools import evaluate
+from tools import embeddings, evaluate
+from tools.embeddings import Eye
 from tools.grid import Arm, Grid, join, read_grid
 from tools.intervals import unit
 from tools.judging import Judge, Seen, quality
 from tools.page import POLICY
-from tools.verdict import conclusion, verdict_on
+from tools.verdict import conclusion, surely_above, verdict_on
 from train_lora import TrainError
 
 BASE = Arm("base", 0.0, None)
@@ -179,6 +182,27 @@ def test_a_lora_that_changes_everything_or_always_draws_the_same_is_no_choice() 
     assert result["recommended"] == "step_1 at 1"
     same = verdict_on(planted({BASE: (0.0, 0.0), arm(1): (1.0, 0.1)}, alike=1.0))
     assert "always the same picture" in same["arms"][1]["flags"]
+
+
+def test_a_subject_may_be_drawn_alike_where_the_base_draws_anything() -> None:
+    """Of an unknown word; the measure is how the base draws what it knows."""
+    judge = planted({BASE: (0, 0), arm(1): (1, 0)}, alike=0.9)
+    assert "always the same picture" in verdict_on(judge)["arms"][1]["flags"]
+    pictures = dict(judge.vision.pictures)
+    for prompt in PRIOR:  # the base knows them, and hardly varies
+        first = pictures[judge.grid.files[BASE, prompt, 0]]
+        for seed in range(1, 4):
+            near = first + 0.01 * direction(seed)
+            pictures[judge.grid.files[BASE, prompt, seed]] = unit([near])[0]
+    known = Judge(judge.grid, Seen(pictures, TRAIN))
+    assert "always the same picture" not in verdict_on(known)["arms"][1]["flags"]
+
+
+def test_what_may_be_chance_is_held_against_nobody() -> None:
+    """A mean is above a limit when its whole interval is."""
+    assert not surely_above({"mean": 0.05, "half_width": 0.1}, 0.01)
+    assert surely_above({"mean": 0.05, "half_width": 0.03}, 0.01)
+    assert surely_above({"mean": 0.05, "half_width": None}, 0.01)
 
 
 def test_a_subject_that_leaks_into_its_class_is_seen_there_alone() -> None:
@@ -371,6 +395,83 @@ def test_the_same_pictures_give_the_same_bytes(tmp_path: Path, train: Path, eyes
         judge_grid([grid], train, eyes, "--heldout", str(train))
         contents.append([(grid / name).read_bytes() for name in ("eval.json", "eval.html")])
     assert contents[0] == contents[1]
+
+
+def seeing(monkeypatch: pytest.MonkeyPatch, most: int = 10**6) -> list[int]:
+    """Count the pictures that a model looks at; after so many comes Ctrl-C."""
+    counts: list[int] = []
+    vectors = Eye.vectors
+
+    def look(eye: Eye, images: list[Image.Image]) -> np.ndarray:
+        if sum(counts) == most:
+            signal.raise_signal(signal.SIGINT)
+        counts.append(len(images))
+        return vectors(eye, images)
+
+    monkeypatch.setattr(Eye, "vectors", look)
+    return counts
+
+
+def test_what_was_seen_before_ctrl_c_is_not_looked_at_again(
+    tmp_path: Path, train: Path, eyes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it a third time; the numbers are those of one start, to the last byte."""
+    one, other = write_grid(tmp_path / "one"), write_grid(tmp_path / "other")
+    monkeypatch.setattr(embeddings, "AT_ONCE", 4)
+    judge_grid([one], train, eyes)
+    monkeypatch.undo()
+    monkeypatch.setattr(embeddings, "AT_ONCE", 4)
+    counts = seeing(monkeypatch, 8)
+    judge_grid([other], train, eyes, code=130)
+    assert not (other / "eval.json").exists()
+    first = sum(counts)
+    judge_grid([other], train, eyes)
+    assert (first, sum(counts)) == (12, 16 + 6)
+    judge_grid([other], train, eyes)
+    assert sum(counts) == 16 + 6
+    assert (one / "eval.json").read_bytes() == (other / "eval.json").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["torn", "zeros", "foreign"])
+def test_what_is_torn_of_what_was_seen_is_looked_at_again(
+    damage: str, tmp_path: Path, train: Path, eyes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves half a row, or one of zeros."""
+    grid = write_grid(tmp_path / "grid")
+    judge_grid([grid], train, eyes)
+    before = (grid / "eval.json").read_bytes()
+    (kept,) = grid.glob(".seen_*")
+    size = kept.stat().st_size // (16 + 6)
+    content = kept.read_bytes()
+    other = {"torn": content[:-5], "zeros": content[:-size] + bytes(size), "foreign": b"x" * size}
+    kept.write_bytes(other[damage])
+    counts = seeing(monkeypatch)
+    judge_grid([grid], train, eyes)
+    assert sum(counts) == (16 + 6 if damage == "foreign" else 1)
+    assert kept.stat().st_size == size * (16 + 6)
+    assert (grid / "eval.json").read_bytes() == before
+
+
+def test_a_picture_that_changed_and_another_model_are_looked_at_anew(
+    tmp_path: Path, train: Path, eyes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what nobody asks for any more is forgotten in the end."""
+    grid = write_grid(tmp_path / "grid")
+    judge_grid([grid], train, eyes)
+    counts = seeing(monkeypatch)
+    (grid / "images" / "step_9_2_0.png").write_bytes((train / "3.png").read_bytes())
+    judge_grid([grid], train, eyes)
+    assert counts == []  # it is one that was seen already
+    judge_grid([grid], train, eyes, "--vision", str(eyes / "clip"))
+    assert sum(counts) == 15 + 6
+    for number, file in enumerate(sorted((grid / "images").iterdir())):
+        scene(500 + number, 64).save(file)
+    for file in train.glob("[0-4].png"):
+        file.unlink()
+    (kept,) = set(grid.glob(".seen_*")) - {max(grid.glob(".seen_*"), key=os.path.getmtime)}
+    before = kept.stat().st_size
+    judge_grid([grid], train, eyes)
+    assert kept.stat().st_size < before
 
 
 def test_training_pictures_in_the_grid_are_called_copies(

@@ -138,7 +138,7 @@ def test_what_no_lora_can_hold_is_told(
     told = capfd.readouterr().out
     # 16 ones in the bias and 32 fours in the norm, beside 36 ones in the kernel.
     assert "100.00% of the change" in told
-    assert f"not held: 1 biases, 1 norms, {(16 + 128) / (16 + 128 + 36):.2%} of all" in told
+    assert f"not held: biases (1), norms (1), {(16 + 128) / (16 + 128 + 36):.2%} of all" in told
     assert [module.name for module in read_lora(tmp_path / "out.safetensors").layers] == ["conv_in"]
 
 

@@ -15,11 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_models import build_tiny
 
 import train_lora
 from tools import generate
 from tools.base_model import Attached, ask_for, draw, load_models, networks_of
+from tools.fusing import PRECISIONS, Views, Wish, compare, view
 from tools.generate import find_sources, parse_numbers, read_prompts, without
 from tools.grid import read_grid
 from tools.lora_file import Layer, LoRA, Module, write_lora
@@ -125,6 +127,63 @@ def test_a_fused_model_draws_what_the_lora_beside_it_does(
     assert int((pixels(beside) - pixels(inside)).abs().max()) <= 1
     pipe: Any = DiffusionPipeline.from_pretrained(fused, local_files_only=True)
     assert type(pipe).__name__.startswith("StableDiffusion")
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 0.01), ("fp16", 1), ("bf16", 8)])
+def test_a_fused_model_is_saved_as_asked_and_says_how_close_it_is(
+    precision: str, off: float, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounding is all that may be between its picture and that of base and LoRA."""
+    base, file = built / "sd1", tmp_path / "lora.safetensors"
+    write_lora(file, make_lora(load(base), 0.2), "kohya")
+    assert generate.main([*fusing_of(base, file, tmp_path / "out"), "--dtype", precision]) == 0
+    kinds = {t.dtype for f in tmp_path.rglob("out/*/*.safetensors") for t in load_file(f).values()}
+    assert {kind for kind in kinds if kind.is_floating_point} == {PRECISIONS[precision]}
+    note = json.loads((tmp_path / "out" / "fused.json").read_text("utf-8"))
+    assert (note["lora"]["file"], note["strength"], note["dtype"]) == (file.name, 1, precision)
+    assert note["check"]["off"] <= off
+    assert note["check"]["lora_changes"] > 8
+    assert f"draw but for {note['check']['off']:.2f} of 255" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.safetensors", "out"]
+
+
+def fusing_of(base: Path, file: Path, out: Path) -> list[str]:
+    """Write the command line that fuses."""
+    options = ["--fuse", str(out), "--device", "cpu", "--resolution", "64"]
+    return ["--base", str(base), "--lora", str(file), *options]
+
+
+def test_what_leaves_the_range_of_a_precision_is_not_saved(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is anything else left; in more digits, the same LoRA can be saved."""
+    write_pair(tmp_path / "x.safetensors", 3e5)
+    options = fusing_of(built / "sd1", tmp_path / "x.safetensors", tmp_path / "out")
+    assert generate.main([*options, "--dtype", "fp16"]) == 1
+    assert "numbers beyond all bounds at strength 1 in fp16" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert generate.main([*options, "--dtype", "fp32", "--no-verify"]) == 0
+
+
+def test_a_model_that_draws_something_else_is_refused(built: Path, tmp_path: Path) -> None:
+    """As one would that was saved wrongly."""
+    models, lora = load(built / "sd1"), LoRA({}, {}, source="x")
+    wish = Wish(
+        base_model=str(built / "sd1"),
+        base={},
+        lora=lora,
+        digest=None,
+        strength=1,
+        precision="fp32",
+        sketch=Sketch(64, 64, 2, 7, ""),
+        prompt="zkb",
+        seed=1,
+    )
+    right = view(models, wish, StopRequest())
+    others = Views(alone=right, both=Image.new("RGB", (64, 64)))
+    assert compare(built / "sd1", wish, Views(right, right), Emitter(), StopRequest())["off"] == 0
+    with pytest.raises(TrainError, match="the picture of base and LoRA"):
+        compare(built / "sd1", wish, others, Emitter(), StopRequest())
 
 
 def test_what_is_drawn_is_not_drawn_again(ready: tuple[Path, Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from scenes import scene
 import train_lora
 from tools import pipeline
 from tools.child import as_event, follow
-from tools.pipeline import Plan, load_yaml, read_file
+from tools.pipeline import EVALUATE, Plan, load_yaml, read_file
 from train_lora import Emitter, ErrorCode, StopRequest, TrainError, TrainingInterrupted
 
 PROGRAM = ROOT / "tools" / "pipeline.py"
@@ -29,7 +29,7 @@ def document(root: Path, model: Path, eyes: Path) -> dict[str, Any]:
     """Write down a way for tiny models."""
     return {
         "output_path": str(root / "out"),
-        "data": {"source": str(root / "raw"), "validation": 0},
+        "data": {"source": str(root / "raw"), "validation": 0.3},
         "caption": {"with": "template", "template": "a {trigger} {name}"},
         "training": {
             "base_model": str(model),
@@ -80,7 +80,7 @@ def gone(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Go the whole way once; provide the folder of it, and what was said."""
     root = tmp_path_factory.mktemp("way")
-    for number in range(6):
+    for number in range(11):
         (root / "raw").mkdir(exist_ok=True)
         scene(number, 256).save(root / "raw" / f"{number}.png")
     config = write_json(root / "pipeline.json", document(root, built / "sd1", eyes))
@@ -109,7 +109,7 @@ def test_the_way_leads_from_pictures_to_a_verdict(gone: tuple[Path, list[dict[st
     out = root / "out"
     assert {"start", "progress", "checkpoint", "sample", "complete"} <= {s["type"] for s in lines}
     assert list(states(lines)) == ["evaluate", "generate", "training", "caption", "data"]
-    assert (out / "dataset" / "train" / "0.txt").read_text("utf-8") == "a zkb 0\n"
+    assert (out / "dataset" / "train" / "1.txt").read_text("utf-8") == "a zkb 1\n"
     grid = json.loads((out / "grid" / "grid.json").read_text("utf-8"))
     assert [each["id"] for each in grid["loras"]] == ["base", "step_1", "step_2"]
     assert {p["text"]: p["role"] for p in grid["prompts"]} == {
@@ -118,6 +118,9 @@ def test_the_way_leads_from_pictures_to_a_verdict(gone: tuple[Path, list[dict[st
     }
     result = json.loads((out / "eval.json").read_text("utf-8"))
     assert len(result["arms"]) == 3
+    held = [*(out / "dataset" / "validation").glob("*.png")]
+    assert (result["training_images"], result["heldout_images"]) == (11 - len(held), len(held))
+    assert 0 <= result["arms"][1]["copying"]["above_heldout"] <= 1
     assert lines[-1]["files"][-1] == str(out / "eval.json")
     assert not list((root / "raw").glob("*.txt"))
     assert str(root) not in (out / "pipeline.json").read_text("utf-8")
@@ -144,7 +147,7 @@ def test_only_what_depends_on_a_change_is_done_again(plan: Plan) -> None:
 
 def test_files_are_told_apart_by_what_is_in_them(plan: Plan) -> None:
     """A caption that somebody mended is trained on; a picture that is gone is drawn again."""
-    caption = plan.dataset / "0.txt"
+    caption = plan.dataset / "1.txt"
     former = caption.read_bytes()
     caption.write_text("by hand", encoding="utf-8")
     assert to_do(plan) == ["training", "evaluate"]
@@ -157,6 +160,20 @@ def test_files_are_told_apart_by_what_is_in_them(plan: Plan) -> None:
     assert to_do(plan) == ["generate", "evaluate"]
     drawn.write_bytes(content)
     assert to_do(plan) == []
+
+
+def test_what_was_held_back_is_what_it_is_judged_by(plan: Plan) -> None:
+    """Unless other pictures are named, or none were held back; a change of them is one."""
+    assert f"--heldout={plan.out / 'dataset' / 'validation'}" in plan.command(EVALUATE)
+    text = min((plan.out / "dataset" / "validation").glob("*.txt"))
+    content = text.read_bytes()
+    text.write_bytes(content + b"more")
+    assert to_do(plan) == ["evaluate"]
+    text.write_bytes(content)
+    plan.document["evaluate"]["heldout"] = "mine"
+    assert [w for w in plan.command(EVALUATE) if "heldout" in w] == ["--heldout=mine"]
+    del plan.document["evaluate"]["heldout"], plan.document["data"]
+    assert plan.heldout is None
 
 
 def test_a_new_picture_changes_all_that_follows(plan: Plan, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def judged(tmp_path: Path, captions: list[str], **wishes: Any) -> list[str]:
         (["The image shows a dog", "b"], "begins with words that say nothing"),
         (["a b c " * 5, "b"], "0.png: its caption repeats itself"),
         ([" ".join(map(str, range(70))), "b"], "0.png: about 94 tokens (estimated)"),
-        (["a"], "Only 1 pictures"),
+        (["a"], "Only 1 picture:"),
     ],
 )
 def test_odd_captions_are_named(captions: list[str], words: str, tmp_path: Path) -> None:

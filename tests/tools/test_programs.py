@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors"}
 SCREEN = 48, 100  # lines and columns
+PLURAL_OF_ONE = re.compile(r"(?<![\d.,])1 (?:[a-z]+ )?[a-z]{2,}s\b")
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
@@ -146,6 +147,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
     assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
     assert all(STAMP.fullmatch(line["timestamp"]) for line in lines)
     assert all(line["message"] and isinstance(line["message"], str) for line in lines)
+    assert not any(PLURAL_OF_ONE.search(line["message"]) for line in lines)
     ends = [line["type"] in ("complete", "interrupted", "error") for line in lines]
     assert ends == [False] * (len(lines) - 1) + [True]
     return lines
@@ -178,7 +180,9 @@ def test_a_plan_writes_nothing(name: str, place: Path, capfd: pytest.CaptureFixt
     """And says what would be done."""
     case, before = CASES[name], files_in(place)
     assert call(case, f"{case.arguments} --dry-run") == 0
-    assert "Would " in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "Would " in told
+    assert not PLURAL_OF_ONE.search(told)
     assert files_in(place) == before
 
 

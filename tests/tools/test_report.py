@@ -66,7 +66,7 @@ def make(folder: Path, *options: str) -> str:
 @pytest.mark.parametrize(
     ("last", "words"),
     [
-        (COMPLETE, "Complete: 4 steps in 1 h 2 min"),
+        (COMPLETE, "Complete: 4 steps in 1 h 02 min"),
         ({"type": "interrupted", "reason": "SIGTERM", "step": 3}, "Stopped by SIGTERM at step 3"),
         ({"type": "error", "code": "out_of_memory", "hint": "See."}, "Failed with out_of_memory"),
         ({"type": "info", "topic": "novel", "data": 7}, "No last line: still under way, or killed"),
@@ -170,7 +170,7 @@ def test_a_page_is_no_larger_than_asked_for(folder: Path) -> None:
     write_events(folder, START, *map(sample, range(10, 50)))
     whole, small = len(make(folder)), make(folder, "--max-mb", "0.1")
     assert whole > 2**20 > 2 * len(small)
-    assert "40 rounds of previews are left out" in small
+    assert "of 40 rounds of previews" in small
     assert 'step 10"' in small
     assert 'step 49"' in small
 
@@ -193,10 +193,11 @@ def test_the_dataset_is_told_with_its_pictures(folder: Path, tmp_path: Path) -> 
     write_events(folder, START, COMPLETE)
     place = write_manifest(tmp_path / "set")
     page = Page(make(folder, "--dataset", str(place)))
-    assert "2 pictures, 1 of them without a remark" in page.text
+    assert "2 pictures, 1 without a remark" in page.text
     assert "exact_duplicate" in page.text
     images = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
-    assert images == [f"train/0.png: {HOSTILE}", "train/1.png: zkb"]
+    assert images == ["train/0.png", "train/1.png"]
+    assert HOSTILE in page.text
     write_image(tmp_path / "secret.png")
     outside = [{"file": "../secret.png", "caption": "x"}]
     write_manifest(tmp_path / "set", images=outside)
