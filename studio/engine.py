@@ -25,22 +25,21 @@ class Attempt:
     command: tuple[str, ...]
     environment: Mapping[str, str]  # all of it; nothing is inherited
     folder: Path  # of this attempt
-    output: Path  # where the program writes, and looks for a file named stop
+    output: Path  # where its program writes
 
 
 @dataclass(frozen=True)
 class Seen:
     """What an engine sees of an attempt."""
 
-    begun: bool  # its program was started, or that failed
     alive: bool  # something of it still runs
     terminal: Record | None = None  # its last line, once that was said
     exit_code: int | None = None  # 128 + signal where a signal ended it; None is not known
     signal: int | None = None
     same_boot: bool = True  # the machine has not been started anew since
-    going_down: bool = False  # it was stopped because service or machine were going down
     silent_for: float = 0.0  # seconds since it last said something
-    failure: str = ""  # why it could not be started
+    ended_at: float | None = None  # seconds since 1970
+    failure: str = ""  # why its program could not be started
     tail: str = ""  # the end of stderr, of an attempt that is over without a last line
 
 

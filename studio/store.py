@@ -26,6 +26,7 @@ KINDS = ("train", "caption", "prepare", "generate", "evaluate")
 FINAL = ("completed", "stopped", "failed", "cancelled")
 ACTIVE = ("running", "stopping")
 SIDE_JOBS = 2  # jobs without a slot that may run at once
+ELSEWHERE = 1  # other engines have queues of their own: there is always room for one more
 
 # One script per version of the database; a database of version n has had the first n.
 SCHEMA = (
@@ -65,6 +66,7 @@ SCHEMA = (
       n INTEGER NOT NULL,
       handle TEXT NOT NULL DEFAULT '',   -- empty until the engine has confirmed the start
       started_at TEXT NOT NULL,
+      left_at TEXT,                      -- when the service ended in order while this ran
       ended_at TEXT,
       exit_code INTEGER,
       outcome TEXT,
@@ -141,6 +143,7 @@ class AttemptRow:
     n: int
     handle: str
     started_at: str
+    left_at: str | None = None
     ended_at: str | None = None
     exit_code: int | None = None
     outcome: str | None = None  # complete, interrupted, error, vanished, rebooted
@@ -382,16 +385,20 @@ class Store:
         with self.writing() as db:
             taken = self.holds()
             free = [slot for slot in slots if slot not in taken]
-            busy = "SELECT count(*) FROM jobs WHERE slots = 0 AND state IN ('running', 'stopping')"
-            side = SIDE_JOBS - db.execute(busy).fetchone()[0]
+            side = SIDE_JOBS - sum(job.engine == "local" and not job.slots for job in self.active())
             due = "state = 'queued' AND desired = 'run' AND coalesce(not_before, '') <= ?"
-            for sort, enough in (("slots > 0", len(free)), ("slots = 0", side)):
+            for sort, enough in (
+                ("engine = 'local' AND slots > 0", len(free)),
+                ("engine = 'local' AND slots = 0", side),
+                ("engine <> 'local'", ELSEWHERE),
+            ):
                 row = db.execute(
                     f"SELECT * FROM jobs WHERE {due} AND {sort} ORDER BY {QUEUE_ORDER} LIMIT 1",
                     (utc(),),
                 ).fetchone()
-                if row and enough >= max(1, row["slots"]):
-                    return self._start(db, as_job(row), tuple(free[: row["slots"]]))
+                needs = row["slots"] if row and row["engine"] == "local" else 0
+                if row and enough >= max(1, needs):
+                    return self._start(db, as_job(row), tuple(free[:needs]))
         return None
 
     def _start(self, db: sqlite3.Connection, job: Job, slots: tuple[str, ...]) -> Claim:
@@ -402,7 +409,7 @@ class Store:
         db.executemany("INSERT INTO holds VALUES(?, ?)", [(slot, job.id) for slot in slots])
         db.execute("INSERT INTO attempts(job, n, started_at) VALUES(?, ?, ?)", (job.id, n, now))
         changes: Record = {"state": "running", "not_before": None, "stopping_at": None}
-        changes |= {"phase": None, "final": None, "error": None}
+        changes |= {"phase": None, "final": None, "error": None, "continues_from": None}
         changes["started_at"] = job.started_at or now
         self._set(db, job.id, changes)
         return Claim(self.job(job.id), n, slots)
@@ -416,7 +423,9 @@ class Store:
 
     def note(self, job_id: str, n: int, **facts: Any) -> None:
         """Keep what events say of a job and its attempt."""
-        steps = {name: facts.pop(name) for name in ("first_step", "last_step") if name in facts}
+        steps: Record = {}
+        for name in facts.keys() & {"first_step", "last_step"}:
+            steps[name] = facts.pop(name)
         with self.writing() as db:
             if facts:
                 self._set(db, job_id, facts)
@@ -443,6 +452,16 @@ class Store:
                 last = self.attempts(job_id)[-1].n
                 self._set_attempt(db, job_id, last, {"ended_at": utc(), **attempt})
         return self.job(job_id)
+
+    def leave(self) -> None:
+        """Note that the service ends in order: who stops an attempt soon after may be the same."""
+        with self.writing() as db:
+            db.execute("UPDATE attempts SET left_at = ? WHERE ended_at IS NULL", (utc(),))
+
+    def check_writable(self) -> None:
+        """Write something, and fail as all writing would."""
+        with self.writing() as db:
+            db.execute(f"PRAGMA user_version={len(SCHEMA)}")
 
     def hold_all(self) -> None:
         """Let all jobs that wait do so until someone resumes them."""
