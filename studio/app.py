@@ -1,27 +1,36 @@
-"""Put the studio together: what it keeps, who guards it, and who answers."""
+"""Put the studio together: what it keeps, who guards it, who answers, and what goes on beside."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anyio import to_thread
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from studio import security
+from studio import datasets, security, status
+from studio.events import Hub
+from studio.local import Local
 from studio.problems import tell_problems
+from studio.reconcile import Reconciler
 from studio.security import Failures, Guard, Nonces
-from studio.store import Store
+from studio.slots import find_slots
+from studio.store import Job, Store
+from studio.webhook import Notifier
 
 if TYPE_CHECKING:
     from studio.settings import Settings
 
 HERE = Path(__file__).parent
-ROUTES = ("api", "dataset_api", "pages")
+ROUTES = ("api", "dataset_api", "dataset_pages", "pages")
+THREADS = 100  # for requests that wait for a disk or for the trainer's answer
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -33,12 +42,9 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    settings.prepare()
-    state = app.state
-    state.settings, state.store = settings, Store(settings.database)
-    state.nonces, state.failures, state.server = Nonces(), Failures(), None
+    furnish(app, settings)
     tell_problems(app)
-    app.add_middleware(Guard, settings=settings, store=state.store)
+    app.add_middleware(Guard, settings=settings, store=app.state.store)
     app.include_router(security.router)
     for name in ROUTES:
         if importlib.util.find_spec(f"studio.{name}"):
@@ -47,8 +53,38 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+def furnish(app: FastAPI, settings: Settings) -> None:
+    """Give the routes all that they work with."""
+    settings.prepare()
+    state, store = app.state, Store(settings.database)
+    state.settings, state.store, state.server = settings, store, None
+    state.nonces, state.failures = Nonces(), Failures()
+    state.reconciler = Reconciler(
+        settings, store, {"local": Local(settings)}, find_slots(settings.slots)
+    )
+    state.hub = Hub(settings, store, partial(status.briefs, store))
+    state.notifier = Notifier(settings, lambda job: status.briefs(store, [job])[0])
+
+    def changed(job: Job) -> None:
+        state.hub.changed()
+        state.notifier.changed(job)
+
+    state.reconciler.listeners.append(changed)
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Begin what goes on beside the requests, and end it."""
+    state = app.state
+    to_thread.current_default_thread_limiter().total_tokens = THREADS
+    await to_thread.run_sync(datasets.sweep, state.settings)
+    await to_thread.run_sync(state.reconciler.start)
+    state.notifier.start()
+    news = asyncio.create_task(
+        state.hub.run(lambda: bool(state.server and state.server.should_exit))
+    )
     yield
-    app.state.store.close()
+    news.cancel()
+    state.notifier.stop()
+    await to_thread.run_sync(state.reconciler.stop)
+    state.store.close()

@@ -124,9 +124,10 @@ class Guard:
         if kind.lower() == "bearer" and same(token, self.settings.token):
             return "bearer"
         cookie = Request(scope).cookies.get(cookie_name(self.settings))
-        if cookie and await to_thread.run_sync(self.store.has_session, digest(cookie)):
-            return "cookie"
-        return ""
+        if cookie is None:
+            return ""
+        known = await to_thread.run_sync(self.store.has_session, digest(cookie))
+        return "cookie" if known else ""
 
     def ask_for_credentials(self, scope: Scope, headers: Headers) -> Response:
         """Send a person to the login, and tell a program what is missing."""
