@@ -39,7 +39,6 @@ class Control:
     fixed: bool  # for a run once it is begun
     options: tuple[tuple[str, Any], ...]  # text in the form, value in the config
     examples: tuple[str, ...]
-    limits: Mapping[str, Any]  # attributes of the input: min, max, step
     also: tuple[str, ...]  # what other trainers call it, for the search
 
     @property
@@ -91,7 +90,6 @@ def control(knob: str, rule: Schema, required: bool) -> Control:
         fixed=rule.get("x-fixed", False),
         options=tuple((plain(value), value) for value in values),
         examples=examples_of(rule),
-        limits=limits_of(kind, rule),
         also=tuple(rule.get("x-also", ())),
     )
 
@@ -124,14 +122,6 @@ def examples_of(rule: Schema) -> tuple[str, ...]:
     """Take the examples that fit into one line."""
     found = (each for each in rule.get("examples", ()) if not isinstance(each, list))
     return tuple(plain(each) for each in found if each is not None)
-
-
-def limits_of(kind: str, rule: Schema) -> dict[str, Any]:
-    """Tell the browser what a whole number may be; others it would round or refuse to show."""
-    if kind != "integer":
-        return {}
-    names = {"min": "minimum", "max": "maximum", "step": "multipleOf"}
-    return {name: rule[source] for name, source in names.items() if source in rule}
 
 
 # --- Values to text, and back ---

@@ -13,6 +13,8 @@ from urllib.parse import parse_qsl, urlsplit
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from studio.status import briefs
+
 if TYPE_CHECKING:
     from fastapi import Request
 
@@ -26,6 +28,7 @@ PLACES = (
 )
 THEMES = ("light", "dark")
 MOST_FIELDS = 1_000
+OPEN_PAGES = ("login.html", "problem.html")  # shown to strangers too: nothing of jobs in them
 
 
 def read_time(value: str) -> datetime:
@@ -122,12 +125,18 @@ def place(path: str) -> str:
     return "/" if first == "/runs" else first
 
 
+def running_job(request: Request) -> dict[str, Any] | None:
+    """Say in brief what the machine is at, for the frame of every page."""
+    active = request.app.state.store.active()
+    return briefs(request.app.state.store, active[:1])[0] if active else None
+
+
 def render(request: Request, name: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
-    """Render a template; `running` is the job that the frame tells of, if any."""
+    """Render a page in its frame."""
     theme = request.cookies.get("theme")
     frame = {
         "bare": False,
-        "running": None,
+        "running": None if name in OPEN_PAGES else running_job(request),
         "here": request.url.path,
         "place": place(request.url.path),
         "theme": theme if theme in THEMES else None,

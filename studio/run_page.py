@@ -1,0 +1,277 @@
+"""What the page of one run shows, from its row, its story and its files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from studio import forms, preflight, words
+from studio.events import attempts_of, clean
+from studio.film import film_of, natural
+from studio.local import tail_of
+from studio.status import job_of, status
+from studio.store import FINAL
+from studio.views import show_bytes, show_duration, show_number
+
+if TYPE_CHECKING:
+    from starlette.datastructures import State
+
+    from studio.events import Story
+    from studio.store import AttemptRow, Job
+
+Record = dict[str, Any]
+
+THUMBNAIL = "?thumb=384"
+SHOWN_FILES = (".safetensors", ".json", ".csv", ".html", ".txt")
+MOST_PICTURES = 400
+MOST_MESSAGES = 500
+NOTES = {"warning": "warn", "error": "bad", "complete": "good", "interrupted": "warn"}
+CURVES = {
+    "loss": "Loss",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "images_per_second": "Images per second",
+    "seconds_per_step": "Seconds per step",
+    "memory_bytes": "Memory",
+}
+WIDTH, HEIGHT = 800, 240  # of the curve that needs no script
+BUCKETS = 160
+SAME = 0.05  # share by which a loss has to change to be said to
+
+
+@cache
+def schema_of(repository: Path) -> Record:
+    """Read the trainer's schema."""
+    return dict(json.loads(preflight.schema(repository)))
+
+
+@cache
+def controls_of(repository: Path) -> dict[str, forms.Control]:
+    """Make the controls of its knobs."""
+    return forms.controls(schema_of(repository))
+
+
+def run_values(studio: State, job_id: str) -> Record:
+    """Gather all that the page shows."""
+    job = job_of(studio.store, job_id)
+    story = studio.hub.story(job_id)
+    shown = words.shown(status(studio.settings, studio.store, job, story))
+    folder = studio.settings.job(job_id)
+    knobs = controls_of(studio.settings.repository)
+    config = {**job.config, **((story.start or {}).get("config") or {})}
+    return {
+        "job": shown,
+        "final": job.state in FINAL,
+        "problems": forms.placed((job.error or {}).get("problems") or [], knobs),
+        "facts": facts_of(job, story),
+        "film": film_of(story.samples),
+        "files_at": f"/jobs/{job_id}/files/output/",
+        "thumb": THUMBNAIL,
+        "first_preview": first_of(config, "validation_steps", "sample_at_start"),
+        "first_checkpoint": config.get("checkpoint_steps") if job.kind == "train" else None,
+        "files": files_of(folder / "output"),
+        "position": str(story.recent.end),
+        "messages": [message_of(line) for line in list(story.messages)[-MOST_MESSAGES:]],
+        **chart_of(story),
+        **particulars(studio, job, config, knobs),
+    }
+
+
+def particulars(
+    studio: State, job: Job, config: Record, knobs: Mapping[str, forms.Control]
+) -> Record:
+    """Gather what stands below, folded."""
+    folder = studio.settings.job(job.id)
+    return {
+        "pictures": [] if job.kind == "train" else pictures_of(folder / "output"),
+        "settings": settings_of(config, knobs) if job.kind == "train" else [],
+        "attempts": studio.store.attempts(job.id),
+        "steps_of": steps_of,
+        "log": log_of(folder),
+    }
+
+
+def first_of(config: Record, every: str, at_start: str) -> int | None:
+    """Say at which step the first preview comes."""
+    return 0 if config.get(at_start) else config.get(every)
+
+
+# --- Facts ---
+
+
+def facts_of(job: Job, story: Story) -> list[tuple[str, str | None]]:
+    """Say how fast it is and what it takes; of a finished run, what it came to."""
+    if job.kind != "train":
+        return []
+    if job.state == "completed" and job.final:
+        return ended_facts(job.final)
+    line = story.progress or {}
+    found = line.get
+    return [
+        ("Loss", told(found("loss"), show_number)),
+        ("Per step", told(found("seconds_per_step"), lambda value: f"{show_number(value)} s")),
+        ("Images per second", told(found("images_per_second"), show_number)),
+        ("Memory", told(found("memory_bytes"), show_bytes)),
+        ("Epoch", told(found("epoch"), show_number)),
+        ("Running for", told(found("elapsed_seconds"), show_duration)),
+    ]
+
+
+def ended_facts(final: Record) -> list[tuple[str, str | None]]:
+    """Say what a finished run came to."""
+    return [
+        ("Loss at the end", told(final.get("final_loss"), show_number)),
+        ("Time", told(final.get("total_time"), show_duration)),
+        ("Images per second", told(final.get("images_per_second"), show_number)),
+        ("Memory at most", told(final.get("peak_memory_bytes"), show_bytes)),
+        ("Size", told(final.get("bytes"), show_bytes)),
+    ]
+
+
+def told(value: Any, how: Any) -> str | None:
+    """Show a number that is there."""
+    return how(value) if isinstance(value, (int, float)) else None
+
+
+# --- Messages, files, pictures, settings ---
+
+
+def message_of(line: Mapping[str, Any]) -> Record:
+    """Say one line that a person reads again."""
+    return {
+        "time": line.get("timestamp"),
+        "kind": NOTES.get(str(line.get("type")), ""),
+        "text": str(line.get("message", "")),
+    }
+
+
+def files_of(output: Path) -> list[Record]:
+    """List what there is to take along: the LoRA, its checkpoints from the newest on, the rest."""
+    found = [path for path in listed(output) if path.suffix in SHOWN_FILES]
+    checkpoints = [p for p in listed(output / "checkpoints") if p.suffix == ".safetensors"]
+    checkpoints.sort(key=lambda path: natural(path.name), reverse=True)
+    loras = [path for path in found if path.suffix == ".safetensors"]
+    rest = [path for path in found if path.suffix != ".safetensors"]
+    ordered = [*loras, *checkpoints, *rest]
+    return [file_of(path, output) for path in ordered]
+
+
+def listed(folder: Path) -> list[Path]:
+    """List the regular files of a folder that may not be there; none that is still written."""
+    with contextlib.suppress(OSError):
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if not path.name.startswith(".") and path.is_file() and not path.is_symlink()
+        )
+    return []
+
+
+def file_of(path: Path, output: Path) -> Record:
+    """Say what a file is called and how large it is; one that has just gone is of no size."""
+    step = words.step_of(path.stem)
+    final = path.name == "lora_final.safetensors"
+    with contextlib.suppress(OSError):
+        size = path.stat().st_size
+        return {
+            "name": path.relative_to(output).as_posix(),
+            "title": "Finished LoRA" if final else f"Step {step:,}" if step else path.name,
+            "note": path.name if final else "",
+            "bytes": size,
+        }
+    return {"name": path.name, "title": path.name, "note": "gone", "bytes": 0}
+
+
+def pictures_of(output: Path) -> list[str]:
+    """List the pictures that another kind of job has made."""
+    found = (path for path in output.rglob("*.png") if path.is_file() and not path.is_symlink())
+    names = sorted((path.relative_to(output).as_posix() for path in found), key=natural)
+    return names[:MOST_PICTURES]
+
+
+def settings_of(config: Mapping[str, Any], knobs: Mapping[str, forms.Control]) -> list[Record]:
+    """List all settings, those that are not at their default first."""
+    texts = forms.texts_of(knobs, config)
+    rows = [
+        {
+            "label": each.label,
+            "value": texts.get(each.knob, each.default_text) or "–",
+            "default": each.default_text or "–",
+            "changed": texts.get(each.knob, each.default_text) != each.default_text,
+        }
+        for each in knobs.values()
+    ]
+    return sorted(rows, key=lambda row: not row["changed"])
+
+
+def steps_of(attempt: AttemptRow) -> str:
+    """Say from which step to which an attempt came."""
+    if attempt.last_step is None:
+        return "none"
+    return f"{show_number(attempt.first_step or 0)} to {show_number(attempt.last_step)}"
+
+
+def log_of(folder: Path) -> str:
+    """Read the end of what the last attempt said beside its events."""
+    attempts = attempts_of(folder)
+    if not attempts:
+        return ""
+    return clean(tail_of(folder / "attempts" / str(attempts[-1]) / "stderr.log"))
+
+
+# --- The curve that needs no script ---
+
+
+def chart_of(story: Story) -> Record:
+    """Draw the loss, and say in a sentence what it did."""
+    points = story.series.curves.get("loss", [])
+    means = averaged(points)
+    return {
+        "curves": list(CURVES.items()),
+        "curve": polyline(means),
+        "chart_told": sentence(means),
+        "checkpoint_steps": [line["step"] for line in story.checkpoints if line.get("step")],
+    }
+
+
+def averaged(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Sum up a curve in a few points."""
+    size = max(1, -(-len(points) // BUCKETS))
+    groups = [points[begin : begin + size] for begin in range(0, len(points), size)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def polyline(points: Sequence[tuple[int, float]]) -> str:
+    """Write points as SVG does."""
+    if len(points) < 2:
+        return ""
+    first, last = points[0][0], points[-1][0]
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    across = WIDTH / max(1, last - first)
+    up = HEIGHT / ((high - low) or 1)
+    places = (((step - first) * across, HEIGHT - (value - low) * up) for step, value in points)
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def sentence(points: Sequence[tuple[int, float]]) -> str:
+    """Say what a loss did, by its first and last tenth."""
+    if len(points) < 2:
+        return "The loss is drawn here from the second measurement on."
+    tenth = max(1, len(points) // 10)
+    before, after = mean(points[:tenth]), mean(points[-tenth:])
+    word = "stayed" if abs(after - before) <= SAME * abs(before) else "fell"
+    word = "rose" if word == "fell" and after > before else word
+    numbers = f"from {show_number(before)} to {show_number(after)}"
+    numbers = f"about {show_number(after)}" if word == "stayed" else numbers
+    return f"The loss {word} {numbers} over {show_number(points[-1][0])} steps."
+
+
+def mean(points: Iterable[tuple[int, float]]) -> float:
+    """Average the values."""
+    values = [value for _, value in points]
+    return sum(values) / len(values)
