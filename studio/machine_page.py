@@ -34,7 +34,7 @@ def machine_values(studio: State) -> Record:
         "slots": slots_of(studio),
         "devices": devices(settings, int(time.monotonic() / FRESH_SECONDS)),
         "disk": shutil.disk_usage(settings.root),
-        "places": places_of(settings),
+        "folders": folders_of(settings),
         "models": local_models(settings),
         "cached": cached_models(),
         "allowed": [str(path) for path in settings.allowed_roots],
@@ -85,7 +85,7 @@ def trainer_version(settings: Settings) -> str:
         return problem.detail
 
 
-def places_of(settings: Settings) -> list[tuple[str, str, int]]:
+def folders_of(settings: Settings) -> list[tuple[str, str, int]]:
     """Say where things lie, and how many there are."""
     named = (
         ("Datasets", settings.datasets),

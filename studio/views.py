@@ -131,17 +131,19 @@ def running_job(request: Request) -> dict[str, Any] | None:
     return briefs(request.app.state.store, active[:1])[0] if active else None
 
 
-def render(request: Request, name: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
+def render(
+    request: Request, template: str, /, *, status_code: int = 200, **values: Any
+) -> HTMLResponse:
     """Render a page in its frame."""
     theme = request.cookies.get("theme")
     frame = {
         "bare": False,
-        "running": None if name in OPEN_PAGES else running_job(request),
+        "running": None if template in OPEN_PAGES else running_job(request),
         "here": request.url.path,
         "place": place(request.url.path),
         "theme": theme if theme in THEMES else None,
     }
-    text = environment().get_template(name).render(frame | values)
+    text = environment().get_template(template).render(frame | values)
     return HTMLResponse(text, status_code, headers={"Cache-Control": "no-store"})
 
 

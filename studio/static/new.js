@@ -101,7 +101,7 @@ function isChanged(control) {
 
 function count() {
   const changed = [...$("more").querySelectorAll("input, select, textarea")].filter(isChanged).length;
-  $("changed").textContent = `${changed} ${changed === 1 ? "setting" : "settings"} changed`;
+  $("changed").textContent = !changed ? "" : `${changed} ${changed === 1 ? "setting" : "settings"} changed`;
 }
 
 // --- A draft that outlives the page; configs hold no secrets ---
