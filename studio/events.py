@@ -99,11 +99,11 @@ def check_position(folder: Path, position: Position) -> None:
     """Refuse a position at which no line ends."""
     if position == Position():
         return
-    with suppress(OSError):
-        with (folder / "attempts" / str(position.attempt) / STREAM).open("rb") as file:
-            file.seek(max(0, position.offset - 1))
-            if not position.offset or file.read(1) == b"\n":
-                return
+    path = folder / "attempts" / str(position.attempt) / STREAM
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, position.offset - 1))
+        if not position.offset or file.read(1) == b"\n":
+            return
     raise position_refused(str(position))
 
 

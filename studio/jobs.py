@@ -232,7 +232,7 @@ def plan_training(studio: State, wanted: Training, folder: Path) -> Order:
     if wanted.dataset:
         datasets.snapshot(settings, wanted.dataset, folder / "dataset")
         config["dataset_path"] = str(folder / "dataset")
-    command = ["train_lora.py", f"--config={folder / 'config.json'}", "--json"]
+    command = ["train_lora.py", f"--config={folder / 'config.json'}"]
     return Order("train", name, config, [command])
 
 
