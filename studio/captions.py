@@ -103,7 +103,8 @@ def set_one(folder: Path, name: str, text: str, expected: str | None) -> Caption
         if expected != "*" and (expected or digest(b"")) != there.etag:
             detail = f"The caption of {name} was changed elsewhere: {shortened(there.text)}"
             raise Problem(412, "caption_changed", detail)
-        return change(folder, {picture.text: (there, text)}, f"Caption of {name}")[picture.text]
+        what = f"Caption of {name}" if expected else f"First caption of {name}"
+        return change(folder, {picture.text: (there, text)}, what)[picture.text]
 
 
 def shortened(text: str) -> str:

@@ -118,7 +118,7 @@ def save_caption(request: Request, name: str, file: str, form: Form) -> Response
         if problem.code != "caption_changed":
             raise
         there = captions.read(folder, datasets.picture_in(folder, file))
-        values: Record = {"name": name, "file": file, "there": there, "mine": text, "form": form}
+        values: Record = {"file": file, "there": there, "mine": text, "form": form}
         here = address("data", name, "captions", file)
         return render(request, "conflict.html", status_code=412, action=here, **values)
     return to_page(name, form)

@@ -17,11 +17,12 @@ function size(bytes) {
   return bytes >= 1e6 ? `${(bytes / 1e6).toFixed(1)} MB` : `${Math.ceil(bytes / 1e3)} KB`;
 }
 
-// What the server says is wrong, in one sentence.
+// What the server says is wrong, with what helps.
 async function refusal(answer) {
   try {
-    const problem = await answer.json();
-    return problem.problems?.[0]?.hint ? `${problem.detail} ${problem.problems[0].hint}` : problem.detail;
+    const { detail, problems } = await answer.json();
+    const hint = problems?.[0]?.hint ?? "";
+    return detail.includes(hint) ? detail : `${detail.replace(/\.?$/, ".")} ${hint}`;
   } catch {
     return `The studio answered ${answer.status}.`;
   }
@@ -101,7 +102,9 @@ function fail(upload, why, again) {
   const row = document.createElement("li");
   const name = document.createElement("b");
   name.textContent = upload.file.name;
-  row.append(name, ` ${why}`);
+  const told = document.createElement("span");
+  told.textContent = why.replace(`${upload.file.name}: `, "");
+  row.append(name, told);
   byId("upload-list").append(row);
   uploads.failed.push({ upload, row, again });
 }
