@@ -55,7 +55,7 @@ class Engine(Protocol):
     def stop(self, handle: str, *, force: bool = False) -> None:
         """Ask an attempt to save and end, or end it by force."""
 
-    def events(self, handle: str, after: int = 0) -> Iterator[tuple[int, bytes]]:
+    def events(self, handle: str, after: int = 0, /) -> Iterator[tuple[int, bytes]]:
         """Yield each whole line that an attempt has said, with the position behind it."""
 
 

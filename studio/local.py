@@ -96,8 +96,7 @@ class Local:
         process, end = read_json(folder / "process.json"), read_json(folder / "exit.json")
         said = folder / "stdout.jsonl"
         terminal = last_line(said)
-        if alive:
-            shorten(folder / "stderr.log")
+        shorten(folder / "stderr.log")
         return Seen(
             alive=alive,
             terminal=terminal,

@@ -279,7 +279,7 @@ class Reconciler:
 
     def _asked_to_end(self, job: Job) -> bool:
         """Ask the attempt of a job to end; tell whether it still runs."""
-        attempt, engine = self._store.attempts(job.id)[-1], self._engines[job.engine]
+        attempt, engine = self._store.attempts(job.id)[-1], self._engine(job)
         if job.engine != "local" or not attempt.handle or not engine.observe(attempt.handle).alive:
             return False
         engine.stop(attempt.handle)
@@ -309,6 +309,8 @@ class Reconciler:
         for job in [*self._store.active(), *unwanted]:
             try:
                 self._look_after(job)
+            except EngineError as error:
+                self._say(job, str(error))
             except Exception:  # whatever it is, the others and the next round must go on
                 log.exception("Job %s cannot be looked after", job.id)
 
@@ -316,12 +318,23 @@ class Reconciler:
         """Do what follows for one job."""
         seen, attempts = None, self._store.attempts(job.id)
         if job.state in ACTIVE and attempts[-1].handle:
-            engine, last = self._engines[job.engine], attempts[-1]
+            engine, last = self._engine(job), attempts[-1]
             seen = engine.observe(last.handle)
             self._listen(engine, last)  # after looking, so that of the dead nothing is missed
             attempts = self._store.attempts(job.id)
         action = decide(job, attempts, seen, datetime.now(UTC), self._pace)
         self._do(action, job, attempts, seen)
+
+    def _engine(self, job: Job) -> Engine:
+        """Find what runs a job."""
+        if job.engine not in self._engines:
+            raise EngineError(f"The engine {job.engine} is not there.")
+        return self._engines[job.engine]
+
+    def _say(self, job: Job, phase: str) -> None:
+        """Tell what a job waits for."""
+        if job.phase != phase:
+            self._store.note(job.id, 0, phase=phase)
 
     def _listen(self, engine: Engine, attempt: AttemptRow) -> None:
         """Keep what new events say."""
@@ -342,12 +355,12 @@ class Reconciler:
                 self._submit(job, attempts[-1].n, held)
             case Ask():
                 # First ask, then note since when: a crash in between only asks again.
-                self._engines[job.engine].stop(attempts[-1].handle)
+                self._engine(job).stop(attempts[-1].handle)
                 if job.state == "running":
                     self._change(job.id, "stopping", stopping_at=utc())
             case Kill():
                 log.warning("Job %s is ended by force", job.id)
-                self._engines[job.engine].stop(attempts[-1].handle, force=True)
+                self._engine(job).stop(attempts[-1].handle, force=True)
             case Finish(state, outcome, error):
                 self._change(job.id, state, attempt=end_of(outcome, seen), error=error)
             case Requeue(outcome, seconds):
@@ -369,9 +382,9 @@ class Reconciler:
     def _submit(self, job: Job, n: int, held: Sequence[str]) -> None:
         """Start an attempt that was claimed."""
         try:
-            handle = self._engines[job.engine].submit(self._attempt(job, n, held))
+            handle = self._engine(job).submit(self._attempt(job, n, held))
         except EngineError as error:  # nothing runs, and it may go later
-            self._store.note(job.id, n, phase=str(error))
+            self._say(job, str(error))
             if job.desired == "stop":
                 self._change(job.id, "stopped", attempt={"outcome": "not_started"})
         except (OSError, ValueError, KeyError) as error:
