@@ -48,8 +48,13 @@ def serving(root: Path, **options: Any) -> Iterator[Served]:
     with bind() as listener:
         settings = Settings(root=root, port=listener.getsockname()[1], **options)
         app = create_app(settings)
-        quiet = {"access_log": False, "server_header": False, "log_level": "warning"}
-        config = uvicorn.Config(app, timeout_graceful_shutdown=2, **quiet)
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            server_header=False,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+        )
         server = app.state.server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

@@ -17,7 +17,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = Path("/usr/bin/chromium")
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, FilePayload, Page
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="Debian's chromium is not installed")
 
@@ -51,12 +51,9 @@ def page(served: Served, browser: Browser, folder: Path) -> Iterator[Page]:
     context = browser.new_context(base_url=served.settings.url)
     complaints: list[str] = []
     tab = context.new_page()
-    tab.on("console", lambda said: said.type == "error" and complaints.append(said.text))
+    tab.on("console", lambda said: complaints.extend([said.text] * (said.type == "error")))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on(
-        "request",
-        lambda asked: complaints.append(asked.url) if is_foreign(served, asked.url) else None,
-    )
+    tab.on("request", lambda asked: complaints.extend(foreign(served, asked.url)))
     tab.goto(f"/login?once={served.app.state.nonces.issue()}")
     tab.goto(f"/data/{quote(folder.name)}")
     tab.set_default_timeout(20_000)
@@ -65,12 +62,12 @@ def page(served: Served, browser: Browser, folder: Path) -> Iterator[Page]:
     assert [each for each in complaints if "Failed to load resource" not in each] == []
 
 
-def is_foreign(served: Served, url: str) -> bool:
-    """Tell whether a request leaves the studio."""
-    return not url.startswith((served.settings.url, "blob:", "data:"))
+def foreign(served: Served, url: str) -> list[str]:
+    """Return the address of a request that leaves the studio."""
+    return [] if url.startswith((served.settings.url, "blob:", "data:")) else [url]
 
 
-def file(name: str, content: bytes | None = None) -> dict[str, Any]:
+def file(name: str, content: bytes | None = None) -> FilePayload:
     """Make a file as a person would choose it."""
     return {"name": name, "mimeType": "", "buffer": picture() if content is None else content}
 
