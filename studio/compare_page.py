@@ -283,12 +283,17 @@ def form_of(studio: State, runs: Sequence[Job], asked: Form | None) -> Record:
     return {
         "run": run,
         "files": files,
-        "chosen": chosen or [each["name"].rsplit("/", 1)[-1] for each in files[:2]],
+        "chosen": chosen or [files[at]["name"].rsplit("/", 1)[-1] for at in first_choice(files)],
         "prompts": known.get("prompts", "\n".join(prompts or run.config.get("trigger_words", []))),
         "strengths": known.get("strengths", "0.6, 0.8, 1"),
         "seeds": known.get("seeds", "0"),
         "class_word": known.get("class_word", ""),
     }
+
+
+def first_choice(files: Sequence[Record]) -> list[int]:
+    """Propose the finished file, and the one that was half as long in the making."""
+    return sorted({0, len(files) // 2}) if files else []
 
 
 def order_pictures(studio: State, job_id: str, form: Form) -> Job:

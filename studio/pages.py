@@ -30,12 +30,19 @@ from studio.views import THEMES, environment, first_values, go_to, read_form, re
 
 router = APIRouter(include_in_schema=False)
 
-Form = Annotated[Sequence[tuple[str, str]], Depends(read_form)]
 Record = dict[str, Any]
 
 PER_PAGE = 50
 PARTS = ("state", "film", "files", "row")
 YEAR = 365 * 86_400
+
+
+async def sent(request: Request) -> Sequence[tuple[str, str]]:
+    """Read the form of a request."""
+    return await read_form(request)
+
+
+Form = Annotated[Sequence[tuple[str, str]], Depends(sent)]
 
 
 # --- Runs ---

@@ -139,7 +139,7 @@ def render(
     frame = {
         "bare": False,
         "running": None if template in OPEN_PAGES else running_job(request),
-        "here": request.url.path,
+        "here": request.url.path if request.method == "GET" else place(request.url.path),
         "place": place(request.url.path),
         "theme": theme if theme in THEMES else None,
     }
