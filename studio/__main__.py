@@ -163,7 +163,7 @@ def announce(settings: Settings, app: FastAPI, lock: IO[str], *, browser: bool) 
     lock.flush()
     url = settings.url + security.invitation(app)
     sys.stdout.write(f"The studio is at {url}\n")
-    if settings.authenticated:
+    if settings.authenticated and settings.token:  # which is made here, if it never was
         token = settings.root / "token"
         sys.stdout.write(f"That address works once, for a minute; later ones ask for {token}\n")
     sys.stdout.flush()

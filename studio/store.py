@@ -284,6 +284,11 @@ class Store:
             raise UnknownJob(job_id)
         return as_job(rows[0])
 
+    def job_with_key(self, key: str) -> Job | None:
+        """Find the job that a request with this idempotency key has made."""
+        rows = self._rows("SELECT * FROM jobs WHERE idempotency_key = ?", key)
+        return as_job(rows[0]) if rows else None
+
     def jobs(
         self,
         state: str | None = None,

@@ -21,7 +21,7 @@ from studio_ground import CPUS, attempt_folder, enqueue, reconciler_of, rounds_u
 
 from studio import local, reconcile
 from studio import store as database
-from studio.engine import Attempt, Seen
+from studio.engine import Attempt, Record, Seen
 from studio.reconcile import Pace, Reconciler
 from studio.settings import Settings
 from studio.store import ACTIVE, FINAL, Job, Store, new_id
@@ -29,7 +29,12 @@ from studio.store import ACTIVE, FINAL, Job, Store, new_id
 COMPLETE = {"type": "complete"}
 INTERRUPTED = {"type": "interrupted", "path": None}
 ERROR = {"type": "error", "code": "disk_full", "message": "", "hint": "", "problems": []}
-ENDS = {"complete": COMPLETE, "interrupted": INTERRUPTED, "error": ERROR, "killed": None}
+ENDS: dict[str, Record | None] = {
+    "complete": COMPLETE,
+    "interrupted": INTERRUPTED,
+    "error": ERROR,
+    "killed": None,
+}
 
 
 class Imagined:

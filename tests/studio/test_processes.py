@@ -404,8 +404,7 @@ def service(settings: Settings, *options: str) -> Iterator[subprocess.Popen[str]
     """Run the studio until the test is over with it."""
     own = ["--root", str(settings.root), "--port", "0", "--no-browser", "--slots", "cpu:2"]
     command = [sys.executable, "-m", "studio", *own, *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout
         process.stdout.readline()
         try:

@@ -53,7 +53,9 @@ def test_two_services_cannot_hold_one_slot(store: Store, tmp_path: Path) -> None
 def test_a_key_that_comes_again_gives_the_same_job(store: Store) -> None:
     """Fifty requests with one idempotency key make one job."""
     made = at_once(50, lambda: add(store, idempotency_key="again"))
-    assert len({job.id for job in made}) == 1
+    assert {job.id for job in made} == {store.jobs()[0].id}
+    assert store.job_with_key("again") == made[0]
+    assert store.job_with_key("never") is None
     assert len(store.jobs()) == 1
 
 
@@ -63,7 +65,7 @@ def claimed(store: Store) -> str | None:
     return claim.job.name if claim else None
 
 
-def finish(store: Store, name: str) -> None:
+def finish(store: Store, name: str | None) -> None:
     """End the job of a name."""
     [job] = [job for job in store.active() if job.name == name]
     store.transition(job.id, "completed", attempt={"outcome": "complete"})
@@ -71,10 +73,10 @@ def finish(store: Store, name: str) -> None:
 
 def test_higher_priority_comes_first_then_who_came_first(store: Store) -> None:
     """The queue is in the order of priorities, and among equals in that of time."""
-    for name, priority in (("a", 0), ("b", 0), ("urgent", 5), ("c", 0)):
-        add(store, name=name, priority=priority)
+    for each, priority in (("a", 0), ("b", 0), ("urgent", 5), ("c", 0)):
+        add(store, name=each, priority=priority)
     assert [job.name for job in store.queue()] == ["urgent", "a", "b", "c"]
-    turns = []
+    turns: list[str | None] = []
     while name := claimed(store):
         turns.append(name)
         finish(store, name)
@@ -123,7 +125,7 @@ def test_jobs_without_a_slot_run_beside_the_others(store: Store) -> None:
     add(store, name="long")
     for _ in range(3):
         add(store, name="check", kind="prepare", slots=0)
-    names = []
+    names: list[str | None] = []
     while name := claimed(store):
         names.append(name)
     assert names == ["long", "check", "check"]
