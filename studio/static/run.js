@@ -91,11 +91,12 @@ function setUpChart() {
 // --- Messages ---
 
 const list = $("messages");
+const log = list.parentElement; // what scrolls
 
 function remember(line) {
   if (QUIET.has(line.type) || QUIET_TOPICS.has(line.topic)) return;
   $("no-messages")?.remove();
-  const atEnd = list.scrollTop + list.clientHeight > list.scrollHeight - 24;
+  const atEnd = log.scrollTop + log.clientHeight > log.scrollHeight - 24;
   const item = document.createElement("li");
   const kind = KINDS[line.type] ?? "";
   item.className = kind;
@@ -108,7 +109,7 @@ function remember(line) {
   item.append(time, symbol(SYMBOLS[kind] ?? "info"), text);
   list.append(item);
   while (list.children.length > MOST_MESSAGES) list.firstElementChild.remove();
-  if (atEnd) list.scrollTop = list.scrollHeight;
+  if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
 function symbol(name) {
@@ -172,7 +173,7 @@ function takeState(brief) {
 setUpHero();
 const chart = setUpChart();
 setUpLog();
-list.scrollTop = list.scrollHeight;
+log.scrollTop = log.scrollHeight;
 
 function takeLine(line) {
   remember(line);
