@@ -5,9 +5,11 @@ A plugin and no conftest.py, as that name is taken by the tests of the trainer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,8 @@ from studio.settings import Settings
 from studio.slots import Slot
 from studio.store import Job, Store, new_id
 
-REPLAY = Path(__file__).resolve().parent / "replay.py"
+HERE = Path(__file__).resolve().parent
+ROOT, REPLAY = HERE.parent.parent, HERE / "replay.py"
 QUICK = Pace(round=0.05, saving=1.0, ending=0.5, pauses=(0.05, 0.1, 0.2), leaving=5.0)
 CPUS = (Slot("cpu:0", "Processor"), Slot("cpu:1", "Processor"))
 
@@ -119,7 +122,43 @@ def kill_group(pid: int) -> None:
         return
 
 
-def shim_of(folder: Path) -> int:
-    """Find the shim of an attempt: the parent of its program."""
-    stat = Path(f"/proc/{pid_of(folder)}/stat").read_bytes()
-    return int(stat.rpartition(b")")[2].split()[1])
+def shim_of(folder: Path) -> int | None:
+    """Find the shim of an attempt: the parent of its program, unless that has lost it."""
+    with contextlib.suppress(FileNotFoundError):
+        stat = Path(f"/proc/{pid_of(folder)}/stat").read_bytes()
+        parent = int(stat.rpartition(b")")[2].split()[1])
+        if b"shim.py" in Path(f"/proc/{parent}/cmdline").read_bytes():
+            return parent
+    return None
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for something to come true, and fail when it does not."""
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert true()
+
+
+def at_step(store: Store, job: Job, step: int) -> Callable[[], bool]:
+    """Make a question of whether a job has come to a step."""
+    return lambda: (store.job(job.id).step or 0) >= step
+
+
+def final_bytes(settings: Settings, job: Job) -> bytes:
+    """Read what a run made."""
+    return (settings.job(job.id) / "output" / "lora_final.safetensors").read_bytes()
+
+
+@contextlib.contextmanager
+def service(settings: Settings, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the studio until the test is over with it."""
+    own = ["--root", str(settings.root), "--port", "0", "--no-browser", "--slots", "cpu:2"]
+    command = [sys.executable, "-m", "studio", *own, *options]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()

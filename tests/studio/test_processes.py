@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -10,23 +9,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import ROOT
 from studio_ground import (
     QUICK,
+    at_step,
     attempt_folder,
     end_all,
     enqueue,
+    final_bytes,
     in_state,
     kill_group,
     pid_of,
     reconciler_of,
     rounds_until,
+    service,
     shim_of,
+    wait_until,
     write_command,
 )
 
@@ -35,29 +37,13 @@ from studio.__main__ import alone, main
 from studio.local import Local, is_locked
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from studio.reconcile import Reconciler
     from studio.settings import Settings
     from studio.store import Job, Store
 
 LONG = 100_000  # steps of a run that ends when it is told to
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for something to come true, and fail when it does not."""
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert true()
-
-
-def at_step(store: Store, job: Job, step: int) -> Callable[[], bool]:
-    """Make a question of whether a job has come to a step."""
-    return lambda: (store.job(job.id).step or 0) >= step
-
-
-def final_bytes(settings: Settings, job: Job) -> bytes:
-    """Read what a run made."""
-    return (settings.job(job.id) / "output" / "lora_final.safetensors").read_bytes()
 
 
 def run_alone(settings: Settings, store: Store, reconciler: Reconciler) -> bytes:
@@ -155,7 +141,9 @@ def test_without_its_shim_a_run_is_alive_until_it_ends(
     """The lock is the trainer's as well."""
     job = enqueue(settings, store)
     rounds_until(reconciler, at_step(store, job, 2))
-    os.kill(shim_of(attempt_folder(settings, job)), signal.SIGKILL)
+    shim = shim_of(attempt_folder(settings, job))
+    assert shim
+    os.kill(shim, signal.SIGKILL)
     reconciler.make_round()
     assert store.job(job.id).state == "running"
     rounds_until(reconciler, in_state(store, job, "completed"))
@@ -168,7 +156,9 @@ def reboot(settings: Settings, store: Store) -> None:
     """End everything at once, and let it look as if it had been in another life of the machine."""
     for job in store.active():
         folder = attempt_folder(settings, job, store.attempts(job.id)[-1].n)
-        os.kill(shim_of(folder), signal.SIGKILL)
+        shim = shim_of(folder)
+        assert shim
+        os.kill(shim, signal.SIGKILL)
         kill_group(pid_of(folder))
         process = local.read_json(folder / "process.json") | {"boot_id": "another"}
         (folder / "process.json").write_text(json.dumps(process), encoding="ascii")
@@ -399,20 +389,6 @@ def test_arguments_reach_the_program_as_they_are(
 # --- With the service as a process of its own ---
 
 
-@contextlib.contextmanager
-def service(settings: Settings, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Run the studio until the test is over with it."""
-    own = ["--root", str(settings.root), "--port", "0", "--no-browser", "--slots", "cpu:2"]
-    command = [sys.executable, "-m", "studio", *own, *options]
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        process.stdout.readline()
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def test_a_killed_service_leaves_its_runs_and_the_next_one_knows_them(
     settings: Settings, store: Store
 ) -> None:
@@ -489,3 +465,49 @@ def test_a_studio_that_others_reach_asks_for_its_token(
     """Without one, it answers this machine alone."""
     assert main(["--root", str(settings.root), "--host", "0.0.0.0", "--no-auth"]) == 1
     assert "--no-auth: expected a --host of this machine alone" in capsys.readouterr().err
+
+
+# --- With the real trainer ---
+
+
+def enqueue_training(settings: Settings, store: Store, ground: Path, base: Path) -> Job:
+    """Queue a training of a tiny model."""
+    job = enqueue(settings, store)
+    folder = settings.job(job.id)
+    config = {
+        "dataset_path": str(ground / "data"),
+        "base_model": str(base),
+        "output_path": str(folder / "output"),
+        "trigger_words": ["zkb"],
+        "steps": 12,
+        "checkpoint_steps": 4,
+        "resolution": 256,
+        "lora_rank": 4,
+        "lora_alpha": 4,
+        "device": "cpu",
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    trainer = settings.repository / "train_lora.py"
+    write_command(settings, job.id, settings.python, trainer, "--config", folder / "config.json")
+    return job
+
+
+@pytest.mark.slow
+def test_a_real_training_that_is_stopped_and_killed_makes_the_same_file(
+    settings: Settings, store: Store, ground: Path, built: Path
+) -> None:
+    """Stopped once and killed once, it ends with the bytes of a training left in peace."""
+    reconciler = reconciler_of(settings, store, replace(QUICK, saving=20, ending=30))
+    whole, job = (enqueue_training(settings, store, ground, built / "sd1") for _ in range(2))
+    rounds_until(reconciler, at_step(store, job, 2), 300)
+    store.request_stop(job.id)
+    rounds_until(reconciler, in_state(store, job, "stopped"), 60)
+    assert "state" in (store.job(job.id).continues_from or "")
+    store.resume(job.id)
+    rounds_until(reconciler, at_step(store, job, 9), 300)
+    kill_group(pid_of(attempt_folder(settings, job, 2)))
+    rounds_until(reconciler, in_state(store, job, "completed"), 300)
+    rounds_until(reconciler, in_state(store, whole, "completed"), 300)
+    outcomes = [each.outcome for each in store.attempts(job.id)]
+    assert outcomes == ["interrupted", "vanished", "complete"]
+    assert final_bytes(settings, job) == final_bytes(settings, whole)
