@@ -276,7 +276,7 @@ def form_of(studio: State, runs: Sequence[Job], asked: Form | None) -> Record:
     """Fill the form that asks for pictures."""
     (run,) = runs
     output = studio.settings.job(run.id) / "output"
-    files = [each for each in files_of(output) if each["name"].endswith(".safetensors")]
+    files = files_of(output, (".safetensors",))
     prompts = jobs.knob(studio.settings, run.config, "sample_prompts") or []
     known = dict(asked or [])
     chosen = [value for name, value in asked or [] if name == "checkpoint"]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 THUMBNAIL = "?thumb=384"
-SHOWN_FILES = (".safetensors", ".json", ".csv", ".html", ".txt")
+SHOWN_FILES = {"train": (".safetensors", ".csv")}
+OTHER_FILES = (".json", ".html", ".csv", ".txt")
 MOST_PICTURES = 400
 MOST_MESSAGES = 500
 NOTES = {"warning": "warn", "error": "bad", "complete": "good", "interrupted": "warn"}
@@ -73,7 +74,7 @@ def run_values(studio: State, job_id: str) -> Record:
         "thumb": THUMBNAIL,
         "first_preview": first_of(config, "validation_steps", "sample_at_start"),
         "first_checkpoint": config.get("checkpoint_steps") if job.kind == "train" else None,
-        "files": files_of(folder / "output"),
+        "files": files_of(folder / "output", SHOWN_FILES.get(job.kind, OTHER_FILES)),
         "position": str(story.recent.end),
         "messages": [message_of(line) for line in list(story.messages)[-MOST_MESSAGES:]],
         **chart_of(story),
@@ -149,9 +150,9 @@ def message_of(line: Mapping[str, Any]) -> Record:
     }
 
 
-def files_of(output: Path) -> list[Record]:
+def files_of(output: Path, suffixes: Sequence[str]) -> list[Record]:
     """List what there is to take along: the LoRA, its checkpoints from the newest on, the rest."""
-    found = [path for path in listed(output) if path.suffix in SHOWN_FILES]
+    found = [path for path in listed(output) if path.suffix in suffixes]
     checkpoints = [p for p in listed(output / "checkpoints") if p.suffix == ".safetensors"]
     checkpoints.sort(key=lambda path: natural(path.name), reverse=True)
     loras = [path for path in found if path.suffix == ".safetensors"]

@@ -13,11 +13,16 @@ export function listen(job, after, handlers) {
   let heard = after;
   let ended = false;
   let watchdog, hiding, saying, retrying;
+  // A browser has six connections to a host, for all tabs together: one that is hidden gives its
+  // own to one that is seen.
+  const tabs = new BroadcastChannel("streams");
+  tabs.onmessage = () => document.hidden && close();
 
   function open() {
     clearTimeout(retrying);
     if (ended) return;
     source?.close();
+    tabs.postMessage("opened");
     const asked = new URLSearchParams();
     if (job) asked.set("job", job);
     if (job && heard) asked.set("after", heard);
@@ -76,8 +81,7 @@ export function listen(job, after, handlers) {
   });
   addEventListener("pagehide", close);
   addEventListener("pageshow", (event) => event.persisted && open());
-  open();
-  return { restart: () => ((ended = false), open()) };
+  if (!document.hidden) open();
 }
 
 // Replaces the elements of this page that the server has sent anew, known by their ids.
