@@ -79,13 +79,15 @@ class Checking(Body):
 class Stopping(Body):
     """Which attempt is meant."""
 
-    attempt: int | None = Field(None, ge=1, description="refused where another one is at work")
+    attempt: int | None = Field(
+        default=None, ge=1, description="refused where another one is at work"
+    )
 
 
 class Resuming(Body):
     """What is to be different."""
 
-    set: Record = Field({}, description="knobs that may change in a run, such as steps")
+    set: Record = Field(default={}, description="knobs that may change in a run, such as steps")
 
 
 class Asking(Body):
@@ -93,14 +95,14 @@ class Asking(Body):
 
     preview: bool = False
     checkpoint: bool = False
-    sample_prompts: list[str] | None = Field(None, max_length=16)
+    sample_prompts: list[str] | None = Field(default=None, max_length=16)
 
 
 class Changing(Body):
     """What is to be different."""
 
     name: jobs.Name | None = None
-    priority: int | None = Field(None, ge=-100, le=100)
+    priority: int | None = Field(default=None, ge=-100, le=100)
 
 
 # --- Beginning a job ---

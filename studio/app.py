@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,7 +13,8 @@ from anyio import to_thread
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from studio import datasets, security, status
+from studio import api, dataset_api, dataset_pages, datasets, pages, security, status
+from studio.engines import further
 from studio.events import Hub
 from studio.local import Local
 from studio.problems import tell_problems
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from studio.settings import Settings
 
 HERE = Path(__file__).parent
-ROUTES = ("api", "dataset_api", "dataset_pages", "pages")
 THREADS = 100  # for requests that wait for a disk or for the trainer's answer
 
 
@@ -45,10 +43,8 @@ def create_app(settings: Settings) -> FastAPI:
     furnish(app, settings)
     tell_problems(app)
     app.add_middleware(Guard, settings=settings, store=app.state.store)
-    app.include_router(security.router)
-    for name in ROUTES:
-        if importlib.util.find_spec(f"studio.{name}"):
-            app.include_router(importlib.import_module(f"studio.{name}").router)
+    for part in (security, api, dataset_api, dataset_pages, pages):
+        app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     return app
 
@@ -59,9 +55,8 @@ def furnish(app: FastAPI, settings: Settings) -> None:
     state, store = app.state, Store(settings.database)
     state.settings, state.store, state.server = settings, store, None
     state.nonces, state.failures = Nonces(), Failures()
-    state.reconciler = Reconciler(
-        settings, store, {"local": Local(settings)}, find_slots(settings.slots)
-    )
+    state.engines = {"local": Local(settings)} | further(settings)
+    state.reconciler = Reconciler(settings, store, state.engines, find_slots(settings.slots))
     state.hub = Hub(settings, store, partial(status.briefs, store))
     state.notifier = Notifier(settings, lambda job: status.briefs(store, [job])[0])
 

@@ -135,8 +135,8 @@ def read_lines(path: Path, attempt: int, offset: int) -> list[Line]:
     except FileNotFoundError:
         return []
     lines = []
-    for text in piece[: piece.rfind(b"\n") + 1].splitlines(keepends=True):
-        offset += len(text)
+    for text in piece.split(b"\n")[:-1]:  # what follows the last line break has no end yet
+        offset += len(text) + 1
         lines.append(line_of(Position(attempt, offset), text))
     return lines
 
@@ -452,6 +452,8 @@ async def as_events(
                 told = time.monotonic()
                 yield b"".join(frames)
     if not hub.closing:
+        for brief in hub.changes(since):
+            yield frame("state", as_text(brief))
         yield frame("end", as_text({"job_id": job_id}))
 
 

@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from studio import captions, datasets, webhook
 from studio.preflight import ask_trainer
 from studio.problems import Problem, problem_at, sentence, show
-from studio.security import confine, confine_config, knobs_of
+from studio.security import audit, confine, confine_config, knobs_of
 from studio.status import job_of
 from studio.store import FINAL, Job, StateConflict, new_id, utc
 
@@ -57,15 +57,20 @@ class Wanted(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Name | None = None
-    priority: int = Field(0, ge=-100, le=100)
-    notify_url: str | None = Field(None, description="told of every change of the job's state")
+    priority: int = Field(default=0, ge=-100, le=100)
+    notify_url: str | None = Field(
+        default=None, description="told of every change of the job's state"
+    )
 
 
 class Training(Wanted):
     """Train a LoRA."""
 
     config: Record = Field(description="what config_schema.json describes, without output_path")
-    dataset: Name | None = Field(None, description="a dataset of the studio, instead of a path")
+    dataset: Name | None = Field(
+        default=None, description="a dataset of the studio, instead of a path"
+    )
+    engine: str = Field(default="local", description="where it is to run, as engines.json names it")
 
 
 class Captioning(Wanted):
@@ -76,10 +81,12 @@ class Captioning(Wanted):
     model: Words | None = None
     task: Literal["caption", "detailed", "more_detailed", "tags"] | None = None
     prompt: Words | None = None
-    template: Words | None = Field(None, description="with {trigger}, {caption}, {label}, {name}")
-    threshold: float | None = Field(None, ge=0, le=1)
-    exclude: list[Words] = Field([], max_length=1_000)
-    prefix: Words | None = Field(None, description="the trigger word")
+    template: Words | None = Field(
+        default=None, description="with {trigger}, {caption}, {label}, {name}"
+    )
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    exclude: list[Words] = Field(default=[], max_length=1_000)
+    prefix: Words | None = Field(default=None, description="the trigger word")
     overwrite: bool = False
 
 
@@ -87,22 +94,24 @@ class Preparing(Wanted):
     """Judge the pictures and captions of a dataset."""
 
     dataset: Name
-    resolution: int = Field(512, ge=64, le=4096)
-    trigger_words: list[Words] = Field([], max_length=32)
+    resolution: int = Field(default=512, ge=64, le=4096)
+    trigger_words: list[Words] = Field(default=[], max_length=32)
 
 
 class Drawing(Wanted):
     """Draw checkpoints × prompts × seeds × strengths."""
 
     job_id: str = Field(description="the training")
-    checkpoints: list[str] | None = Field(None, max_length=1_000, description="all unless given")
+    checkpoints: list[str] | None = Field(
+        default=None, max_length=1_000, description="all unless given"
+    )
     prompts: list[Words] = Field(min_length=1, max_length=1_000)
-    seeds: list[Annotated[int, Field(ge=0, le=2**32 - 1)]] = Field([0], min_length=1)
-    scales: list[Annotated[float, Field(ge=-5, le=5)]] = Field([1.0], min_length=1)
-    steps: int | None = Field(None, ge=1, le=1_000)
-    guidance: float | None = Field(None, ge=0, le=50)
+    seeds: list[Annotated[int, Field(ge=0, le=2**32 - 1)]] = Field(default=[0], min_length=1)
+    scales: list[Annotated[float, Field(ge=-5, le=5)]] = Field(default=[1.0], min_length=1)
+    steps: int | None = Field(default=None, ge=1, le=1_000)
+    guidance: float | None = Field(default=None, ge=0, le=50)
     negative: Words | None = None
-    resolution: int | None = Field(None, ge=64, le=4096)
+    resolution: int | None = Field(default=None, ge=64, le=4096)
 
 
 class Judging(Drawing):
@@ -123,6 +132,7 @@ class Order:
     commands: list[list[str]]
     slots: int = 1
     parent: str | None = None
+    engine: str = "local"
 
 
 # --- Submitting ---
@@ -170,6 +180,7 @@ def place(studio: State, wanted: Wanted, key: str | None, digest: str) -> Job:
             slots=order.slots,
             priority=wanted.priority,
             parent=order.parent,
+            engine=order.engine,
             idempotency_key=key,
             request_hash=digest,
             notify_url=wanted.notify_url,
@@ -223,6 +234,9 @@ def argv_of(settings: Settings, commands: list[list[str]]) -> list[str]:
 def plan_training(studio: State, wanted: Training, folder: Path) -> Order:
     """Check a config by the trainer's own rules, and keep the dataset as it is."""
     settings = studio.settings
+    if wanted.engine not in studio.engines:
+        problem = problem_at("engine", "one of " + ", ".join(studio.engines), wanted.engine)
+        raise Problem(422, "request_invalid", sentence([problem]), [problem])
     config = ready(settings, wanted.config, wanted.dataset, folder)
     if wanted.dataset:
         refuse_while_captioning(studio, wanted.dataset, "dataset_changing")
@@ -233,7 +247,7 @@ def plan_training(studio: State, wanted: Training, folder: Path) -> Order:
         datasets.snapshot(settings, wanted.dataset, folder / "dataset")
         config["dataset_path"] = str(folder / "dataset")
     command = ["train_lora.py", f"--config={folder / 'config.json'}"]
-    return Order("train", name, config, [command])
+    return Order("train", name, config, [command], engine=wanted.engine)
 
 
 def ready(
@@ -451,6 +465,7 @@ def stop(studio: State, job_id: str, attempt: int | None = None) -> Job:
         detail = f"Attempt {attempt} is over or was never; the last is {last}."
         raise Problem(409, "attempt_superseded", detail)
     asked: Job = studio.store.request_stop(job_id)
+    audit.info("job %s is asked to stop", job_id)
     studio.reconciler.wake()
     return asked
 
@@ -530,6 +545,7 @@ def delete(studio: State, job_id: str, files: str = "trash") -> None:
         moment = utc().replace(":", "-")
         settings.job(job_id).rename(settings.trash / f"{moment} {job_id}")
     studio.store.delete(job_id)
+    audit.info("job %s was deleted", job_id)
     studio.hub.forget(job_id)
 
 

@@ -66,7 +66,7 @@ def run(settings: Settings, stdin: str, *options: str) -> bytes:
             input=stdin.encode(),
             capture_output=True,
             env=local.environment(),
-            cwd=settings.root,
+            cwd=settings.models,  # where an id is no path: those that are were made absolute
             timeout=MOST_SECONDS,
             check=False,
         )

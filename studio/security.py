@@ -25,6 +25,7 @@ from urllib.parse import quote, urlsplit
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 
 from studio.problems import Problem, as_problem, problem_at, respond, show
@@ -90,11 +91,12 @@ class Guard:
                 await self.app(scope, intake.receive, answer.send)
             else:
                 await response(scope, receive, answer.send)
+        except ClientDisconnect:
+            return
         except Exception as error:
-            problem = as_problem(error)
             if answer.begun:
                 raise
-            await respond(Request(scope), problem)(scope, receive, answer.send)
+            await respond(Request(scope), as_problem(error))(scope, receive, answer.send)
 
     async def admit(self, scope: Scope) -> Response | None:
         """Check where a request comes from and who sends it; a preflight is answered here."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studio.events import STREAM, Story, attempts_of, step_of
+from studio.events import STREAM, Story, step_of
 from studio.problems import Problem, show
 from studio.store import ACTIVE, UnknownJob
 
@@ -49,6 +49,7 @@ def brief(job: Job, position: int | None, slot: str | None) -> Record:
         "desired": job.desired,
         "priority": job.priority,
         "parent": job.parent,
+        "engine": job.engine,
         "phase": job.phase,
         "position": position,
         "slot": slot,
@@ -76,11 +77,11 @@ def status(settings: Settings, store: Store, job: Job, story: Story) -> Record:
     """Say all that there is to say of how a job stands."""
     (found,) = briefs(store, [job])
     folder = settings.job(job.id)
-    attempts = attempts_of(folder)
-    page = f"/runs/{job.id}"
+    attempts = store.attempts(job.id)
+    last = attempts[-1].n if attempts else None
     return found | {
-        "attempt": attempts[-1] if attempts else None,
-        "silent_seconds": silence(folder, attempts[-1]) if job.state in ACTIVE else None,
+        "attempt": last,
+        "silent_seconds": silence(folder, last) if job.state in ACTIVE else None,
         "continues_from": inside(folder, job.continues_from),
         "final": final_of(folder, job, story),
         "results": results_of(folder, job),
@@ -88,7 +89,7 @@ def status(settings: Settings, store: Store, job: Job, story: Story) -> Record:
             {name: line.get(name) for name in ("code", "message")} for line in story.warnings
         ],
         "links": {
-            "page": page,
+            "page": f"/runs/{job.id}",
             "status": f"/status/{job.id}",
             "events": f"/events?job={job.id}",
             "lines": f"/jobs/{job.id}/events",
@@ -98,7 +99,7 @@ def status(settings: Settings, store: Store, job: Job, story: Story) -> Record:
     }
 
 
-def silence(folder: Path, attempt: int) -> float | None:
+def silence(folder: Path, attempt: int | None) -> float | None:
     """Tell for how long a program has said nothing."""
     with contextlib.suppress(OSError):
         changed = (folder / "attempts" / str(attempt) / STREAM).stat().st_mtime

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +17,19 @@ Record = dict[str, Any]
 
 REPLAY = Path(__file__).with_name("replay.py")
 PROGRAM = """
-import runpy, sys
-real = "--validate-only" in sys.argv or "--devices" in sys.argv
-runpy.run_path({real!r} if real else {replay!r}, run_name="__main__")
+import json, runpy, sys, tempfile
+program = {replay!r}
+words = {words!r}
+if "--validate-only" in sys.argv:
+    config = json.load(sys.stdin)
+    config["output_path"] += " of nobody"  # a replay's states are none that the trainer knows
+    file = tempfile.NamedTemporaryFile("w", suffix=".json")
+    json.dump(config, file)
+    file.flush()
+    sys.argv[sys.argv.index("-")] = file.name
+    program, words = {real!r}, []
+sys.argv += words
+runpy.run_path(program, run_name="__main__")
 """
 MODEL = ROOT / "examples" / "tiny-sd"
 PROBLEM_SCHEMA = {
@@ -51,9 +60,9 @@ def write_repository(folder: Path, **switches: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "config_schema.json", folder)
     (folder / "tools").symlink_to(ROOT / "tools")  # they find the real trainer
-    program = PROGRAM.format(real=str(ROOT / "train_lora.py"), replay=str(REPLAY))
-    (folder / "train_lora.py").write_text(program, encoding="utf-8")
-    (folder / "replay.json").write_text(json.dumps(switches), encoding="utf-8")
+    words = [f"--{name}={value}" for name, value in switches.items()]
+    values = {"real": str(ROOT / "train_lora.py"), "replay": str(REPLAY), "words": words}
+    (folder / "train_lora.py").write_text(PROGRAM.format(**values), encoding="utf-8")
     return folder
 
 

@@ -354,7 +354,7 @@ def test_a_token_is_taken_in_one_way_only(
     """S10: not in capitals, not as a password, not as a cookie."""
     settings = studio.settings
     values = {"token": settings.token, "upper": settings.token.swapcase(), "port": settings.port}
-    said = {n: v.format(**values).encode("latin-1") for n, v in headers.items()}
+    said = {n.encode(): v.format(**values).encode("latin-1") for n, v in headers.items()}
     assert stranger.get("/jobs", headers=said).status_code == 401
 
 
@@ -367,7 +367,7 @@ def test_wrong_tokens_are_slowed_down_and_the_right_one_never(
     studio: Served, stranger: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S10: after ten wrong ones there is a pause; nobody can lock the owner out by that."""
-    monkeypatch.setattr(studio.app.state, "failures", Failures())
+    monkeypatch.setitem(studio.app.state._state, "failures", Failures())
     headers = {"Origin": own(studio)}
     codes = [
         stranger.post("/login", data={"token": "wrong"}, headers=headers).status_code
