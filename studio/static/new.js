@@ -106,7 +106,7 @@ function count() {
 
 // --- A draft that outlives the page; configs hold no secrets ---
 
-const key = form.dataset.key;
+const key = form.getAttribute("data-key"); // form.dataset is the field of that name
 
 function keep() {
   if (key) localStorage.setItem(key, JSON.stringify([...new FormData(form)]));
@@ -167,5 +167,5 @@ document.addEventListener("click", (event) => {
 
 restore();
 count();
-focusOn(form.dataset.focus);
+focusOn(form.getAttribute("data-focus"));
 if (!$("check").querySelector(".checks, .check-problems")) check();
