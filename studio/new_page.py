@@ -55,8 +55,8 @@ def draft_of_job(studio: State, job_id: str) -> Draft:
     """Begin with what an earlier run was asked for."""
     job = job_of(studio.store, job_id)
     asked = read_result(studio.settings.job(job_id) / "request.json")
-    config = asked.get("config") if isinstance(asked.get("config"), dict) else job.config
-    draft = draft_of_config(studio, config)
+    config = asked.get("config")
+    draft = draft_of_config(studio, config if isinstance(config, dict) else job.config)
     draft.dataset = str(asked.get("dataset") or "")
     draft.name, draft.came_from = f"{job.name} 2", job.name
     return draft
@@ -183,7 +183,11 @@ def check_of(studio: State, draft: Draft) -> Record:
 
 def training_of(draft: Draft) -> jobs.Training:
     """Make the request that a program would make."""
-    asked = {"config": draft.config, "dataset": draft.dataset or None, "name": draft.name or None}
+    asked: Record = {
+        "config": draft.config,
+        "dataset": draft.dataset or None,
+        "name": draft.name or None,
+    }
     try:
         return jobs.Training(**asked)
     except ValidationError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -160,6 +160,6 @@ def go_to(address: str) -> RedirectResponse:
     return RedirectResponse(address if inside and "\\" not in address else "/", 303)
 
 
-def first_values(form: list[tuple[str, str]]) -> Mapping[str, str]:
+def first_values(form: Sequence[tuple[str, str]]) -> Mapping[str, str]:
     """Take the first value of each name."""
     return dict(reversed(form))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -50,15 +50,7 @@ def state_word(status: Status) -> str:
 
 def told(status: Status) -> str:
     """Say in one line how it stands."""
-    return {
-        "queued": queued_told,
-        "running": running_told,
-        "stopping": lambda _: "Saving what was learned; this takes a few seconds.",
-        "completed": completed_told,
-        "stopped": stopped_told,
-        "failed": failed_told,
-        "cancelled": lambda _: "Cancelled before it began.",
-    }[status["state"]](status)
+    return TELLING[status["state"]](status)
 
 
 def queued_told(status: Status) -> str:
@@ -110,8 +102,31 @@ def stopped_told(status: Status) -> str:
 def failed_told(status: Status) -> str:
     """Say why, and what to do."""
     error = status.get("error") or {}
-    parts = (str(error.get(name) or "").rstrip(".") for name in ("message", "hint"))
+    first = next(iter(error.get("problems") or []), None)
+    remedy = f"{first['path']}: {first['expected']}" if first else error.get("hint")
+    parts = (str(part or "").rstrip(".") for part in (error.get("message"), remedy))
     return ". ".join(part for part in parts if part) + "." if error else "It failed."
+
+
+def stopping_told(_: Status) -> str:
+    """Say what takes so long."""
+    return "Saving what was learned; this takes a few seconds."
+
+
+def cancelled_told(_: Status) -> str:
+    """Say that nothing was done."""
+    return "Cancelled before it began."
+
+
+TELLING: dict[str, Callable[[Status], str]] = {
+    "queued": queued_told,
+    "running": running_told,
+    "stopping": stopping_told,
+    "completed": completed_told,
+    "stopped": stopped_told,
+    "failed": failed_told,
+    "cancelled": cancelled_told,
+}
 
 
 def step_of(path: str | None) -> int | None:

@@ -49,7 +49,7 @@ def get(studio: Served, address: str, status: int = 200) -> str:
     answer = studio.client.get(address, headers=HTML)
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"].startswith("text/html")
-    return answer.text
+    return str(answer.text)
 
 
 def send(studio: Served, address: str, *pairs: tuple[str, str], **form: str) -> httpx.Response:
@@ -78,7 +78,7 @@ def planted(studio: Served, state: str, **columns: Any) -> str:
         for name, value in columns.items():
             text = json.dumps(value) if isinstance(value, dict) else value
             db.execute(f"UPDATE jobs SET {name} = ? WHERE id = ?", (text, job.id))
-    return job.id
+    return str(job.id)
 
 
 # --- What is on the disk ---
@@ -517,7 +517,7 @@ def grid(folder: Path) -> None:
     images.append(
         {"file": "../../secret.png", "prompt": "p", "lora": "step_4", "strength": 2.0, "seed": 0}
     )
-    loras = [{"id": "base", "file": None, "step": None}]
+    loras: list[dict[str, Any]] = [{"id": "base", "file": None, "step": None}]
     loras.append({"id": "step_4", "file": "lora_step_4.safetensors", "step": 4})
     prompts = [{"id": "p", "text": HOSTILE}]
     document = {"prompts": prompts, "loras": loras, "images": images}

@@ -81,12 +81,12 @@ def test_no_page_asks_another_host_or_breaks_the_policy(
         assert page.locator("h1").count() == 1
 
 
-@pytest.mark.parametrize("size", [PHONE, {"width": 320, "height": 640}], ids=["360", "320"])
+@pytest.mark.parametrize("width", [360, 320])
 def test_no_page_is_wider_than_a_phone(
-    browser: Browser, studio: Served, run: str, size: dict[str, int]
+    browser: Browser, studio: Served, run: str, width: int
 ) -> None:
     """What is wide scrolls in a place of its own (B16)."""
-    with logged_in(browser, studio, viewport=size) as phone:
+    with logged_in(browser, studio, viewport={**PHONE, "width": width}) as phone:
         for address in PAGES:
             with looking(phone, studio, address.format(run=run)) as page:
                 assert page.evaluate(WIDTH) <= 0, address
@@ -203,7 +203,7 @@ def test_forced_colours_leave_everything_visible(
     ):
         border = "getComputedStyle(document.querySelector('.button')).borderTopWidth"
         assert page.evaluate(border) != "0px"
-        assert page.locator("progress").first.bounding_box()["height"] > 2
+        assert page.evaluate("document.querySelector('progress').clientHeight") > 2
 
 
 def test_no_other_site_shows_the_studio_in_a_frame(browser: Browser, studio: Served) -> None:
