@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from studio.engine import parse
 
 if TYPE_CHECKING:
     from studio.engine import Record
@@ -26,12 +27,8 @@ class Digest:
 
     def heard(self, line: bytes) -> Digest:
         """Go on with one more line; what is no event that is known changes nothing."""
-        try:
-            record = json.loads(line)
-            changes = facts_of(record, self)
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            return self
-        return dataclasses.replace(self, **changes)
+        record = parse(line)
+        return dataclasses.replace(self, **facts_of(record, self)) if record else self
 
     def facts(self) -> Record:
         """Return what is known."""
@@ -46,7 +43,7 @@ def facts_of(record: Record, before: Digest) -> Record:
             step = whole(record.get("resumed_step"))
             total = whole(record.get("total_steps"))
             return {"phase": "starting", "step": step, "total_steps": total, "first_step": step}
-        case "info" if record.get("topic") == "phase":
+        case "info" if record.get("topic") == "phase" and isinstance(record.get("data"), dict):
             return phase_of(record["data"], before)
         case "progress":
             step, total = whole(record.get("step")), whole(record.get("total_steps"))
@@ -56,16 +53,21 @@ def facts_of(record: Record, before: Digest) -> Record:
             return {"final": record, **step_of(record)}
         case "interrupted" | "error":
             path = record.get("path")
-            return {"continues_from": path if isinstance(path, str) else None, **step_of(record)}
+            return {"continues_from": words(path) if path else None, **step_of(record)}
     return {}
 
 
 def phase_of(data: Record, before: Digest) -> Record:
     """Name a preparation; of a program that trains nothing, it is also how far that has come."""
-    changes: Record = {"phase": str(data["name"])}
+    changes: Record = {"phase": words(data.get("name"))}
     if before.first_step is None:
         changes |= {"step": whole(data.get("done")), "total_steps": whole(data.get("total"))}
     return changes
+
+
+def words(value: Any) -> str:
+    """Take a text as the database can keep it; a file's name may be no Unicode."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def step_of(record: Record) -> Record:

@@ -5,6 +5,7 @@ An attempt is one start of a program for a job. A handle is the engine's own wor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,16 @@ class Seen:
     ended_at: float | None = None  # seconds since 1970
     failure: str = ""  # why its program could not be started
     tail: str = ""  # the end of stderr, of an attempt that is over without a last line
+
+
+def parse(line: bytes) -> Record | None:
+    """Read an event; a program may also say what is none, or what is no strict JSON."""
+    try:
+        record = json.loads(line)
+        json.dumps(record, allow_nan=False)  # NaN, and numbers too large to be finite
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 class Engine(Protocol):

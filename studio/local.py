@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from studio import shim
-from studio.engine import TERMINAL, Seen
+from studio.engine import TERMINAL, Seen, parse
 
 if TYPE_CHECKING:
     from studio.engine import Attempt, Record
@@ -112,17 +112,22 @@ class Local:
     def stop(self, handle: str, *, force: bool = False) -> None:
         """Ask by a file, which works whatever the pid, and by a signal, which is quicker: once."""
         folder = self._folder(handle)
-        process = read_json(folder / "process.json")
+        process, asked = read_json(folder / "process.json"), folder / "asked"
         if force:
             self._kill(process)
-        elif process and not (folder / "asked").exists():
+        elif not asked.exists():
             output = folder.parent.parent / "output"
-            if (output / ".lock").exists():  # the trainer's, who looks for the file
+            if obeys := (output / ".lock").exists():  # the trainer's, who looks for the file
                 (output / "stop").touch()
-            (folder / "asked").touch()  # first, as a second signal would end it at once
-            if sys.platform != "win32" and self._knows(process):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process["pid"], signal.SIGTERM)
+            if obeys if sys.platform == "win32" else process:
+                asked.touch()  # first, as a second signal would end it at once
+                self._ask(process)
+
+    def _ask(self, process: Record) -> None:
+        """Send the signal that asks for an end, where there is one that is no order."""
+        if sys.platform != "win32" and self._knows(process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process["pid"], signal.SIGTERM)
 
     def _kill(self, process: Record) -> None:
         """End the program with all that it has started, if it is the one we mean."""
@@ -198,14 +203,9 @@ def changed_at(path: Path) -> float:
 
 def last_line(path: Path) -> Record | None:
     """Return what a program said last, if that was its last word."""
-    lines = read_end(path, 1 << 17).split(b"\n")
-    try:
-        record = json.loads(lines[-2])  # behind the last line break is nothing, or a torn line
-    except (IndexError, ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or record.get("type") not in TERMINAL:
-        return None
-    return record
+    *lines, _ = read_end(path, 1 << 17).split(b"\n")  # behind the last break is a torn line
+    record = parse(lines[-1]) if lines else None
+    return record if record and record.get("type") in TERMINAL else None
 
 
 def read_end(path: Path, size: int) -> bytes:

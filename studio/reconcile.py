@@ -207,7 +207,8 @@ def how(seen: Seen) -> str:
     if seen.signal is None:
         code = "" if seen.exit_code is None else f", with exit code {seen.exit_code}"
         return f"The process ended without a last line{code}."
-    name = signal.Signals(seen.signal).name
+    known = {number.value: number.name for number in signal.Signals}
+    name = known.get(seen.signal, f"signal {seen.signal}")
     often = ": often for want of main memory" if name == "SIGKILL" else ""
     return f"The process was ended by {name}{often}."
 
@@ -215,7 +216,7 @@ def how(seen: Seen) -> str:
 # --- Doing it ---
 
 
-@dataclass
+@dataclass(frozen=True)
 class Heard:
     """How much of an attempt's events was read, and what they say."""
 
@@ -272,15 +273,17 @@ class Reconciler:
     def _stop_jobs(self) -> None:
         """Ask all that runs to save and end, and wait for it."""
         deadline = time.monotonic() + self._pace.leaving
+        here = [job for job in self._store.active() if job.engine == "local"]
         while time.monotonic() < deadline:
-            if not any([self._asked_to_end(job) for job in self._store.active()]):  # noqa: C419, all
+            here = [job for job in here if self._asked_to_end(job)]
+            if not here:
                 return
             time.sleep(0.1)
 
     def _asked_to_end(self, job: Job) -> bool:
         """Ask the attempt of a job to end; tell whether it still runs."""
         attempt, engine = self._store.attempts(job.id)[-1], self._engine(job)
-        if job.engine != "local" or not attempt.handle or not engine.observe(attempt.handle).alive:
+        if not attempt.handle or not engine.observe(attempt.handle).alive:
             return False
         engine.stop(attempt.handle)
         return True
@@ -295,13 +298,13 @@ class Reconciler:
     def make_round(self) -> None:
         """Look after all jobs, and start those whose turn it is."""
         self._beat = time.monotonic()
-        self.look_after_all()
         try:
+            self.look_after_all()
             while claim := self._store.claim([slot.id for slot in self.slots]):
                 self._tell(claim.job)
                 self._submit(claim.job, claim.n, claim.slots)
         except Exception:  # such as a full disk; the next round tries again
-            log.exception("Jobs cannot be started")
+            log.exception("A round cannot be made")
 
     def look_after_all(self) -> None:
         """Do for each job what follows from how it is. One that makes trouble stops no other."""
@@ -320,7 +323,7 @@ class Reconciler:
         if job.state in ACTIVE and attempts[-1].handle:
             engine, last = self._engine(job), attempts[-1]
             seen = engine.observe(last.handle)
-            self._listen(engine, last)  # after looking, so that of the dead nothing is missed
+            self._listen(job, last, engine)  # after looking, so that of the dead nothing is missed
             attempts = self._store.attempts(job.id)
         action = decide(job, attempts, seen, datetime.now(UTC), self._pace)
         self._do(action, job, attempts, seen)
@@ -336,14 +339,16 @@ class Reconciler:
         if job.phase != phase:
             self._store.note(job.id, 0, phase=phase)
 
-    def _listen(self, engine: Engine, attempt: AttemptRow) -> None:
+    def _listen(self, job: Job, attempt: AttemptRow, engine: Engine) -> None:
         """Keep what new events say."""
-        heard = self._heard.setdefault((attempt.job, attempt.n), Heard())
-        before = heard.digest
-        for position, line in engine.events(attempt.handle, heard.position):
-            heard.position, heard.digest = position, heard.digest.heard(line)
-        if heard.digest != before:
-            self._store.note(attempt.job, attempt.n, **heard.digest.facts())
+        heard = self._heard.get((job.id, attempt.n), Heard())
+        position, digest = heard.position, heard.digest
+        for end, line in engine.events(attempt.handle, heard.position):
+            position, digest = end, digest.heard(line)
+        # The phase may have been an engine's that was out of reach.
+        if digest != heard.digest or (digest.phase and digest.phase != job.phase):
+            self._store.note(job.id, attempt.n, **digest.facts())
+        self._heard[job.id, attempt.n] = Heard(position, digest)
 
     def _do(
         self, action: Action, job: Job, attempts: Sequence[AttemptRow], seen: Seen | None
@@ -369,8 +374,9 @@ class Reconciler:
 
     def _change(self, job_id: str, state: str, **changes: Any) -> None:
         """Bring a job into another state."""
-        self._heard = {key: heard for key, heard in self._heard.items() if key[0] != job_id}
         job = self._store.transition(job_id, state, **changes)
+        if state not in ACTIVE:
+            self._heard = {key: heard for key, heard in self._heard.items() if key[0] != job_id}
         log.info("Job %s is %s", job_id, state)
         self._tell(job)
 

@@ -237,6 +237,20 @@ def test_a_stop_is_asked_for_once(settings: Settings, store: Store, reconciler: 
     assert not (settings.job(job.id) / "output" / "stop").exists()
 
 
+def test_a_run_whose_pid_was_never_written_down_is_stopped_by_the_file(
+    settings: Settings, store: Store, reconciler: Reconciler
+) -> None:
+    """As when its shim was killed at the worst moment, or the disk was full."""
+    job = enqueue(settings, store, steps=LONG)
+    rounds_until(reconciler, at_step(store, job, 2))
+    path = attempt_folder(settings, job) / "process.json"
+    known = path.rename(path.with_suffix(".kept"))
+    store.request_stop(job.id)
+    rounds_until(reconciler, in_state(store, job, "stopped"))
+    known.rename(path)
+    assert store.attempts(job.id)[0].outcome == "interrupted"
+
+
 @pytest.fixture
 def decoy() -> Iterator[subprocess.Popen[bytes]]:
     """Provide a process that nobody may touch."""
@@ -332,7 +346,7 @@ def test_a_flood_on_stderr_does_not_fill_the_disk(
     rounds_until(reconciler, in_state(store, job, "completed"))
     log = attempt_folder(settings, job) / "stderr.log"
     assert log.stat().st_size <= local.LOG_BYTES
-    assert log.read_bytes().startswith(b"[the beginning was too long to be kept]")
+    assert b"[the beginning was too long to be kept]" in log.read_bytes()
 
 
 def test_what_is_no_event_does_no_harm(
