@@ -16,6 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 STREAM = "stdout.jsonl"
-CHUNK_BYTES = 256 * 2**10
+CHUNK_BYTES = 64 * 2**10
 MOST_LINE_BYTES = 2**20  # the trainer promises 60 KiB
 MOST_TEXT = 2_000  # characters of a line that is no event
 MOST_RECENT, MOST_WARNINGS, MOST_MESSAGES, MOST_STORIES = 256, 200, 1_000, 32
@@ -107,7 +108,7 @@ def check_position(folder: Path, position: Position) -> None:
     raise position_refused(str(position))
 
 
-def lines_after(folder: Path, after: Position) -> list[Line]:
+def lines_after(folder: Path, after: Position) -> tuple[Line, ...]:
     """Read the next lines of a job, at most a chunk of them; none when there are no more."""
     for attempt in attempts_of(folder):
         if attempt < after.attempt:
@@ -116,32 +117,38 @@ def lines_after(folder: Path, after: Position) -> list[Line]:
         lines = read_lines(folder / "attempts" / str(attempt) / STREAM, attempt, begin)
         if lines:
             return lines
-    return []
+    return ()
 
 
-def read_lines(path: Path, attempt: int, offset: int) -> list[Line]:
+def read_lines(path: Path, attempt: int, offset: int) -> tuple[Line, ...]:
     """Read whole lines of one file, at most a chunk of them, or one that is longer."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            piece = file.read(CHUNK_BYTES)
-            while piece and b"\n" not in piece[-CHUNK_BYTES:] and len(piece) <= MOST_LINE_BYTES:
-                more = file.read(CHUNK_BYTES)
-                if not more:
-                    return []
-                piece += more
-            if len(piece) > MOST_LINE_BYTES and b"\n" not in piece:
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(offset)
+        piece = file.read(CHUNK_BYTES)
+        while b"\n" not in piece:
+            more = file.read(CHUNK_BYTES)
+            if not more:
+                return ()
+            piece += more
+            if len(piece) > MOST_LINE_BYTES:
                 return skip_line(file.read, attempt, offset + len(piece), len(piece))
-    except FileNotFoundError:
-        return []
+        return lines_in(piece[: piece.rfind(b"\n") + 1], attempt, offset)
+    return ()
+
+
+@lru_cache(maxsize=64)  # many who read a run from its beginning share the work
+def lines_in(piece: bytes, attempt: int, offset: int) -> tuple[Line, ...]:
+    """Read the lines of a piece of a file."""
     lines = []
-    for text in piece.split(b"\n")[:-1]:  # what follows the last line break has no end yet
+    for text in piece.split(b"\n")[:-1]:
         offset += len(text) + 1
         lines.append(line_of(Position(attempt, offset), text))
-    return lines
+    return tuple(lines)
 
 
-def skip_line(read: Callable[[int], bytes], attempt: int, offset: int, size: int) -> list[Line]:
+def skip_line(
+    read: Callable[[int], bytes], attempt: int, offset: int, size: int
+) -> tuple[Line, ...]:
     """Find the end of a line that nobody can want, and say that it was there."""
     while piece := read(CHUNK_BYTES):
         end = piece.find(b"\n") + 1
@@ -149,8 +156,8 @@ def skip_line(read: Callable[[int], bytes], attempt: int, offset: int, size: int
         offset += end or len(piece)
         if end:
             told = wrapped(f"A line of {size:,} bytes was left out.")
-            return [Line(Position(attempt, offset), as_text(told), told)]
-    return []
+            return (Line(Position(attempt, offset), as_text(told), told),)
+    return ()
 
 
 def line_of(position: Position, text: bytes) -> Line:
@@ -413,8 +420,8 @@ class Hub:
             if not watch.readers:
                 self.watched.pop(job_id, None)
 
-    async def follow(self, job_id: str | None, after: Position) -> AsyncGenerator[list[Line]]:
-        """Yield the lines of a job as they come, and an empty list at each tick, until it ends."""
+    async def follow(self, job_id: str | None, after: Position) -> AsyncGenerator[tuple[Line, ...]]:
+        """Yield the lines of a job as they come, and none at each tick, until it ends."""
         position = after
         with self.watching(job_id) as watch:
             if job_id:
@@ -424,12 +431,12 @@ class Hub:
                 lines = recent.after(position)
                 if lines is None:  # they lie further back than what is at hand
                     folder = self.settings.job(str(job_id))
-                    lines = tuple(await to_thread.run_sync(lines_after, folder, position))
+                    lines = await to_thread.run_sync(lines_after, folder, position)
                 if lines:
                     position = lines[-1].position
                 elif ended:
                     return
-                yield list(lines)
+                yield lines
                 if not lines:
                     await self.news.wait()
 

@@ -381,10 +381,17 @@ def plan_judging(studio: State, wanted: Judging, folder: Path) -> Order:
         "clip": wanted.clip and confine(settings, "clip", wanted.clip),
         "vision": wanted.vision and confine(settings, "vision", wanted.vision),
         "class-word": wanted.class_word,
+        "device": device_of(studio),
     }
     command = ["tools/evaluate.py", str(folder / "output"), *options(said), "--events"]
     name = f"Evaluation of {parent.name}"
     return Order("evaluate", name, drawing.config, [*drawing.commands, command], parent=parent.id)
+
+
+def device_of(studio: State) -> str:
+    """Name the kind of device that the slots are, for a tool that does not choose by itself."""
+    kind = studio.reconciler.slots[0].id.partition(":")[0]
+    return kind if kind in ("cpu", "mps") else "cuda"
 
 
 def training_of(studio: State, job_id: str) -> Job:

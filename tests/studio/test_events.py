@@ -50,7 +50,7 @@ def write_attempt(folder: Path, n: int, *lines: Record | bytes) -> Path:
 
 def rest(folder: Path, position: Position) -> list[Line]:
     """Read all lines behind a position."""
-    found = []
+    found: list[Line] = []
     while lines := lines_after(folder, position):
         found += lines
         position = lines[-1].position
@@ -97,7 +97,7 @@ def test_a_line_that_has_no_end_yet_waits(tmp_path: Path) -> None:
     write_attempt(tmp_path, 1, said(1), b'{"type":"pro')
     first = lines_after(tmp_path, Position())
     assert len(first) == 1
-    assert lines_after(tmp_path, first[-1].position) == []
+    assert not lines_after(tmp_path, first[-1].position)
     write_attempt(tmp_path, 1, b'gress"}\n')
     (second,) = lines_after(tmp_path, first[-1].position)
     assert second.text == b'{"type":"progress"}'
@@ -157,7 +157,7 @@ def test_a_line_of_any_length_is_passed(tmp_path: Path, size: int) -> None:
 def test_a_line_without_end_is_waited_for(tmp_path: Path) -> None:
     """Megabytes without a line break say nothing yet."""
     write_attempt(tmp_path, 1, b"x" * (3 * 2**20))
-    assert lines_after(tmp_path, Position()) == []
+    assert not lines_after(tmp_path, Position())
 
 
 @example([b"a\rb", b"\x0b\x0c\x1c\x85", b"{}\r", b""])
@@ -331,7 +331,7 @@ def test_fifty_readers_cost_one_read(
     """A7: all of them get every line, and the file is read once for all."""
     reads, read = [], events.read_lines
 
-    def counted(path: Path, attempt: int, offset: int) -> list[Line]:
+    def counted(path: Path, attempt: int, offset: int) -> tuple[Line, ...]:
         found = read(path, attempt, offset)
         reads.append(len(found))
         return found

@@ -243,6 +243,7 @@ def test_an_evaluation_draws_and_then_judges(studio: Served, trained: str) -> No
     assert len(drawn["lora"]) == 4
     judged = understood("evaluate", judging[2:])
     assert (judged["folder"], judged["class_word"]) == ([output], "imp")
+    assert judged["device"] == "cpu"
     assert judged["train"] == studio.settings.job(trained) / "dataset"
 
 
