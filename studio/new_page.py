@@ -35,6 +35,7 @@ class Draft:
     dataset: str = ""
     texts: dict[str, str] = field(default_factory=dict)  # what the controls hold
     config: Record = field(default_factory=dict)
+    engine: str = "local"
     came_from: str = ""
     remark: str = ""
 
@@ -48,7 +49,8 @@ def draft_of_form(studio: State, form: forms.Form) -> Draft:
     last = dict(form)
     config = forms.config_of(knobs, form)
     texts = {knob: last[knob] for knob in knobs if knob in last}
-    return Draft(last.get("name", "").strip(), last.get("dataset", ""), texts, config)
+    engine = last.get("engine", "local")
+    return Draft(last.get("name", "").strip(), last.get("dataset", ""), texts, config, engine)
 
 
 def draft_of_job(studio: State, job_id: str) -> Draft:
@@ -118,6 +120,8 @@ def form_values(
         "candidates": candidates(studio.settings),
         "presets": list(presets(studio.settings)),
         "turn": turn_of(studio),
+        "engine": draft.engine,
+        "engines": list(studio.engines),
     }
 
 
@@ -183,11 +187,8 @@ def check_of(studio: State, draft: Draft) -> Record:
 
 def training_of(draft: Draft) -> jobs.Training:
     """Make the request that a program would make."""
-    asked: Record = {
-        "config": draft.config,
-        "dataset": draft.dataset or None,
-        "name": draft.name or None,
-    }
+    asked: Record = {"config": draft.config, "engine": draft.engine}
+    asked |= {"dataset": draft.dataset or None, "name": draft.name or None}
     try:
         return jobs.Training(**asked)
     except ValidationError as error:

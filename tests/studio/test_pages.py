@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -16,11 +17,13 @@ import httpx
 import pytest
 from acting import MODEL, acting, is_in, status_when, submitted, wanted
 
-from studio import film, views, words
+from studio import film, machine_page, views, words
 from studio.store import Job, new_id
 
 if TYPE_CHECKING:
     from serving import Served
+
+    from studio.settings import Settings
 
 STUDIO = Path(views.__file__).parent
 TEMPLATES, STATIC = STUDIO / "templates", STUDIO / "static"
@@ -62,23 +65,20 @@ def send(studio: Served, address: str, *pairs: tuple[str, str], **form: str) -> 
 def planted(studio: Served, state: str, **columns: Any) -> str:
     """Put a job into the store as if it had come to a state."""
     config = {"trigger_words": ["zkb"], "base_model": str(MODEL), **columns.pop("config", {})}
-    kind, attempt = columns.pop("kind", "train"), columns.pop("attempt", {"outcome": "error"})
-    name = columns.pop("name", f"Planted {next(NUMBERS)}")
+    values = {"kind": "train", "name": f"Planted {next(NUMBERS)}", "slots": 0, **columns}
+    ended_at = values.pop("ended_at", None)
     store = studio.app.state.store
-    job = store.insert(
-        Job(new_id(), kind, name, config, slots=0, parent=columns.pop("parent", None))
-    )
+    job: Job = store.insert(Job(id=new_id(), config=config, state=state, **values))
     (studio.settings.job(job.id) / "output").mkdir(parents=True)
-    with store.writing() as db:  # behind the reconciler's back, which would start it
-        db.execute("UPDATE jobs SET state = ? WHERE id = ?", (state, job.id))
-        db.execute(
-            "INSERT INTO attempts(job, n, handle, started_at, outcome) VALUES(?, 1, 'x', ?, ?)",
-            (job.id, job.created_at, attempt["outcome"]),
-        )
-        for name, value in columns.items():
-            text = json.dumps(value) if isinstance(value, dict) else value
-            db.execute(f"UPDATE jobs SET {name} = ? WHERE id = ?", (text, job.id))
-    return str(job.id)
+    with store.writing() as db:
+        db.execute("UPDATE jobs SET ended_at = ? WHERE id = ?", (ended_at, job.id))
+        if state != "queued":
+            db.execute(
+                "INSERT INTO attempts(job, n, handle, started_at, outcome) "
+                "VALUES(?, 1, 'x', ?, 'error')",
+                (job.id, job.created_at),
+            )
+    return job.id
 
 
 # --- What is on the disk ---
@@ -394,10 +394,7 @@ def test_names_are_given_and_jobs_thrown_away_by_forms(studio: Served) -> None:
 
 def test_a_waiting_job_may_go_first(studio: Served) -> None:
     """Before all others that wait."""
-    ids = [
-        planted(studio, "queued", desired="hold", not_before="2999-01-01T00:00:00.000Z")
-        for _ in range(3)
-    ]
+    ids = [planted(studio, "queued", desired="hold") for _ in range(3)]
     assert send(studio, f"/runs/{ids[-1]}/sooner?list=1").headers["location"] == "/"
     assert studio.app.state.store.queue()[0].id == ids[-1]
     for job_id in ids:
@@ -462,6 +459,18 @@ def test_a_check_tells_what_the_trainer_thinks_and_starts_nothing(studio: Served
         assert re.search(r"Fits: about [\d.]+ .B of [\d.]+ .B free", text)
         assert "12 steps, 1 image each" in text
     assert len(studio.app.state.store.jobs(limit=1000)) == before
+
+
+def test_other_machines_are_offered_when_there_are_any(studio: Served) -> None:
+    """One that is unknown is refused, and nothing is lost."""
+    assert 'name="engine"' not in get(studio, "/new")
+    answer = send(studio, "/new", **filled(engine="peer:gone"))
+    assert answer.status_code == 422
+    assert "peer:gone" in unescape(answer.text)
+    studio.app.state.engines["peer:big"] = studio.app.state.engines["local"]
+    text = get(studio, "/new")
+    del studio.app.state.engines["peer:big"]
+    assert '<option value="peer:big">peer:big</option>' in text
 
 
 def test_a_place_that_is_not_allowed_is_told_at_its_field(studio: Served) -> None:
@@ -577,8 +586,16 @@ def test_the_machine_is_told(studio: Served) -> None:
     text = unescape(get(studio, "/machine"))
     assert "cpu:1" in text
     assert str(studio.settings.models) in text
-    assert "What the trainer sees" in text
     assert studio.settings.python in text
+
+
+def test_the_trainer_says_what_it_sees_and_which_it_is(settings: Settings) -> None:
+    """By its own command line; where it cannot be run, nothing is made up."""
+    assert "cpu" in {each["device"] for each in machine_page.devices(settings, 0)}
+    assert machine_page.trainer_version(settings).startswith("train_lora ")
+    nowhere = dataclasses.replace(settings, python="/nowhere/python")
+    assert machine_page.devices(nowhere, 0) == []
+    assert "/nowhere/python" in machine_page.trainer_version(nowhere)
 
 
 # --- Tricks ---
