@@ -1,20 +1,33 @@
 """Engines beside this machine: engines.json in the data root names them, and says where they are.
 
-{"peer:big": {"url": "http://10.0.0.5:8000", "token": "…"}}
+{"peer:big": {"url": "http://10.0.0.5:8000", "token": "…"},
+ "kubernetes": {"image": "registry.example/lora-studio", "claim": "studio", "gpus": 1}}
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from studio.kubernetes import Kubernetes, Options
 from studio.peer import Peer
 
 if TYPE_CHECKING:
     from studio.engine import Engine
     from studio.settings import Settings
 
-KINDS = {"peer": (Peer, ("url", "token"))}
+
+def in_cluster(settings: Settings, **options: Any) -> Engine:
+    """Make the engine of a cluster."""
+    return Kubernetes(settings, Options(**options))
+
+
+# What makes an engine of each kind; with the options it needs, and those it may have.
+KINDS: dict[str, tuple[Callable[..., Engine], set[str], set[str]]] = {
+    "peer": (Peer, {"url", "token"}, set()),
+    "kubernetes": (in_cluster, {"image", "claim"}, {"namespace", "gpus", "secret", "api"}),
+}
 
 
 class EnginesUnusable(Exception):
@@ -41,10 +54,11 @@ def make(settings: Settings, name: str, options: Any) -> Engine:
     if kind not in KINDS:
         known = ", ".join(KINDS)
         raise EnginesUnusable(f"engines.json: expected names that begin with {known}, got {name}")
-    build, needed = KINDS[kind]
-    if not isinstance(options, dict) or set(options) != set(needed):
+    build, needed, free = KINDS[kind]
+    if not isinstance(options, dict) or not needed <= set(options) <= needed | free:
         found = sorted(options) if isinstance(options, dict) else options
-        raise EnginesUnusable(f"engines.json: {name}: expected {', '.join(needed)}, got {found}")
+        expected = ", ".join(sorted(needed)) + (f", perhaps {', '.join(sorted(free))}" * bool(free))
+        raise EnginesUnusable(f"engines.json: {name}: expected {expected}, got {found}")
     try:
         return build(settings, **options)
     except (ValueError, TypeError) as error:

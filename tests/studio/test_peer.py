@@ -27,6 +27,7 @@ from studio.remote import Refused, Remote
 from studio.store import Job, new_id
 
 if TYPE_CHECKING:
+    from studio.engine import Engine
     from studio.settings import Settings
     from studio.store import Store
 
@@ -85,7 +86,10 @@ def make_here(settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(peer, "AGAIN_SECONDS", 0.1)
 
     def make(url: str, token: str) -> Here:
-        engines = {"local": local.Local(settings), "peer:there": Peer(settings, url, token)}
+        engines: dict[str, Engine] = {
+            "local": local.Local(settings),
+            "peer:there": Peer(settings, url, token),
+        }
         return Here(settings, store, Reconciler(settings, store, engines, CPUS, QUICK))
 
     return make
@@ -392,7 +396,7 @@ def test_a_redirect_is_not_followed(there: Served) -> None:
         ("{", "expected JSON"),
         ("[]", "expected an object"),
         ('{"cloud": {}}', "names that begin with peer"),
-        ('{"peer:a": {"url": "http://x"}}', "expected url, token"),
+        ('{"peer:a": {"url": "http://x"}}', "expected token, url"),
         ('{"peer:a": {"url": "file:///etc", "token": "x"}}', "http"),
     ],
 )
