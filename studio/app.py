@@ -13,7 +13,7 @@ from anyio import to_thread
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from studio import api, dataset_api, dataset_pages, datasets, pages, security, status
+from studio import api, dataset_api, dataset_pages, datasets, jobs, pages, security, status
 from studio.engines import further
 from studio.events import Hub
 from studio.local import Local
@@ -72,7 +72,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Begin what goes on beside the requests, and end it."""
     state = app.state
     to_thread.current_default_thread_limiter().total_tokens = THREADS
-    await to_thread.run_sync(datasets.sweep, state.settings)
+    for sweep in (datasets.sweep, jobs.sweep):
+        await to_thread.run_sync(sweep, state.settings)
     await to_thread.run_sync(state.reconciler.start)
     state.notifier.start()
     news = asyncio.create_task(

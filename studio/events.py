@@ -351,6 +351,7 @@ class Hub:
         """Forget a job that was deleted."""
         with self.lock:
             self.stories.pop(job_id, None)
+        self.states.pop(job_id, None)
 
     def changed(self) -> None:
         """Have the states of jobs read at the next tick; may be called from any thread."""

@@ -148,12 +148,18 @@ def submit(studio: State, wanted: Wanted, key: str | None = None) -> tuple[Job, 
         earlier = studio.store.job_with_key(key) if key else None
         if earlier is None:
             job = place(studio, wanted, key, digest)
-            studio.reconciler.wake()
+            announce(studio)
             return job, True
     if earlier.request_hash != digest:
         detail = f"The Idempotency-Key {show(key)} belongs to another request."
         raise Problem(422, "idempotency_key_reused", detail)
     return earlier, False
+
+
+def announce(studio: State) -> None:
+    """Have a change looked at now, rather than at the next turn."""
+    studio.reconciler.wake()
+    studio.hub.changed()
 
 
 def fingerprint(wanted: Wanted) -> str:
@@ -226,6 +232,18 @@ def argv_of(settings: Settings, commands: list[list[str]]) -> list[str]:
         return whole[0]
     chain = str(Path(__file__).with_name("chain.py"))
     return [settings.python, chain, json.dumps(whole)]
+
+
+def sweep(settings: Settings) -> None:
+    """Put away the folders of jobs that the service was killed in the middle of making."""
+    for folder in settings.jobs.glob("*"):
+        if len(folder.name) == len(new_id()) and not (folder / "command.json").exists():
+            put_away(settings, folder)
+
+
+def put_away(settings: Settings, folder: Path) -> None:
+    """Move a folder to the trash."""
+    folder.rename(settings.trash / f"{utc().replace(':', '-')} {folder.name}")
 
 
 # --- Training ---
@@ -473,7 +491,7 @@ def stop(studio: State, job_id: str, attempt: int | None = None) -> Job:
         raise Problem(409, "attempt_superseded", detail)
     asked: Job = studio.store.request_stop(job_id)
     audit.info("job %s is asked to stop", job_id)
-    studio.reconciler.wake()
+    announce(studio)
     return asked
 
 
@@ -496,7 +514,7 @@ def requeue(studio: State, job: Job, config: Record | None) -> Job:
         queued: Job = studio.store.resume(job.id, config)
     except StateConflict as error:
         raise Problem(409, "not_resumable", f"This job is {job.state}.") from error
-    studio.reconciler.wake()
+    announce(studio)
     return queued
 
 
@@ -540,6 +558,7 @@ def change(studio: State, job_id: str, name: str | None = None, priority: int | 
     changes = {"name": name, "priority": priority}
     given = {key: value for key, value in changes.items() if value is not None}
     changed: Job = studio.store.change(job_id, **given) if given else job
+    announce(studio)
     return changed
 
 
@@ -549,8 +568,7 @@ def delete(studio: State, job_id: str, files: str = "trash") -> None:
     if job.state not in FINAL:
         raise Problem(409, "not_final", f"This job is {job.state}. Stop it first.")
     if files == "trash" and settings.job(job_id).exists():
-        moment = utc().replace(":", "-")
-        settings.job(job_id).rename(settings.trash / f"{moment} {job_id}")
+        put_away(settings, settings.job(job_id))
     studio.store.delete(job_id)
     audit.info("job %s was deleted", job_id)
     studio.hub.forget(job_id)

@@ -47,8 +47,14 @@ def exposition(studio: State) -> str:
         *family(
             "slot_held", "Whether a job holds a slot.", ((named(s), s.id in holds) for s in known)
         ),
-        *family("slot_memory_bytes", "Memory.", ((named(s), s.total_bytes) for s in known)),
-        *family("slot_memory_used_bytes", "In use.", ((named(s), s.used_bytes) for s in known)),
+        *family(
+            "slot_memory_bytes", "Memory of the device.", ((named(s), s.total_bytes) for s in known)
+        ),
+        *family(
+            "slot_memory_used_bytes",
+            "Memory in use, by whatever program.",
+            ((named(s), s.used_bytes) for s in known),
+        ),
         *family("stalled", "Whether jobs are not looked after.", [({}, reconciler.stalled())]),
         *family("job_step", "Updates done.", ((label(job), job.step) for job in active)),
         *family("job_total_steps", "Updates in all.", ((label(j), j.total_steps) for j in active)),

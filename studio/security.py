@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -149,7 +149,7 @@ class Guard:
         if site is not None:
             allowed = site in ("same-origin", "none")
         elif origin is not None:
-            allowed = urlsplit(origin).netloc.lower() == headers["host"].lower()
+            allowed = origin.partition("://")[2].lower() == headers["host"].lower()
         else:  # no browser of these days: a program, which has no cookie of ours by accident
             allowed = credentials == "bearer"
         if not allowed:

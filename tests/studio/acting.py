@@ -13,6 +13,8 @@ from conftest import ROOT, write_image
 from serving import Served, serving
 from studio_ground import end_all
 
+from studio.reconcile import Pace
+
 Record = dict[str, Any]
 
 REPLAY = Path(__file__).with_name("replay.py")
@@ -31,6 +33,7 @@ if "--validate-only" in sys.argv:
 sys.argv += words
 runpy.run_path(program, run_name="__main__")
 """
+BRISK = Pace(round=0.1)
 MODEL = ROOT / "examples" / "tiny-sd"
 PROBLEM_SCHEMA = {
     "type": "object",
@@ -74,6 +77,7 @@ def acting(folder: Path, **options: Any) -> Iterator[Served]:
     write_dataset(folder / "root" / "datasets" / "imps")
     options = {"slots": "cpu:2", "allowed_roots": (ROOT / "examples",), **options}
     with serving(folder / "root", repository=repository, **options) as served:
+        served.app.state.reconciler._pace = BRISK
         try:
             yield served
         finally:

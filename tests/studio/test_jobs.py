@@ -145,6 +145,18 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path, number: int) -> None:
     assert not (tmp_path / "job").exists()
 
 
+def test_a_job_that_was_only_half_made_is_put_away(settings: Settings) -> None:
+    """After a kill in the middle of it, nothing is left where jobs are; nothing is deleted."""
+    half, whole = settings.job("01" + "A" * 24), settings.job("01" + "B" * 24)
+    for folder in (half / "dataset", whole, settings.jobs / "of the user's"):
+        folder.mkdir(parents=True)
+    (whole / "command.json").write_text("{}", encoding="utf-8")
+    jobs.sweep(settings)
+    assert sorted(path.name for path in settings.jobs.iterdir()) == [whole.name, "of the user's"]
+    (kept,) = settings.trash.iterdir()
+    assert kept.name.endswith(half.name)
+
+
 def test_who_may_change_nothing_may_not_resume_with_it(studio: Served, trained: str) -> None:
     """Only knobs that leave a run the same run, and each wrong one is named."""
     answer = studio.client.post(

@@ -142,6 +142,8 @@ def test_every_address_is_no_name() -> None:
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://localhost:1"},
+        {"Origin": "http://[::1"},
+        {"Origin": "127.0.0.1:{port}"},
         {"Origin": "http://localhost:{port}.evil.example"},
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
