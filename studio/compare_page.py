@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from studio import jobs, words
 from studio.film import film_of
 from studio.problems import Problem, problem_at, problem_of, sentence
-from studio.run_page import THUMBNAIL, files_of
+from studio.run_page import THUMBNAIL, files_of, newest_picture, told_so_far
 from studio.status import briefs, read_result
 from studio.store import UnknownJob
 from studio.views import show_number
@@ -81,8 +81,7 @@ def offered(studio: State) -> list[Record]:
     found = [job for job in studio.store.jobs(kind="train", limit=MOST_OFFERED) if job.step]
     rows = []
     for job, brief in zip(found, briefs(studio.store, found), strict=True):
-        newest = film_of(studio.hub.story(job.id).samples).newest
-        picture = newest and f"/jobs/{job.id}/files/output/{newest.file}{THUMBNAIL}"
+        picture = newest_picture(studio, job)
         rows.append({**brief, "state_word": words.state_word(brief), "picture": picture})
     return [row for row in rows if row["picture"]]
 
@@ -92,7 +91,7 @@ def offered(studio: State) -> list[Record]:
 
 def previews_of(studio: State, runs: Sequence[Job]) -> Record:
     """Lay out previews: for each prompt a row per run, and a column per step."""
-    films = {run.id: film_of(studio.hub.story(run.id).samples) for run in runs}
+    films = {run.id: film_of(told_so_far(studio.hub.story(run.id)).samples) for run in runs}
     prompts = dict.fromkeys(prompt for film in films.values() for prompt in film.prompts)
     steps = sorted({step for film in films.values() for step in film.steps})
     groups = []

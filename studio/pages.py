@@ -23,7 +23,7 @@ from studio.new_page import (
     training_of,
 )
 from studio.problems import Problem
-from studio.run_page import THUMBNAIL, run_values
+from studio.run_page import newest_picture, part_values, run_values
 from studio.status import briefs, job_of
 from studio.store import FINAL, KINDS, Job
 from studio.views import THEMES, environment, first_values, go_to, read_form, render
@@ -80,19 +80,7 @@ def row_of(studio: State, job: Job, brief: Record) -> Record:
     """Complete what a list says of a job."""
     final = job.final if job.state == "completed" else None
     whole = {**brief, "final": final, "continues_from": job.continues_from}
-    return {**words.shown(whole), "picture": picture_of(studio, job)}
-
-
-def picture_of(studio: State, job: Job) -> str | None:
-    """Find the newest preview of a training, by the files alone: lists are to be quick."""
-    if job.kind != "train" or not job.step:
-        return None
-    samples = studio.settings.job(job.id) / "output" / "samples"
-    steps = (words.step_of(path.name) for path in samples.glob("step_*.png"))
-    step = max((step for step in steps if step is not None), default=None)
-    return (
-        None if step is None else f"/jobs/{job.id}/files/output/samples/step_{step}.png{THUMBNAIL}"
-    )
+    return {**words.shown(whole), "picture": newest_picture(studio, job)}
 
 
 def lists_of(rows: Sequence[Record]) -> list[tuple[str, list[Record]]]:
@@ -121,7 +109,7 @@ def show_part(request: Request, job_id: str, part: str) -> HTMLResponse:
         (row,) = rows_of(studio, [job_of(studio.store, job_id)])
         text = environment().get_template("jobs.html").module.row(row)  # type: ignore[attr-defined]
         return HTMLResponse(text)
-    return render(request, "run_part.html", part=part, **run_values(studio, job_id))
+    return render(request, "run_part.html", part=part, **part_values(studio, job_id, part))
 
 
 @router.post("/runs/{job_id}/stop")

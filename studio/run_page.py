@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,86 +57,139 @@ def controls_of(repository: Path) -> dict[str, forms.Control]:
     return forms.controls(schema_of(repository))
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a job has said, at one moment: a stream that goes on from there leaves nothing out."""
+
+    position: str
+    start: Record
+    progress: Record
+    messages: list[Record]
+    samples: list[Record]
+    checkpoints: list[Record]
+    losses: list[tuple[int, float]]
+
+
+def told_so_far(story: Story) -> Told:
+    """Take all that a page shows at once, as the story goes on in another thread."""
+    with story.lock:
+        return Told(
+            position=str(story.recent.end),
+            start=story.start or {},
+            progress=story.progress or {},
+            messages=list(story.messages)[-MOST_MESSAGES:],
+            samples=list(story.samples),
+            checkpoints=list(story.checkpoints),
+            losses=list(story.series.curves.get("loss", ())),
+        )
+
+
 def run_values(studio: State, job_id: str) -> Record:
     """Gather all that the page shows."""
-    job = job_of(studio.store, job_id)
-    story = studio.hub.story(job_id)
-    shown = words.shown(status(studio.settings, studio.store, job, story))
+    job, told = job_of(studio.store, job_id), told_so_far(studio.hub.story(job_id))
     folder = studio.settings.job(job_id)
-    knobs = controls_of(studio.settings.repository)
-    config = {**job.config, **((story.start or {}).get("config") or {})}
+    config = {**job.config, **(told.start.get("config") or {})}
+    training = job.kind == "train"
     return {
-        "job": shown,
+        **state_values(studio, job, told),
+        **film_values(job, told),
+        **file_values(studio, job, config),
         "final": job.state in FINAL,
-        "problems": forms.placed((job.error or {}).get("problems") or [], knobs),
-        "facts": facts_of(job, story),
-        "film": film_of(story.samples),
-        "files_at": f"/jobs/{job_id}/files/output/",
-        "thumb": THUMBNAIL,
-        "first_preview": first_of(config, "validation_steps", "sample_at_start"),
-        "first_checkpoint": config.get("checkpoint_steps") if job.kind == "train" else None,
-        "files": files_of(folder / "output", SHOWN_FILES.get(job.kind, OTHER_FILES)),
-        "position": str(story.recent.end),
-        "messages": [message_of(line) for line in list(story.messages)[-MOST_MESSAGES:]],
-        **chart_of(story),
-        **particulars(studio, job, config, knobs),
-    }
-
-
-def particulars(
-    studio: State, job: Job, config: Record, knobs: Mapping[str, forms.Control]
-) -> Record:
-    """Gather what stands below, folded."""
-    folder = studio.settings.job(job.id)
-    return {
-        "pictures": [] if job.kind == "train" else pictures_of(folder / "output"),
-        "settings": settings_of(config, knobs) if job.kind == "train" else [],
+        "first_preview": 0 if config.get("sample_at_start") else config.get("validation_steps"),
+        "position": told.position,
+        "messages": [message_of(line) for line in told.messages],
+        "curves": list(CURVES.items()),
+        "curve": polyline(averaged(told.losses)),
+        "checkpoint_steps": [line["step"] for line in told.checkpoints if line.get("step")],
+        "pictures": [] if training else pictures_of(folder / "output"),
+        "settings": settings_of(config, knobs_of(studio)) if training else [],
         "attempts": studio.store.attempts(job.id),
         "steps_of": steps_of,
         "log": log_of(folder),
     }
 
 
-def first_of(config: Record, every: str, at_start: str) -> int | None:
-    """Say at which step the first preview comes."""
-    return 0 if config.get(at_start) else config.get(every)
+def part_values(studio: State, job_id: str, part: str) -> Record:
+    """Gather what one part of the page shows: it is asked for often."""
+    job, told = job_of(studio.store, job_id), told_so_far(studio.hub.story(job_id))
+    if part == "state":
+        return state_values(studio, job, told)
+    if part == "film":
+        return film_values(job, told)
+    return file_values(studio, job, {**job.config, **(told.start.get("config") or {})})
+
+
+def state_values(studio: State, job: Job, told: Told) -> Record:
+    """Say how it stands."""
+    story = studio.hub.story(job.id)
+    return {
+        "job": words.shown(status(studio.settings, studio.store, job, story)),
+        "problems": forms.placed((job.error or {}).get("problems") or [], knobs_of(studio)),
+        "facts": facts_of(job, told.progress),
+        "chart_told": sentence(averaged(told.losses)),
+    }
+
+
+def film_values(job: Job, told: Told) -> Record:
+    """Lay out the previews."""
+    film = film_of(told.samples)
+    return {"film": film, "files_at": f"/jobs/{job.id}/files/output/", "thumb": THUMBNAIL}
+
+
+def file_values(studio: State, job: Job, config: Record) -> Record:
+    """List the files."""
+    output = studio.settings.job(job.id) / "output"
+    return {
+        "files": files_of(output, SHOWN_FILES.get(job.kind, OTHER_FILES)),
+        "files_at": f"/jobs/{job.id}/files/output/",
+        "first_checkpoint": config.get("checkpoint_steps") if job.kind == "train" else None,
+    }
+
+
+def knobs_of(studio: State) -> dict[str, forms.Control]:
+    """Name the controls of all knobs."""
+    return controls_of(studio.settings.repository)
 
 
 # --- Facts ---
 
 
-def facts_of(job: Job, story: Story) -> list[tuple[str, str | None]]:
+def facts_of(job: Job, progress: Record) -> list[tuple[str, str | None]]:
     """Say how fast it is and what it takes; of a finished run, what it came to."""
     if job.kind != "train":
         return []
     if job.state == "completed" and job.final:
         return ended_facts(job.final)
-    line = story.progress or {}
-    found = line.get
+    found = progress.get
     return [
-        ("Loss", told(found("loss"), show_number)),
-        ("Per step", told(found("seconds_per_step"), lambda value: f"{show_number(value)} s")),
-        ("Images per second", told(found("images_per_second"), show_number)),
-        ("Memory", told(found("memory_bytes"), show_bytes)),
-        ("Epoch", told(found("epoch"), show_number)),
-        ("Running for", told(found("elapsed_seconds"), show_duration)),
+        ("Loss", known(found("loss"), show_number)),
+        ("Per step", known(found("seconds_per_step"), show_seconds)),
+        ("Images per second", known(found("images_per_second"), show_number)),
+        ("Memory", known(found("memory_bytes"), show_bytes)),
+        ("Epoch", known(found("epoch"), show_number)),
+        ("Running for", known(found("elapsed_seconds"), show_duration)),
     ]
 
 
 def ended_facts(final: Record) -> list[tuple[str, str | None]]:
     """Say what a finished run came to."""
     return [
-        ("Loss at the end", told(final.get("final_loss"), show_number)),
-        ("Time", told(final.get("total_time"), show_duration)),
-        ("Images per second", told(final.get("images_per_second"), show_number)),
-        ("Memory at most", told(final.get("peak_memory_bytes"), show_bytes)),
-        ("Size", told(final.get("bytes"), show_bytes)),
+        ("Loss at the end", known(final.get("final_loss"), show_number)),
+        ("Time", known(final.get("total_time"), show_duration)),
+        ("Images per second", known(final.get("images_per_second"), show_number)),
+        ("Memory at most", known(final.get("peak_memory_bytes"), show_bytes)),
+        ("Size", known(final.get("bytes"), show_bytes)),
     ]
 
 
-def told(value: Any, how: Any) -> str | None:
+def known(value: Any, how: Callable[[float], str]) -> str | None:
     """Show a number that is there."""
     return how(value) if isinstance(value, (int, float)) else None
+
+
+def show_seconds(value: float) -> str:
+    """Show a short time."""
+    return f"{show_number(value)} s"
 
 
 # --- Messages, files, pictures, settings ---
@@ -224,19 +278,18 @@ def log_of(folder: Path) -> str:
     return clean(tail_of(folder / "attempts" / str(attempts[-1]) / "stderr.log"))
 
 
+def newest_picture(studio: State, job: Job) -> str | None:
+    """Find the newest preview of a training, by the files alone: lists are to be quick."""
+    if job.kind != "train" or not job.step:
+        return None
+    samples = studio.settings.job(job.id) / "output" / "samples"
+    steps = (words.step_of(path.name) for path in samples.glob("step_*.png"))
+    step = max((step for step in steps if step is not None), default=None)
+    address = f"/jobs/{job.id}/files/output/samples/step_{step}.png{THUMBNAIL}"
+    return None if step is None else address
+
+
 # --- The curve that needs no script ---
-
-
-def chart_of(story: Story) -> Record:
-    """Draw the loss, and say in a sentence what it did."""
-    points = story.series.curves.get("loss", [])
-    means = averaged(points)
-    return {
-        "curves": list(CURVES.items()),
-        "curve": polyline(means),
-        "chart_told": sentence(means),
-        "checkpoint_steps": [line["step"] for line in story.checkpoints if line.get("step")],
-    }
 
 
 def averaged(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

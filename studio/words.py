@@ -78,6 +78,8 @@ def running_told(status: Status) -> str:
 def completed_told(status: Status) -> str:
     """Say what came out."""
     final = status.get("final") or {}
+    if isinstance(final.get("summary"), str):
+        return str(final["summary"])
     parts = []
     if status.get("step"):
         parts.append(f"{show_number(status['step'])} steps")

@@ -8,6 +8,7 @@ const MOST_MESSAGES = 1_000;
 const QUIET = new Set(["progress", "sample", "start"]);
 const QUIET_TOPICS = new Set(["phase", "memory"]);
 const KINDS = { warning: "warn", error: "bad", complete: "good", interrupted: "warn" };
+const ENDS = new Set(["completed", "stopped", "failed", "cancelled"]);
 const SYMBOLS = { warn: "warning", bad: "failed", good: "completed" };
 
 const $ = (id) => document.getElementById(id);
@@ -161,8 +162,31 @@ function speak(brief) {
   $("spoken").textContent = `${brief.name}: ${brief.state}${percent}`;
 }
 
+// --- A word when it is over, for those who ask for it ---
+
+const notify = $("notify");
+let wanted = false;
+
+function setUpNotice() {
+  if (!notify || !("Notification" in window) || Notification.permission === "denied") return;
+  notify.hidden = false;
+  notify.addEventListener("click", async () => {
+    wanted = (await Notification.requestPermission()) === "granted";
+    notify.textContent = wanted ? "You will be told when it ends" : "This browser does not allow it";
+    notify.disabled = true;
+  });
+}
+
+function tellEnd(brief) {
+  if (!ENDS.has(brief.state)) return;
+  if (wanted) new Notification(`${brief.name}: ${brief.state}`, { icon: "/static/icon.svg" });
+  wanted = false;
+  if (notify) notify.hidden = true;
+}
+
 function takeState(brief) {
   if (brief.job_id !== job) return;
+  tellEnd(brief);
   refreshState();
   speak(brief);
   showInTab(name, brief.state === "running" ? brief.percent : null);
@@ -173,6 +197,7 @@ function takeState(brief) {
 setUpHero();
 const chart = setUpChart();
 setUpLog();
+setUpNotice();
 log.scrollTop = log.scrollHeight;
 
 function takeLine(line) {

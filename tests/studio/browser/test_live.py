@@ -180,6 +180,36 @@ def test_a_run_is_stopped_and_continued_by_buttons(desk: BrowserContext, studio:
         assert step_of(page) == stopped + 10
 
 
+NOTICES = """
+  window.told = [];
+  window.asked = 0;
+  window.Notification = class {
+    static permission = "default";
+    static async requestPermission() {
+      asked += 1;
+      return "granted";
+    }
+    constructor(title) {
+      told.push(title);
+    }
+  };
+"""
+
+
+def test_who_asks_for_it_is_told_when_it_ends(desk: BrowserContext, studio: Served) -> None:
+    """The browser is asked for leave on a click alone (B24)."""
+    job_id = submitted(studio, **wanted(steps=400, checkpoint_steps=400, validation_steps=400))
+    desk.add_init_script(NOTICES)
+    with looking(desk, studio, f"/runs/{job_id}") as page:
+        until(page, lambda: step_of(page) > 2)
+        assert page.evaluate("asked") == 0
+        page.get_by_role("button", name="Tell me when it ends").click()
+        expect(page.locator("#notify")).to_have_text("You will be told when it ends")
+        studio.client.post(f"/jobs/{job_id}/stop", json={})
+        expect(page.locator("#notify")).to_be_hidden()
+        assert page.evaluate("told") == ["imps: stopped"]
+
+
 def test_the_list_moves_by_itself(desk: BrowserContext, studio: Served) -> None:
     """A run goes from what runs to what has ended, and its row tells how far it is."""
     job_id = submitted(studio, **wanted(steps=100, checkpoint_steps=100, validation_steps=50))
