@@ -166,7 +166,12 @@ def announce(settings: Settings, app: FastAPI, lock: IO[str], *, browser: bool) 
     sys.stdout.write(f"The studio is at {url}\n")
     if settings.authenticated and settings.token:  # which is made here, if it never was
         token = settings.root / "token"
-        sys.stdout.write(f"That address works once, for a minute; later ones ask for {token}\n")
+        sys.stdout.write(f"That address works once, for a minute; then it asks for {token}\n")
+    if not settings.loopback:
+        sys.stdout.write(
+            "Others can reach it, and nothing is encrypted: put a server with https in front,\n"
+            "and say by --allowed-host how that calls this machine.\n"
+        )
     sys.stdout.flush()
     if browser:
         threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and which of it this machine can call
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Settings:
 
     @property
     def url(self) -> str:
-        """Where the service answers."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        """Where the service answers, as this machine calls it."""
+        host = EVERYWHERE.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def job(self, job_id: str) -> Path:
         """Where a job keeps its files."""
