@@ -57,5 +57,28 @@ RUN pip install --no-cache-dir --root-user-action=ignore --requirement tools/req
 COPY --chmod=644 tools/*.py tools/
 USER 1000:1000
 
+# `docker build --target studio .`: the studio, as compose.yaml starts it.
+FROM tools AS studio
+USER 0:0
+COPY studio/requirements.txt studio/
+RUN pip install --no-cache-dir --root-user-action=ignore --requirement studio/requirements.txt
+COPY --chmod=644 studio/*.py studio/
+COPY --chmod=644 studio/templates/*.html studio/templates/
+COPY --chmod=644 studio/static/*.* studio/static/
+COPY --chmod=644 studio/static/vendor/* studio/static/vendor/
+COPY --chmod=644 examples/configs/*.json examples/configs/
+
+# Datasets, runs and the database are one volume, as runs keep their images by hard links.
+RUN install --directory --mode=1777 /studio
+VOLUME /studio
+USER 1000:1000
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s CMD ["python", "-c", \
+  "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/healthz', timeout=5)"]
+
+# All ends with the first process, so jobs are asked to save and end before.
+CMD ["python", "-m", "studio", "--root", "/studio", "--host", "0.0.0.0", "--port", "8000", \
+     "--no-browser", "--stop-jobs"]
+
 # Without a target, the last stage is built: the trainer alone.
 FROM trainer

@@ -7,7 +7,7 @@ READY := .venv/.ready
 # Two test processes share the cores; torch's own threads would only get in their way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: check fix test test-slow docs demo bench clean
+.PHONY: check fix test test-slow studio studio-test docs demo bench clean
 
 check: $(READY)
 	$(BIN)/ruff format --check
@@ -25,6 +25,12 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m slow
 
+studio: $(READY)
+	$(BIN)/python -m studio $(STUDIO)
+
+studio-test: $(READY)
+	$(PYTEST) -m "not slow" tests/studio
+
 docs: $(READY)
 	$(BIN)/python tests/docs.py
 
@@ -35,7 +41,7 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
-$(READY): requirements.txt requirements-dev.txt tools/requirements.txt
+$(READY): requirements.txt requirements-dev.txt tools/requirements.txt studio/requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Needs Python 3.11: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt

@@ -20,6 +20,8 @@ import train_lora
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "train_lora.py"
 
+pytest_plugins = ["studio_ground"]  # fixtures of tests/studio
+
 Record = dict[str, Any]
 
 

@@ -12,7 +12,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
+from processes import CONTRACT_SECONDS
 
 # The reference expression of PEP 723.
 HEADER = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
@@ -43,7 +45,8 @@ def copied() -> list[str]:
 
 def test_every_package_is_pinned() -> None:
     """Another version of a package would be another program."""
-    asked = [*requirements(), *requirements("tools/requirements.txt")]
+    files = ["requirements.txt", "tools/requirements.txt", "studio/requirements.txt"]
+    asked = [line for name in files for line in requirements(name)]
     loose = [line for line in asked if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
 
     assert requirements()
@@ -119,13 +122,35 @@ def test_the_program_does_not_run_as_root() -> None:
 
 
 def test_the_image_is_the_trainer_unless_the_tools_are_asked_for() -> None:
-    """The last stage is what is built without a target; the tools are one more on top."""
+    """The last stage is what is built without a target; tools and studio are more on top."""
     stages = arguments("FROM")
     assert stages[0].endswith(" AS trainer")
-    assert stages[1:] == ["trainer AS tools", "trainer"]
+    assert stages[1:] == ["trainer AS tools", "tools AS studio", "trainer"]
     tools = read("Dockerfile").partition("AS tools")[2]
     assert "tools/*.py" in tools
     assert "--requirement tools/requirements.txt" in tools
+
+
+def test_compose_starts_the_studio_as_the_image_has_it() -> None:
+    """What it mounts are the image's volumes, and a stop leaves time to save."""
+    (service,) = yaml.safe_load(read("compose.yaml"))["services"].values()
+    stage = read("Dockerfile").partition(f"AS {service['build']['target']}\n")[2]
+    mounted = [volume.partition(":")[2] for volume in service["volumes"]]
+
+    assert mounted == ["/studio", "/cache"]
+    assert "VOLUME /studio\n" in stage
+    assert '"--root", "/studio"' in stage
+    assert int(service["stop_grace_period"].removesuffix("s")) > CONTRACT_SECONDS
+    assert service["ports"] == ["127.0.0.1:8000:8000"]
+
+
+def test_the_image_of_the_studio_has_all_of_it() -> None:
+    """Each of its files is copied, and what it reads of the repository."""
+    there = {path for name in copied() for path in ROOT.glob(name)}
+    files = {path for path in (ROOT / "studio").rglob("*") if path.is_file()}
+    left_out = {path.name for path in files - there if "__pycache__" not in path.parts}
+    assert left_out <= {"README.md"}
+    assert {ROOT / "config_schema.json", *(ROOT / "examples/configs").glob("*.json")} <= there
 
 
 def test_packages_are_installed_before_the_program_is_copied() -> None:
@@ -151,3 +176,11 @@ def test_imports_go_one_way() -> None:
     tools = set.union(*(imported(path) for path in (ROOT / "tools").glob("*.py")))
     assert {"tools", "train_lora"} <= tools
     assert tools.isdisjoint(around - {"tools"})
+
+
+def test_the_studio_imports_neither_trainer_nor_tools() -> None:
+    """It starts them; so it proves that what they say is enough."""
+    studio = set.union(*(imported(path) for path in (ROOT / "studio").glob("*.py")))
+    assert studio.isdisjoint({"train_lora", "tools", "families", "torch"})
+    shim = imported(ROOT / "studio" / "shim.py")
+    assert shim <= set(sys.stdlib_module_names)

@@ -1,0 +1,88 @@
+"""Ask the trainer itself what it thinks of a config: `--validate-only`, which needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from studio import local
+from studio.events import clean
+from studio.problems import Problem
+
+if TYPE_CHECKING:
+    from studio.settings import Settings
+
+Record = dict[str, Any]
+
+MOST_SECONDS = 120  # a large dataset on a slow disk
+WAITING_SECONDS = 30
+AT_WORK = threading.BoundedSemaphore(2)
+TAIL = 500  # characters of stderr
+
+
+def ask_trainer(settings: Settings, config: Mapping[str, Any]) -> Record:
+    """Return what the trainer says of a config: whether it would train, what it found, and why."""
+    lines = [*events_of(run(settings, json.dumps(config), "--config", "-", "--validate-only"))]
+    last = lines[-1] if lines else {}
+    facts = {line.get("topic"): line.get("data") for line in lines if line["type"] == "info"}
+    warnings = [
+        {name: line.get(name) for name in ("code", "message", "data")}
+        for line in lines
+        if line["type"] == "warning"
+    ]
+    if last.get("type") not in ("error", "info"):
+        raise Problem(503, "trainer_failed", "The trainer ended without an answer.")
+    failed = last if last["type"] == "error" else {}
+    return {
+        "valid": not failed,
+        "report": facts.get("valid"),
+        "warnings": warnings,
+        "problems": failed.get("problems", []),
+        "code": failed.get("code"),
+        "message": last.get("message"),
+        "hint": failed.get("hint"),
+        **{topic: facts.get(topic) for topic in ("device", "model", "dataset", "memory")},
+    }
+
+
+def events_of(said: bytes) -> list[Record]:
+    """Read the lines of a program."""
+    records = [json.loads(line) for line in said.splitlines() if line.startswith(b"{")]
+    return [record for record in records if isinstance(record.get("type"), str)]
+
+
+def run(settings: Settings, stdin: str, *options: str) -> bytes:
+    """Run the trainer to its end, which is near, and return what it said."""
+    command = [settings.python, str(settings.repository / "train_lora.py"), *options]
+    if not AT_WORK.acquire(timeout=WAITING_SECONDS):
+        raise Problem(503, "busy", "Other configs are being checked.", headers={"Retry-After": "5"})
+    try:
+        done = subprocess.run(
+            command,
+            input=stdin.encode(),
+            capture_output=True,
+            env=local.environment(),
+            cwd=settings.models,  # where an id is no path: those that are were made absolute
+            timeout=MOST_SECONDS,
+            check=False,
+        )
+    except OSError as error:
+        raise Problem(503, "trainer_failed", f"{settings.python} cannot be run: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        detail = f"The trainer took more than {MOST_SECONDS} seconds to check this."
+        raise Problem(503, "trainer_slow", detail) from error
+    finally:
+        AT_WORK.release()
+    if not done.stdout:
+        tail = clean(done.stderr.decode("utf-8", "replace"))[-TAIL:]
+        raise Problem(503, "trainer_failed", f"The trainer did not start: {tail}")
+    return done.stdout
+
+
+def schema(repository: Path) -> bytes:
+    """Return the schema of the trainer's config as it stands."""
+    return (repository / "config_schema.json").read_bytes()
