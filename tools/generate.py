@@ -153,16 +153,23 @@ def files_of(path: Path) -> list[Path]:
 def find_sources(asked: Sequence[Path]) -> list[Source]:
     """Find the files, and names by which they can be told apart."""
     files = [file for path in asked for file in files_of(path)]
-    names = [file.stem.removeprefix("lora_") for file in files]
-    twice = {name for name in names if names.count(name) > 1}
-    full = [
-        f"{folder_of(file).name}_{name}" if name in twice else name
-        for file, name in zip(files, names, strict=True)
-    ]
-    if len(set(full)) < len(full):
-        raise refuse(files[-1], "LoRAs with names of their own", f"{full[-1]} twice")
-    plain = [re.sub(r"[^\w.-]", "_", name) for name in full]
+    plain = names_for(files)
+    if twice := [name for name in plain if plain.count(name) > 1]:
+        raise refuse(files[-1], "LoRAs with names of their own", f"{twice[-1]} twice")
     return [Source(name, file) for name, file in zip(plain, files, strict=True)]
+
+
+def names_for(files: Sequence[Path]) -> list[str]:
+    """Name LoRAs by their files, and those of one name by as many folders as tell them apart."""
+    places = [folder_of(file).resolve().parts[1:] for file in files]
+    names = [file.stem.removeprefix("lora_") for file in files]
+    for level in range(1, max(map(len, places), default=0) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        names = [
+            f"{place[-level]}_{name}" if name in twice and level <= len(place) else name
+            for place, name in zip(places, names, strict=True)
+        ]
+    return [re.sub(r"[^\w.-]", "_", name) for name in names]
 
 
 def folder_of(file: Path) -> Path:

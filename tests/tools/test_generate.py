@@ -319,6 +319,12 @@ def test_a_runs_folder_stands_for_all_that_it_made(tmp_path: Path) -> None:
     ]
     both = find_sources([tmp_path / "one", tmp_path / "two"])
     assert [each.name for each in both[3:]] == ["two_step_9", "two_step_10", "two_final"]
+    for place in ("a", "b"):  # where all runs are called alike, as tools/pipeline.py does
+        write_pair(tmp_path / place / "run" / "lora_final.safetensors", 3)
+    runs = find_sources([tmp_path / place / "run" for place in ("a", "b")])
+    assert [each.name for each in runs] == ["a_run_final", "b_run_final"]
+    with pytest.raises(TrainError, match="twice"):
+        find_sources([tmp_path / "a" / "run"] * 2)
     write_pair(tmp_path / "one" / "lora_final.safetensors", 2)  # as the last checkpoint is
     assert [each.name for each in find_sources([tmp_path / "one"])] == ["step_9", "step_10"]
     with pytest.raises(TrainError, match="neither"):

@@ -69,7 +69,8 @@ def test_a_lora_that_learned_nothing_is_said_to_do_nothing(
     out: Path, eyes: Path, tmp_path: Path
 ) -> None:
     """Trained as the others, at a rate of 1e-7, which the trainer's own schema forbids."""
-    said = read_file(CONFIG)["training"] | {"steps": 40, "checkpoint_steps": 40}
+    document = read_file(CONFIG)
+    said = document["training"] | {"steps": 40, "checkpoint_steps": 40}
     places = {"dataset_path": str(out / "dataset" / "train"), "output_path": str(tmp_path / "run")}
     for key in ("base_model", "regularization_path"):
         places[key] = str(ROOT / said[key])
@@ -77,8 +78,9 @@ def test_a_lora_that_learned_nothing_is_said_to_do_nothing(
     LoRATrainer(config, Emitter()).train()
     grid = tmp_path / "grid"
     options = ["--base", places["base_model"], "--lora", str(tmp_path / "run"), "--trigger", "zkb"]
-    options += ["--prompts", str(out / "prompts.json"), "--seeds", "1-2", "--steps", "15"]
-    tool("generate", *options, "--guidance=2.5", "--resolution=256", "--out", str(grid))
+    options += ["--prompts", str(out / "prompts.json"), "--resolution=256", "--out", str(grid)]
+    options += [f"--{key}={document['generate'][key]}" for key in ("seeds", "steps", "guidance")]
+    tool("generate", *options)
     train = ["--train", places["dataset_path"], "--vision", str(eyes)]
     assert "No LoRA here does anything that can be seen" in tool("evaluate", str(grid), *train)
     result = verdict(grid / "eval.json")
