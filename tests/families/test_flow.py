@@ -240,6 +240,20 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     assert (tmp_path / "one" / "samples" / "step_2.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("knob", "value"), [("timestep_shift", 3.0), ("timestep_sampling", "uniform")]
+)
+def test_other_times_make_another_run(
+    knob: str, value: object, place: Path, tmp_path: Path
+) -> None:
+    """What is fixed for a run is refused by its name."""
+    train(config_of(place, "z_image", tmp_path, lora_name="same", steps=1))
+    with pytest.raises(TrainError) as caught:
+        train(config_of(place, "z_image", tmp_path, lora_name="same", steps=2, **{knob: value}))
+    assert caught.value.code == train_lora.ErrorCode.RUN_CHANGED
+    assert [problem.path for problem in caught.value.problems] == [knob]
+
+
 @each_family
 def test_gradient_checkpointing_changes_nothing(family: str, place: Path, tmp_path: Path) -> None:
     """The gradient is the same to the last bit."""
