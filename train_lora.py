@@ -2488,7 +2488,8 @@ def recognise(headers: Headers) -> Family:
             return family
     names = list(headers.weights)
     if headers.configs:
-        kinds = [show(config.get("_class_name")) for config in headers.configs.values()]
+        configs = headers.configs.items()
+        kinds = [f"{show(config.get('_class_name'))} as {name}" for name, config in configs]
         raise unsupported_model(f"a model with {', '.join(kinds)}")
     if any(name.startswith(("lora_", "unet.")) and "lora" in name for name in names):
         raise unsupported_model("a LoRA, not a base model")

@@ -156,7 +156,7 @@ def scaled(family: str, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return (latents - rows[0]) / rows[1]
     if family == "flux2_klein":
         return latents
-    return (latents - said.shift_factor) * said.scaling_factor
+    return (latents - float(said.shift_factor)) * float(said.scaling_factor)
 
 
 def denoise_z_image(pipe: Any, noisy: Any, sigma: Any, caption: str) -> Any:
