@@ -3,7 +3,7 @@
 FROM python:3.13-slim-trixie AS trainer
 
 LABEL org.opencontainers.image.title="train_lora" \
-      org.opencontainers.image.description="Trains LoRA adapters for Stable Diffusion" \
+      org.opencontainers.image.description="Trains LoRA adapters for Stable Diffusion, Z-Image, FLUX and Krea 2" \
       org.opencontainers.image.licenses="MIT"
 
 # tini hands signals on and reaps; PID 1 without it ignores SIGTERM while Python starts.
@@ -22,6 +22,7 @@ RUN pip install --no-cache-dir --root-user-action=ignore --requirement requireme
 
 # Modes are set here, as a checkout under a strict umask would be unreadable for other users.
 COPY --chmod=644 train_lora.py config_schema.json LICENSE ./
+COPY --chmod=644 families/*.py families/
 
 # Open to every user like /tmp, so that --user works; a new named volume inherits that.
 RUN install --directory --mode=1777 /data /output /cache
