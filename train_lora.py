@@ -2434,7 +2434,9 @@ def read_headers(path: Path) -> Headers:
         return Headers(path=path, configs=configs, index=said)
     if (path / "transformer").is_dir():
         kind = read_json_file(path / "transformer" / "config.json").get("_class_name")
-        raise unsupported_model(f"a transformer, {show(kind)}, for which families/ has no file")
+        known = knobs()["model_family"]["x-denoisers"].get(kind)
+        lacks = f"families/{known}.py is not there" if known else "families/ has no file"
+        raise unsupported_model(f"a transformer, {show(kind)}, for which {lacks}")
     if files := sorted(path.glob("*.safetensors")):
         raise unsupported_model(f"a folder that is no model; did you mean {files[0].name} in it?")
     raise unsupported_model("a folder that is no model")

@@ -504,7 +504,9 @@ def test_without_its_file_a_family_is_named(
     train_lora.all_families.cache_clear()
     try:
         config = config_of(place, "z_image", tmp_path / "out")
-        with pytest.raises(TrainError, match=r"ZImageTransformer2DModel.*families/"):
+        with pytest.raises(
+            TrainError, match=r"ZImageTransformer2DModel.*families/z_image\.py is not there"
+        ):
             train_lora.inspect_model(config)
     finally:
         train_lora.all_families.cache_clear()
@@ -514,6 +516,13 @@ FLUX1_NAMES = (
     "double_blocks.0.img_attn.norm.key_norm.scale",
     "double_blocks.0.img_attn.qkv.weight_scale",
 )
+
+
+def test_the_schema_knows_the_denoiser_of_every_file() -> None:
+    """By which the file that is missing is named."""
+    further = train_lora.all_families().keys() - train_lora.FAMILIES.keys()
+    known = train_lora.knobs()["model_family"]["x-denoisers"]
+    assert known == {train_lora.all_families()[n].denoiser.class_name: n for n in further}
 
 
 def test_quantised_files_are_refused(place: Path, tmp_path: Path) -> None:
