@@ -107,8 +107,7 @@ def show_part(request: Request, job_id: str, part: str) -> HTMLResponse:
         raise Problem(404, "part_unknown", f"A page has no part {part}.")
     if part == "row":
         (row,) = rows_of(studio, [job_of(studio.store, job_id)])
-        text = environment().get_template("jobs.html").module.row(row)  # type: ignore[attr-defined]
-        return HTMLResponse(text)
+        return render(request, "run_part.html", part=part, job=row)
     return render(request, "run_part.html", part=part, **part_values(studio, job_id, part))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,8 @@ def studio(folder: Path, python: str) -> Iterator[str]:
 
 
 def fill(folder: Path, address: str) -> None:
-    """Put the twelve imps and their captions in."""
+    """Put the bundled model in, and the twelve imps with their captions."""
+    shutil.copytree(EXAMPLES / "tiny-sd", folder / "models" / "tiny-sd")
     token = (folder / "token").read_text("ascii").strip()
     headers = {"Authorization": f"Bearer {token}"}
     base = address.partition("/login")[0]
@@ -134,8 +136,7 @@ def ask(page: Page) -> None:
     values: dict[str, Any] = {name: each for name, each in config.items() if name not in apart}
     values |= {"sample_prompts": "\n".join(PROMPTS), "trigger_words": "zkb"}
     values |= {"validation_steps": 40, "checkpoint_steps": 100}
-    for name in ("base_model", "regularization_path"):
-        values[name] = str((ROOT / values[name]).resolve())
+    values |= {"base_model": "tiny-sd", "regularization_path": str(EXAMPLES / "regularization")}
     page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
     for name, value in values.items():
         put(page, name, value)
