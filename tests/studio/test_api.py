@@ -274,6 +274,20 @@ def test_configs_are_checked_a_few_at_a_time(
     assert answer.headers["retry-after"]
 
 
+def test_a_check_under_way_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """P12: who waits for the trainer's answer is told so, and the service ends at once."""
+    with acting(tmp_path) as studio, ThreadPoolExecutor(1) as pool:
+        program = studio.settings.repository / "train_lora.py"
+        program.write_text("import subprocess; subprocess.run(['sleep', '300'])", "utf-8")
+        waiting = pool.submit(studio.client.post, "/validate", json={"config": {}})
+        while not preflight.CHILDREN:
+            time.sleep(0.05)
+        studio.app.state.server.should_exit = True
+        begun = time.monotonic()
+        assert waiting.result().status_code == 503
+        assert time.monotonic() - begun < 30
+
+
 def test_nothing_new_is_begun_when_the_service_ends(tmp_path: Path) -> None:
     """A1: 503, so that a program tries again later."""
     with acting(tmp_path) as studio:
