@@ -34,7 +34,7 @@ DESK: ViewportSize = {"width": 1280, "height": 860}
 PHONE: ViewportSize = {"width": 390, "height": 780}
 QUALITY = 80  # of WebP: five pictures take about 200 KB
 MINUTE = 60_000
-HALF_WAY = 20  # the picture with this number is there
+HALF_WAY = 17  # the picture with this number is there
 PROMPTS = (
     "a large zkb on a yellow background",
     "a small zkb on the left on a blue background",
@@ -135,7 +135,7 @@ def ask(page: Page) -> None:
     apart = ("$schema", "$comment", "dataset_path", "output_path")
     values: dict[str, Any] = {name: each for name, each in config.items() if name not in apart}
     values |= {"sample_prompts": "\n".join(PROMPTS), "trigger_words": "zkb"}
-    values |= {"validation_steps": 40, "checkpoint_steps": 100}
+    values |= {"steps": 240, "validation_steps": 30, "checkpoint_steps": 80}
     values |= {"base_model": "tiny-sd", "regularization_path": str(EXAMPLES / "regularization")}
     page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
     for name, value in values.items():
@@ -158,8 +158,8 @@ def put(page: Page, name: str, value: Any) -> None:
 def compare(page: Page, target: Path) -> None:
     """Draw two checkpoints at three strengths."""
     page.goto(f"/compare?run={page.url.rpartition('/')[2]}")
-    page.get_by_label("Prompts").fill("\n".join(PROMPTS[:2]))
-    page.get_by_label("Strengths").fill("0.4, 0.7, 1")
+    page.locator("#prompts").fill("\n".join(PROMPTS[:2]))
+    page.locator("#strengths").fill("0.4, 0.7, 1")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#grid-1 img").first.wait_for()
     take(page, target / "compare.webp")
