@@ -581,6 +581,20 @@ def test_drawing_is_asked_for_by_a_form_and_problems_stand_at_their_fields(
     assert "Expected numbers with commas between" in text
 
 
+def test_what_is_asked_for_is_drawn_and_shown_as_under_way(studio: Served, finished: str) -> None:
+    """Of the files that were ticked, at the strengths and with the seeds that were typed."""
+    ticked = ("checkpoint", "lora_step_4.safetensors")
+    typed = {"prompts": "a\r\nb", "strengths": "0.5, 1", "seeds": "3", "do": "draw"}
+    answer = send(studio, f"/compare/{finished}", ticked, **typed)
+    assert answer.headers["location"] == f"/compare?run={finished}"
+    job = studio.app.state.store.jobs(kind="generate")[0]
+    studio.app.state.store.request_stop(job.id)
+    names = ("checkpoints", "prompts", "scales", "seeds")
+    asked = [job.config[name] for name in names]
+    assert asked == [["lora_step_4.safetensors"], ["a", "b"], [0.5, 1.0], [3]]
+    assert f'id="job-{job.id}"' in get(studio, f"/compare?run={finished}")
+
+
 def test_the_machine_is_told(studio: Served) -> None:
     """Processors and who uses them, the disk, and where things lie."""
     text = unescape(get(studio, "/machine"))
