@@ -38,21 +38,15 @@ SCORES = (
 
 
 def compare_values(
-    studio: State,
-    wanted: Sequence[str],
-    prompt: str,
-    asked: Form | None = None,
-    problem: Problem | None = None,
+    studio: State, wanted: Sequence[str], asked: Form | None = None, problem: Problem | None = None
 ) -> Record:
     """Gather all that the page shows."""
     runs = runs_of(studio, wanted)
-    table = previews_of(studio, runs)
     drawings = drawings_of(studio, {run.id for run in runs})
     return {
         "runs": runs,
         "offered": [] if runs else offered(studio),
-        "table": table,
-        "prompt": prompt if prompt in {each["prompt"] for each in table["groups"]} else "",
+        "table": previews_of(studio, runs),
         "grids": [grid_of(studio, job) for job in drawings if job.state == "completed"],
         "under_way": rows_under_way(studio, drawings),
         "form": form_of(studio, runs, asked) if len(runs) == 1 else None,

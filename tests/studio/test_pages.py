@@ -479,6 +479,13 @@ def test_a_place_that_is_not_allowed_is_told_at_its_field(studio: Served) -> Non
     assert 'data-field="base_model"' in text
 
 
+def test_a_form_of_very_many_fields_is_refused(studio: Served) -> None:
+    """As a problem, not as a fault of ours."""
+    answer = send(studio, "/new", *[("a", "1")] * 1001)
+    assert answer.status_code == 413
+    assert "at most 1,000 fields" in answer.text
+
+
 def test_a_name_that_is_none_is_told_and_nothing_is_lost(studio: Served) -> None:
     """Also what the studio itself refuses comes back in the form."""
     answer = send(studio, "/new", **filled(name="x" * 101))
