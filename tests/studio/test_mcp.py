@@ -49,8 +49,9 @@ async def call(client: Client, verb: str, **arguments: Any) -> dict[str, Any]:
     """Call a tool, and return what it says."""
     result = await client.call_tool(verb, arguments)
     assert not result.is_error, result.content
-    assert result.structured_content is not None
-    return result.structured_content
+    said: dict[str, Any] | None = result.structured_content
+    assert said is not None
+    return said
 
 
 def test_an_assistant_goes_the_whole_way(served: Served, tmp_path: Path) -> None:
