@@ -162,6 +162,7 @@ def compare(page: Page, target: Path) -> None:
     page.locator("#strengths").fill("0.4, 0.7, 1")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#grid-1 img").first.wait_for()
+    page.evaluate("scrollTo(0, 0)")
     take(page, target / "compare.webp")
 
 
