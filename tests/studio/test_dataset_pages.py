@@ -186,7 +186,7 @@ def test_a_job_that_failed_is_not_passed_over(served: Served, cat: Path) -> None
     for template in ("{nonsense}", "a zkb"):
         form = {"captioner": "template", "template": template}
         assert send(served, cat, "caption", **form).status_code == 303
-        newest = {"kind": "caption", "limit": 1}
+        newest: dict[str, Any] = {"kind": "caption", "limit": 1}
         deadline = time.monotonic() + 60
         while served.client.get("/jobs", params=newest).json()["jobs"][0]["ended_at"] is None:
             assert time.monotonic() < deadline
