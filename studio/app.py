@@ -13,7 +13,17 @@ from anyio import to_thread
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from studio import api, dataset_api, dataset_pages, datasets, jobs, pages, security, status
+from studio import (
+    api,
+    dataset_api,
+    dataset_pages,
+    datasets,
+    jobs,
+    pages,
+    preflight,
+    security,
+    status,
+)
 from studio.engines import further
 from studio.events import Hub
 from studio.local import Local
@@ -25,6 +35,8 @@ from studio.store import Job, Store
 from studio.webhook import Notifier
 
 if TYPE_CHECKING:
+    from starlette.datastructures import State
+
     from studio.settings import Settings
 
 HERE = Path(__file__).parent
@@ -76,11 +88,15 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await to_thread.run_sync(sweep, state.settings)
     await to_thread.run_sync(state.reconciler.start)
     state.notifier.start()
-    news = asyncio.create_task(
-        state.hub.run(lambda: bool(state.server and state.server.should_exit))
-    )
+    news = asyncio.create_task(watch(state))
     yield
     news.cancel()
     state.notifier.stop()
     await to_thread.run_sync(state.reconciler.stop)
     state.store.close()
+
+
+async def watch(state: State) -> None:
+    """Look for news until the service ends; then nobody waits any more for what is checked."""
+    await state.hub.run(lambda: bool(state.server and state.server.should_exit))
+    preflight.end_all()

@@ -12,7 +12,7 @@ from studio import jobs, words
 from studio.film import film_of
 from studio.problems import Problem, problem_at, problem_of, sentence
 from studio.run_page import THUMBNAIL, files_of, newest_picture, told_so_far
-from studio.status import briefs, read_result
+from studio.status import briefs, job_of, read_result
 from studio.store import UnknownJob
 from studio.views import show_number
 
@@ -38,21 +38,15 @@ SCORES = (
 
 
 def compare_values(
-    studio: State,
-    wanted: Sequence[str],
-    prompt: str,
-    asked: Form | None = None,
-    problem: Problem | None = None,
+    studio: State, wanted: Sequence[str], asked: Form | None = None, problem: Problem | None = None
 ) -> Record:
     """Gather all that the page shows."""
     runs = runs_of(studio, wanted)
-    table = previews_of(studio, runs)
     drawings = drawings_of(studio, {run.id for run in runs})
     return {
         "runs": runs,
         "offered": [] if runs else offered(studio),
-        "table": table,
-        "prompt": prompt if prompt in {each["prompt"] for each in table["groups"]} else "",
+        "table": previews_of(studio, runs),
         "grids": [grid_of(studio, job) for job in drawings if job.state == "completed"],
         "under_way": rows_under_way(studio, drawings),
         "form": form_of(studio, runs, asked) if len(runs) == 1 else None,
@@ -305,6 +299,10 @@ def order_pictures(studio: State, job_id: str, form: Form) -> Job:
         "scales": numbers("strengths", last.get("strengths", ""), float),
         "seeds": numbers("seeds", last.get("seeds", ""), int),
     }
+    config = job_of(studio.store, job_id).config  # pictures are drawn as its previews were
+    asked["steps"] = jobs.knob(studio.settings, config, "sample_steps")
+    asked["guidance"] = jobs.knob(studio.settings, config, "sample_guidance")
+    asked["negative"] = jobs.knob(studio.settings, config, "sample_negative_prompt") or None
     try:
         if last.get("do") == "judge":
             asked["class_word"] = last.get("class_word", "").strip() or None

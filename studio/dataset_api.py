@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from studio import captions, datasets, pictures
+from studio.api import PROBLEM
 from studio.captions import Caption
 from studio.datasets import Picture, refusal
 from studio.engine import Record
@@ -20,7 +21,7 @@ from studio.problems import Problem, StrictRoute
 from studio.settings import Settings
 from studio.store import Job, Store
 
-router = APIRouter(route_class=StrictRoute)
+router = APIRouter(route_class=StrictRoute, responses={"default": PROBLEM})
 PER_PAGE, MOST_PER_PAGE = 60, 1000
 REPORT_BYTES = 64 * 2**20
 THUMBNAIL_SIDES = (192, 384)  # a screen's pixels for one column of a page, and twice as many

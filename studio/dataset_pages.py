@@ -28,6 +28,7 @@ from studio.engine import Record
 from studio.jobs import Captioning, Preparing
 from studio.problems import Problem, problem_of, sentence
 from studio.security import MOST_IMAGE_BYTES
+from studio.store import Job, Store
 from studio.views import first_values, go_to, read_form, render
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -94,6 +95,7 @@ def dataset_page(
         "dataset.html",
         dataset=shown,
         job=job,
+        failures=failures(store_of(request), name),
         page=page,
         pages=max(1, math.ceil(shown["matching"] / PER_PAGE)),
         filter=filter,
@@ -103,6 +105,18 @@ def dataset_page(
         image_bytes=MOST_IMAGE_BYTES,
         endings=",".join(pictures.FORMATS),
     )
+
+
+def failures(store: Store, name: str) -> list[Job]:
+    """List the newest job of each kind that worked on a dataset, if it has failed."""
+    found = []
+    for kind in ("caption", "prepare"):
+        ours = (
+            job for job in store.jobs(kind=kind, limit=200) if job.config.get("dataset") == name
+        )
+        newest = next(ours, None)
+        found += [newest] if newest and newest.state == "failed" and newest.error else []
+    return found
 
 
 # --- What changes ---

@@ -136,7 +136,8 @@ def knows(headers: Mapping[str, str], etag: str) -> bool:
 
 def attachment(name: str) -> str:
     """Say under which name a file is to be saved."""
-    return f"attachment; filename*=UTF-8''{quote(name, safe='')}"
+    plain = re.sub(r'[^ -~]|["%\\]', "_", name)  # for curl -OJ, which knows no other
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
 def download_name(job: Job, name: str) -> str:

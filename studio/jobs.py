@@ -140,8 +140,7 @@ class Order:
 
 def submit(studio: State, wanted: Wanted, key: str | None = None) -> tuple[Job, bool]:
     """Make a job of a request; a request that is sent again gets the job it has, and False."""
-    if studio.hub.closing:
-        raise Problem(503, "shutting_down", "The studio is about to end.")
+    refuse_at_the_end(studio)
     webhook.check(studio.settings, wanted.notify_url)
     digest = fingerprint(wanted)
     with LOCKS[hash(key) % len(LOCKS)] if key else contextlib.nullcontext():
@@ -154,6 +153,12 @@ def submit(studio: State, wanted: Wanted, key: str | None = None) -> tuple[Job, 
         detail = f"The Idempotency-Key {show(key)} belongs to another request."
         raise Problem(422, "idempotency_key_reused", detail)
     return earlier, False
+
+
+def refuse_at_the_end(studio: State) -> None:
+    """Begin nothing while the service ends."""
+    if studio.hub.closing:
+        raise Problem(503, "shutting_down", "The studio is about to end.")
 
 
 def announce(studio: State) -> None:
@@ -300,6 +305,7 @@ def check_config(settings: Settings, config: Record) -> None:
 
 def preflight(studio: State, config: Mapping[str, Any], dataset: str | None = None) -> Record:
     """Tell what the trainer thinks of a config that is not submitted yet."""
+    refuse_at_the_end(studio)
     folder = studio.settings.job(new_id())  # where nothing is, and nothing comes to be
     try:
         return ask_trainer(studio.settings, ready(studio.settings, config, dataset, folder))

@@ -107,8 +107,7 @@ def show_part(request: Request, job_id: str, part: str) -> HTMLResponse:
         raise Problem(404, "part_unknown", f"A page has no part {part}.")
     if part == "row":
         (row,) = rows_of(studio, [job_of(studio.store, job_id)])
-        text = environment().get_template("jobs.html").module.row(row)  # type: ignore[attr-defined]
-        return HTMLResponse(text)
+        return render(request, "run_part.html", part=part, job=row)
     return render(request, "run_part.html", part=part, **part_values(studio, job_id, part))
 
 
@@ -225,10 +224,10 @@ def show_machine(request: Request) -> HTMLResponse:
 
 @router.get("/compare")
 def show_comparison(
-    request: Request, run: Annotated[list[str] | None, Query()] = None, prompt: str = ""
+    request: Request, run: Annotated[list[str] | None, Query()] = None
 ) -> HTMLResponse:
     """Lay pictures of one run or several side by side."""
-    return render(request, "compare.html", **compare_values(request.app.state, run or [], prompt))
+    return render(request, "compare.html", **compare_values(request.app.state, run or []))
 
 
 @router.post("/compare/{job_id}")
@@ -238,7 +237,7 @@ def draw(request: Request, job_id: str, form: Form) -> Response:
     try:
         order_pictures(studio, job_id, form)
     except Problem as problem:
-        values = compare_values(studio, [job_id], "", asked=form, problem=problem)
+        values = compare_values(studio, [job_id], asked=form, problem=problem)
         return render(request, "compare.html", status_code=problem.status, **values)
     return go_to(f"/compare?run={job_id}")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +25,7 @@ Record = dict[str, Any]
 MOST_SECONDS = 120  # a large dataset on a slow disk
 WAITING_SECONDS = 30
 AT_WORK = threading.BoundedSemaphore(2)
+CHILDREN: set[subprocess.Popen[bytes]] = set()
 TAIL = 500  # characters of stderr
 
 
@@ -61,15 +66,7 @@ def run(settings: Settings, stdin: str, *options: str) -> bytes:
     if not AT_WORK.acquire(timeout=WAITING_SECONDS):
         raise Problem(503, "busy", "Other configs are being checked.", headers={"Retry-After": "5"})
     try:
-        done = subprocess.run(
-            command,
-            input=stdin.encode(),
-            capture_output=True,
-            env=local.environment(),
-            cwd=settings.models,  # where an id is no path: those that are were made absolute
-            timeout=MOST_SECONDS,
-            check=False,
-        )
+        stdout, stderr = output_of(command, stdin.encode(), settings.models)
     except OSError as error:
         raise Problem(503, "trainer_failed", f"{settings.python} cannot be run: {error}") from error
     except subprocess.TimeoutExpired as error:
@@ -77,10 +74,42 @@ def run(settings: Settings, stdin: str, *options: str) -> bytes:
         raise Problem(503, "trainer_slow", detail) from error
     finally:
         AT_WORK.release()
-    if not done.stdout:
-        tail = clean(done.stderr.decode("utf-8", "replace"))[-TAIL:]
-        raise Problem(503, "trainer_failed", f"The trainer did not start: {tail}")
-    return done.stdout
+    if not stdout:
+        tail = clean(stderr.decode("utf-8", "replace"))[-TAIL:]
+        raise Problem(503, "trainer_failed", f"The trainer gave no answer: {tail}")
+    return stdout
+
+
+def output_of(command: list[str], stdin: bytes, folder: Path) -> tuple[bytes, bytes]:
+    """Run a program in a folder where a model's id is no path; what is one was made absolute."""
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    own_group: Any = {} if sys.platform == "win32" else {"process_group": 0}
+    with subprocess.Popen(
+        command, **pipes, **own_group, env=local.environment(), cwd=folder
+    ) as child:
+        CHILDREN.add(child)
+        try:
+            return child.communicate(stdin, MOST_SECONDS)
+        finally:
+            CHILDREN.discard(child)
+            end(child)
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """End a program, with all that it has started."""
+    if child.poll() is not None:
+        return
+    if sys.platform == "win32":
+        child.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def end_all() -> None:
+    """End all checks under way: the service ends, and nobody waits for them."""
+    for child in list(CHILDREN):
+        end(child)
 
 
 def schema(repository: Path) -> bytes:

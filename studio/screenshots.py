@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ DESK: ViewportSize = {"width": 1280, "height": 860}
 PHONE: ViewportSize = {"width": 390, "height": 780}
 QUALITY = 80  # of WebP: five pictures take about 200 KB
 MINUTE = 60_000
-HALF_WAY = 20  # the picture with this number is there
+HALF_WAY = 17  # the picture with this number is there
 PROMPTS = (
     "a large zkb on a yellow background",
     "a small zkb on the left on a blue background",
@@ -85,7 +86,8 @@ def studio(folder: Path, python: str) -> Iterator[str]:
 
 
 def fill(folder: Path, address: str) -> None:
-    """Put the twelve imps and their captions in."""
+    """Put the bundled model in, and the twelve imps with their captions."""
+    shutil.copytree(EXAMPLES / "tiny-sd", folder / "models" / "tiny-sd")
     token = (folder / "token").read_text("ascii").strip()
     headers = {"Authorization": f"Bearer {token}"}
     base = address.partition("/login")[0]
@@ -133,9 +135,8 @@ def ask(page: Page) -> None:
     apart = ("$schema", "$comment", "dataset_path", "output_path")
     values: dict[str, Any] = {name: each for name, each in config.items() if name not in apart}
     values |= {"sample_prompts": "\n".join(PROMPTS), "trigger_words": "zkb"}
-    values |= {"validation_steps": 40, "checkpoint_steps": 100}
-    for name in ("base_model", "regularization_path"):
-        values[name] = str((ROOT / values[name]).resolve())
+    values |= {"steps": 240, "validation_steps": 30, "checkpoint_steps": 80}
+    values |= {"base_model": "tiny-sd", "regularization_path": str(EXAMPLES / "regularization")}
     page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
     for name, value in values.items():
         put(page, name, value)
@@ -157,10 +158,11 @@ def put(page: Page, name: str, value: Any) -> None:
 def compare(page: Page, target: Path) -> None:
     """Draw two checkpoints at three strengths."""
     page.goto(f"/compare?run={page.url.rpartition('/')[2]}")
-    page.get_by_label("Prompts").fill("\n".join(PROMPTS[:2]))
-    page.get_by_label("Strengths").fill("0.4, 0.7, 1")
+    page.locator("#prompts").fill("\n".join(PROMPTS[:2]))
+    page.locator("#strengths").fill("0.4, 0.7, 1")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#grid-1 img").first.wait_for()
+    page.evaluate("scrollTo(0, 0)")
     take(page, target / "compare.webp")
 
 

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from studio.problems import Problem
 from studio.status import briefs
 
 if TYPE_CHECKING:
@@ -150,7 +151,11 @@ def render(
 async def read_form(request: Request) -> list[tuple[str, str]]:
     """Read an urlencoded form, also a name that stands in it several times."""
     body = (await request.body()).decode("utf-8", "replace")
-    return parse_qsl(body, keep_blank_values=True, max_num_fields=MOST_FIELDS)
+    try:
+        return parse_qsl(body, keep_blank_values=True, max_num_fields=MOST_FIELDS)
+    except ValueError as error:
+        detail = f"Expected a form of at most {MOST_FIELDS:,} fields, got more."
+        raise Problem(413, "form_too_large", detail) from error
 
 
 def go_to(address: str) -> RedirectResponse:

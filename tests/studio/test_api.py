@@ -15,7 +15,7 @@ import pytest
 from acting import PROBLEM_SCHEMA, acting, is_in, status_when, submitted, wanted
 from conftest import ROOT
 
-from studio import jobs, metrics, preflight
+from studio import files, jobs, metrics, preflight
 from studio.problems import Problem
 from studio.store import Job
 
@@ -274,6 +274,20 @@ def test_configs_are_checked_a_few_at_a_time(
     assert answer.headers["retry-after"]
 
 
+def test_a_check_under_way_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """P12: who waits for the trainer's answer is told so, and the service ends at once."""
+    with acting(tmp_path) as studio, ThreadPoolExecutor(1) as pool:
+        program = studio.settings.repository / "train_lora.py"
+        program.write_text("import subprocess; subprocess.run(['sleep', '300'])", "utf-8")
+        waiting = pool.submit(studio.client.post, "/validate", json={"config": {}})
+        while not preflight.CHILDREN:
+            time.sleep(0.05)
+        studio.app.state.server.should_exit = True
+        begun = time.monotonic()
+        assert waiting.result().status_code == 503
+        assert time.monotonic() - begun < 30
+
+
 def test_nothing_new_is_begun_when_the_service_ends(tmp_path: Path) -> None:
     """A1: 503, so that a program tries again later."""
     with acting(tmp_path) as studio:
@@ -510,12 +524,28 @@ def test_a_file_that_is_known_is_not_sent_again(studio: Served, done: str) -> No
 def test_a_lora_is_saved_under_the_name_of_its_job(studio: Served, done: str) -> None:
     """In a folder of downloads, lora_final says nothing."""
     for path, name in (
-        ("output/lora_final.safetensors", "My%20imp.safetensors"),
-        ("output/checkpoints/lora_step_4.safetensors", "My%20imp_step_4.safetensors"),
+        ("output/lora_final.safetensors", "My imp.safetensors"),
+        ("output/checkpoints/lora_step_4.safetensors", "My imp_step_4.safetensors"),
         ("output/events.jsonl", "events.jsonl"),
     ):
-        answer = studio.client.get(f"/jobs/{done}/files/{path}")
-        assert answer.headers["content-disposition"] == f"attachment; filename*=UTF-8''{name}"
+        said = studio.client.get(f"/jobs/{done}/files/{path}").headers["content-disposition"]
+        coded = name.replace(" ", "%20")
+        assert said == f"attachment; filename=\"{name}\"; filename*=UTF-8''{coded}"
+
+
+def test_a_name_of_any_letters_is_told_in_both_ways() -> None:
+    """Programs that know no coded names get one of plain letters, and it ends where it should."""
+    said = files.attachment('猫"%\r\n.zip')
+    plain, _, coded = said.partition("; filename*=UTF-8''")
+    assert (plain, coded) == ('attachment; filename="_____.zip"', "%E7%8C%AB%22%25%0D%0A.zip")
+    assert said.isascii()
+    assert said.isprintable()
+
+
+def test_the_readme_names_every_route() -> None:
+    """A2: what a program may ask is written down for people too."""
+    text = (ROOT / "studio" / "README.md").read_text("utf-8")
+    assert not [path for _, path in PROMISED if f"`{path}`" not in text]
 
 
 def test_previews_come_small_where_asked(studio: Served, done: str) -> None:

@@ -181,6 +181,20 @@ def test_the_report_of_the_tool_stands_beside_the_pictures(served: Served, cat: 
     assert any("duplicate" in " ".join(image["flags"]) for image in shown["images"])
 
 
+def test_a_job_that_failed_is_not_passed_over(served: Served, cat: Path) -> None:
+    """The page says why, until a later one of its kind does better."""
+    for template in ("{nonsense}", "a zkb"):
+        form = {"captioner": "template", "template": template}
+        assert send(served, cat, "caption", **form).status_code == 303
+        newest: dict[str, Any] = {"kind": "caption", "limit": 1}
+        deadline = time.monotonic() + 60
+        while served.client.get("/jobs", params=newest).json()["jobs"][0]["ended_at"] is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        told = show(served, cat)
+        assert ("{nonsense}" in told) == (template == "{nonsense}")
+
+
 @pytest.mark.parametrize(
     ("what", "form", "path"),
     [

@@ -479,6 +479,13 @@ def test_a_place_that_is_not_allowed_is_told_at_its_field(studio: Served) -> Non
     assert 'data-field="base_model"' in text
 
 
+def test_a_form_of_very_many_fields_is_refused(studio: Served) -> None:
+    """As a problem, not as a fault of ours."""
+    answer = send(studio, "/new", *[("a", "1")] * 1001)
+    assert answer.status_code == 413
+    assert "at most 1,000 fields" in answer.text
+
+
 def test_a_name_that_is_none_is_told_and_nothing_is_lost(studio: Served) -> None:
     """Also what the studio itself refuses comes back in the form."""
     answer = send(studio, "/new", **filled(name="x" * 101))
@@ -579,6 +586,20 @@ def test_drawing_is_asked_for_by_a_form_and_problems_stand_at_their_fields(
     assert answer.status_code == 422
     assert 'value="strong"' in text
     assert "Expected numbers with commas between" in text
+
+
+def test_what_is_asked_for_is_drawn_and_shown_as_under_way(studio: Served, finished: str) -> None:
+    """Of the files that were ticked, at the strengths and with the seeds that were typed."""
+    ticked = ("checkpoint", "lora_step_4.safetensors")
+    typed = {"prompts": "a\r\nb", "strengths": "0.5, 1", "seeds": "3", "do": "draw"}
+    answer = send(studio, f"/compare/{finished}", ticked, **typed)
+    assert answer.headers["location"] == f"/compare?run={finished}"
+    job = studio.app.state.store.jobs(kind="generate")[0]
+    studio.app.state.store.request_stop(job.id)
+    names = ("checkpoints", "prompts", "scales", "seeds", "guidance")
+    asked = [job.config[name] for name in names]
+    assert asked == [["lora_step_4.safetensors"], ["a", "b"], [0.5, 1.0], [3], 7.0]
+    assert f'id="job-{job.id}"' in get(studio, f"/compare?run={finished}")
 
 
 def test_the_machine_is_told(studio: Served) -> None:

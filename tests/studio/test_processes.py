@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -35,13 +36,14 @@ from studio_ground import (
 from studio import local
 from studio.__main__ import alone, main
 from studio.local import Local, is_locked
+from studio.store import Store
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from studio.reconcile import Reconciler
     from studio.settings import Settings
-    from studio.store import Job, Store
+    from studio.store import Job
 
 LONG = 100_000  # steps of a run that ends when it is told to
 
@@ -323,6 +325,48 @@ def test_a_folder_that_cannot_be_made_is_told_after_some_tries(
     assert error
     assert "Not a directory" in error["message"]
     assert len(store.attempts(job.id)) == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Provide a folder on a disk of 8 MiB, where this user may make one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until there is no space left."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+
+def test_a_full_disk_holds_things_up_and_loses_nothing(
+    small_disk: Path, settings: Settings, store: Store, reconciler: Reconciler
+) -> None:
+    """Neither run nor database can be written; when there is space again, all goes on."""
+    there = replace(settings, root=small_disk / "root")
+    there.prepare()
+    on_disk = Store(there.database)
+    job = enqueue(there, on_disk, steps=60)
+    rounds_until(reconciler_of(there, on_disk), at_step(on_disk, job, 9))
+    fill(small_disk / "filler")
+    wait_until(lambda: not is_locked(attempt_folder(there, job) / "alive"))
+    full = reconciler_of(there, on_disk)
+    for _ in range(5):
+        full.make_round()
+    assert on_disk.job(job.id).state in ("running", "queued")
+    (small_disk / "filler").unlink()
+    rounds_until(full, in_state(on_disk, job, "completed"))
+    on_disk.close()
+    whole = enqueue(settings, store, "--step-seconds=0", steps=60)
+    rounds_until(reconciler, in_state(store, whole, "completed"))
+    assert final_bytes(there, job) == final_bytes(settings, whole)
 
 
 def test_one_job_that_makes_trouble_stops_no_other(
