@@ -232,7 +232,9 @@ def test_the_slurm_script_is_one(tmp_path: Path) -> None:
 def test_the_slurm_script_stops_and_asks_to_be_started_again(tmp_path: Path) -> None:
     """A program stands in for the launcher, and another for Slurm's own."""
     slow = tmp_path / "python"
-    slow.write_text("#!/bin/bash\ntrap 'echo saved; exit 143' TERM\necho began\nsleep 60 & wait\n")
+    slow.write_text(
+        "#!/bin/bash\ntrap 'echo saved; exit 143' TERM\necho began\nsleep 60 >/dev/null & wait\n"
+    )
     control = tmp_path / "scontrol"
     control.write_text('#!/bin/bash\necho "$@" >> "$(dirname "$0")/asked"\n')
     for program in (slow, control):

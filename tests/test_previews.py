@@ -31,7 +31,13 @@ from train_lora import (
 )
 
 SIDE = 256
-SMALL = {"resolution": SIDE, "sample_steps": 2, "lora_rank": 2, "learning_rate": 0.01}
+SMALL = {
+    "resolution": SIDE,
+    "sample_steps": 2,
+    "sample_guidance": 7.0,
+    "lora_rank": 2,
+    "learning_rate": 0.01,
+}
 
 
 @pytest.fixture

@@ -96,6 +96,8 @@ def value_of(rule: forms.Schema, chance: Random) -> Any:
         return chance.randrange(low, high + 1, step)
     if name == "number":
         return chance.uniform(low, high)
+    if "pattern" in rule and "number" in types:
+        return rule["default"]  # the one word beside numbers
     if name == "array":
         return [text_of(chance) for _ in range(chance.randrange(4))]
     return text_of(chance)

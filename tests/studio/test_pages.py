@@ -598,7 +598,7 @@ def test_what_is_asked_for_is_drawn_and_shown_as_under_way(studio: Served, finis
     studio.app.state.store.request_stop(job.id)
     names = ("checkpoints", "prompts", "scales", "seeds", "guidance")
     asked = [job.config[name] for name in names]
-    assert asked == [["lora_step_4.safetensors"], ["a", "b"], [0.5, 1.0], [3], 7.0]
+    assert asked == [["lora_step_4.safetensors"], ["a", "b"], [0.5, 1.0], [3], None]
     assert f'id="job-{job.id}"' in get(studio, f"/compare?run={finished}")
 
 
