@@ -153,7 +153,7 @@ def test_a_pod_that_does_not_stop_is_removed(
         options = Options("image", "studio", api=cluster.address, gpus=0)
         engines = {"kubernetes": Kubernetes(settings, options)}
         reconciler = Reconciler(settings, store, engines, CPUS, QUICK)
-        job = send(settings, store, "--ignore-stop", steps=5000)
+        job = send(settings, store, "--ignore-stop", steps=1_000_000)
         until_step(reconciler, store, job, 5)
         store.request_stop(job.id)
         rounds_until(reconciler, in_state(store, job, "stopped"), 60)
@@ -182,7 +182,7 @@ def test_a_new_attempt_waits_for_the_pod_of_the_last(
     settings: Settings, store: Store, engine: Kubernetes, cluster: FakeCluster
 ) -> None:
     """Two trainers never write into one folder."""
-    job = send(settings, store, "--ignore-stop", steps=5000)
+    job = send(settings, store, "--ignore-stop", steps=1_000_000)
     engine.submit(attempt_of(settings, job))
     wait_for_a_word(settings, job)
     engine.stop(f"{job.id}/1")
