@@ -1,6 +1,6 @@
 """Compare a run that two processes share with the same run in one, with as many threads in all.
 
-    python benchmarks/processes.py
+    python benchmarks/team.py
 
 The bundled model on this machine's cores, by gloo. What is counted as exchange is the time between
 asking for the sum of the gradients and having it, in which the faster process waits too.
