@@ -16,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_lora
 from train_lora import Emitter, LoRATrainer, Team, TrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +52,7 @@ def train(path: str) -> None:
     exchange: list[float] = []
     add_up = Team.add_up
 
-    def timed(team: Team, sums: train_lora.Tensor) -> None:
+    def timed(team: Team, sums: torch.Tensor) -> None:
         began = time.monotonic()
         add_up(team, sums)
         exchange.append(time.monotonic() - began)
