@@ -5496,7 +5496,7 @@ class LoRATrainer:
         """Make one update from one window of images."""
         config, step, began = self.config, self.state.step + 1, time.monotonic()
         if self.asked is not None and float(self.asked):  # for a stop, by somebody in the team
-            self.stop.request("SIGTERM")
+            self.stop.request("host_gone" if self.stop.parent_ended() else "SIGTERM")
             self.stop.check()
         self.collect_gradient(step)
         if self.team.size > 1:
