@@ -104,6 +104,11 @@ def shift_line(tokens: int, low: tuple[int, float], high: tuple[int, float]) -> 
     return math.exp(least + (tokens - few) * (most - least) / (many - few))
 
 
+def flux_shift(tokens: int) -> float:
+    """Give the shift that is published for training FLUX.1 and FLUX.2."""
+    return shift_line(tokens, (256, 0.5), (4096, 1.15))
+
+
 def scheduler_shift(base: BaseModel, tokens: int, _: int = 0) -> float:
     """Give the shift by which a base's own sampler makes a picture of so many tokens."""
     said = base.parts[base.family.sampler].config
@@ -141,6 +146,16 @@ def with_mask(prompt_embeds: Tensor) -> Conditioning:
 
 # What may be packed: the layers of repeated blocks. The few around them are read more exactly.
 BLOCKS = r".*\.\d+\..+"
+# What each family's own is made of, with its class, its limits and its targets.
+TRANSFORMER = Part(
+    folder="transformer",
+    library="diffusers",
+    class_name="",
+    stem="diffusion_pytorch_model",
+    original="model.diffusion_model.",
+    bare=True,
+    packed=BLOCKS,
+)
 SAMPLER = Part(
     folder="scheduler",
     library="diffusers",
@@ -154,7 +169,16 @@ QWEN_TOKENIZER = Part(
     class_name="Qwen2Tokenizer",
     needs=("vocab.json", "merges.txt"),
 )
-LAYERS = {"num_hidden_layers": (1, 256), "hidden_size": (1, 65_536)}
+QWEN3 = Part(
+    folder="text_encoder",
+    library="transformers",
+    class_name="Qwen3Model",
+    stem="model",
+    limits={"num_hidden_layers": (1, 256), "hidden_size": (1, 65_536)},
+    unread_layers=1,
+    cut=True,
+    packed=BLOCKS,
+)
 FLOW_STATES = ("flow", False)
 
 

@@ -105,16 +105,9 @@ def predict(denoiser: Any, noisy: Tensor, sigmas: Tensor, told: Conditioning) ->
     return patches.unpack(answer, high, wide)
 
 
-def training_shift(tokens: int) -> float:
-    """Give the published shift for training."""
-    return flow.shift_line(tokens, (256, 0.5), (4096, 1.15))
-
-
-TRANSFORMER = Part(
-    folder="transformer",
-    library="diffusers",
+TRANSFORMER = dataclasses.replace(
+    flow.TRANSFORMER,
     class_name="FluxTransformer2DModel",
-    stem="diffusion_pytorch_model",
     limits={
         "num_layers": (1, 256),
         "num_single_layers": (1, 256),
@@ -123,9 +116,6 @@ TRANSFORMER = Part(
         "joint_attention_dim": (1, 262_144),
         "in_channels": (4, 1024),
     },
-    original="model.diffusion_model.",
-    bare=True,
-    packed=flow.BLOCKS,
     targets=r"(single_)?transformer_blocks\.\d+\.attn\."
     r"(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out)",
 )
@@ -165,7 +155,7 @@ FAMILY = Family(
     encode=encode_kl,
     scale=patches.scale_kl,
     decode=patches.decode_shifted_kl,
-    objectives=(flow.flow_matching(training_shift, flow.scheduler_shift),),
+    objectives=(flow.flow_matching(flow.flux_shift, flow.scheduler_shift),),
     predict=predict,
     previews=((28, 3.5), (4, 1.0)),
     embedded_guidance=True,

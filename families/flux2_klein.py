@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -143,11 +144,6 @@ def preview_shift(_: BaseModel, tokens: int, steps: int) -> float:
     return math.exp(long if tokens > 4300 else long + (short - long) * (200 - steps) / 190)
 
 
-def training_shift(tokens: int) -> float:
-    """Give the published shift for training."""
-    return flow.shift_line(tokens, (256, 0.5), (4096, 1.15))
-
-
 OWN_NAMES = (  # of diffusers' modules in the published files
     (r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$", r"double_blocks.\1.img_attn.proj"),
     (r"^single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj$", r"single_blocks.\1.linear1"),
@@ -176,11 +172,9 @@ def write_lora(matrices: Mapping[str, Tensor], strength: float) -> Tensors:
     return files.peft_names(fused | alone, "diffusion_model.")
 
 
-TRANSFORMER = Part(
-    folder="transformer",
-    library="diffusers",
+TRANSFORMER = dataclasses.replace(
+    flow.TRANSFORMER,
     class_name="Flux2Transformer2DModel",
-    stem="diffusion_pytorch_model",
     limits={
         "num_layers": (1, 256),
         "num_single_layers": (1, 256),
@@ -189,9 +183,6 @@ TRANSFORMER = Part(
         "joint_attention_dim": (1, 262_144),
         "in_channels": (4, 1024),
     },
-    original="model.diffusion_model.",
-    bare=True,
-    packed=flow.BLOCKS,
     targets=r"transformer_blocks\.\d+\.attn\.(to_(q|k|v)|to_out\.0)"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
 )
@@ -202,16 +193,7 @@ VAE = Part(
     stem="diffusion_pytorch_model",
     limits={"latent_channels": (1, 256), "block_out_channels": (1, 16_384)},
 )
-QWEN3 = Part(
-    folder="text_encoder",
-    library="transformers",
-    class_name="Qwen3Model",
-    stem="model",
-    limits=flow.LAYERS,
-    unread_layers=36 - max(READ_LAYERS),
-    cut=True,
-    packed=flow.BLOCKS,
-)
+QWEN3 = dataclasses.replace(flow.QWEN3, unread_layers=36 - max(READ_LAYERS))
 FAMILY = Family(
     name="flux2_klein",
     title="FLUX.2 klein",
@@ -236,7 +218,7 @@ FAMILY = Family(
     encode=encode,
     scale=lambda latents, _: latents,
     decode=decode,
-    objectives=(flow.flow_matching(training_shift, preview_shift, patch=1),),
+    objectives=(flow.flow_matching(flow.flux_shift, preview_shift, patch=1),),
     predict=predict,
     previews=((50, 4.0), (4, 1.0)),
     precisions=frozenset({"bf16", "nf4"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -148,11 +149,9 @@ def write_lora(matrices: Mapping[str, Tensor], strength: float) -> Tensors:
     return files.peft_names(named, "diffusion_model.")
 
 
-TRANSFORMER = Part(
-    folder="transformer",
-    library="diffusers",
+TRANSFORMER = dataclasses.replace(
+    flow.TRANSFORMER,
     class_name="Krea2Transformer2DModel",
-    stem="diffusion_pytorch_model",
     limits={
         "num_layers": (1, 256),
         "num_attention_heads": (1, 1024),
@@ -161,11 +160,8 @@ TRANSFORMER = Part(
         "text_hidden_dim": (1, 65_536),
         "in_channels": (64, 64),
     },
-    original="model.diffusion_model.",
-    bare=True,
     # Their numbers are counted from one, and lose what half precision has no room for.
     exact=r"(.*\.)?(norm|norm1|norm2|norm_q|norm_k)\.weight|.*\.scale",
-    packed=flow.BLOCKS,
     targets=r"transformer_blocks\.\d+\.attn\.to_(q|k|v|gate|out\.0)",
 )
 VAE = Part(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +64,9 @@ def predict(denoiser: Any, noisy: Tensor, sigmas: Tensor, told: Conditioning) ->
     return -torch.stack(answers).squeeze(2)
 
 
-TRANSFORMER = Part(
-    folder="transformer",
-    library="diffusers",
+TRANSFORMER = dataclasses.replace(
+    flow.TRANSFORMER,
     class_name="ZImageTransformer2DModel",
-    stem="diffusion_pytorch_model",
     limits={
         "dim": (1, 65_536),
         "n_layers": (1, 256),
@@ -75,20 +74,7 @@ TRANSFORMER = Part(
         "in_channels": (16, 16),
         "cap_feat_dim": (1, 65_536),
     },
-    original="model.diffusion_model.",
-    bare=True,
-    packed=flow.BLOCKS,
     targets=r".*(layers|noise_refiner|context_refiner)\.\d+\.attention\.to_(q|k|v|out\.0)",
-)
-QWEN3 = Part(
-    folder="text_encoder",
-    library="transformers",
-    class_name="Qwen3Model",
-    stem="model",
-    limits=flow.LAYERS,
-    unread_layers=1,
-    cut=True,
-    packed=flow.BLOCKS,
 )
 FAMILY = Family(
     name="z_image",
@@ -96,7 +82,7 @@ FAMILY = Family(
     native_resolution=1024,
     denoiser=TRANSFORMER,
     vae=patches.VAE,
-    text_encoders=(QWEN3,),
+    text_encoders=(flow.QWEN3,),
     tokenizers=(flow.QWEN_TOKENIZER,),
     sampler=flow.SAMPLER,
     reference=lambda _: "Tongyi-MAI/Z-Image",
