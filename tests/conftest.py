@@ -25,6 +25,13 @@ pytest_plugins = ["studio_ground"]  # fixtures of tests/studio
 Record = dict[str, Any]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let no test wait forever: one that takes minutes by itself may take an hour."""
+    for item in items:
+        minutes = 60 if item.get_closest_marker("slow") else 5
+        item.add_marker(pytest.mark.timeout(60 * minutes))
+
+
 def refuse(constant: str) -> None:
     """Fail on NaN and Infinity, which are not JSON."""
     raise AssertionError(constant)

@@ -17,7 +17,7 @@ from acting import acting, is_in, status_when, submitted, wanted, write_dataset,
 from conftest import ROOT
 from looking import chromium, expect, logged_in, looking, needs_chromium
 from serving import Served, bind
-from studio_ground import end_all
+from studio_ground import end_all, wait_until
 
 from studio.app import create_app
 from studio.settings import Settings
@@ -260,8 +260,8 @@ class Service:
         self.server = self.app.state.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.05)
+        wait_until(lambda: self.server.started or not self.thread.is_alive())
+        assert self.server.started  # or the port was taken meanwhile
 
     def end(self) -> None:
         """End it; what runs goes on."""
