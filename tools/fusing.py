@@ -108,9 +108,26 @@ def add_to_weights(models: Models, lora: LoRA, strength: float) -> tuple[int, li
 def save(models: Models, folder: Path, dtype: torch.dtype, events: Emitter) -> None:
     """Save a model as a folder that diffusers loads; it is rounded only after all was added."""
     events.emit(PhaseFacts(name="saving the model", done=0, total=None))
+    if models.base.family.write_lora:
+        save_around(models, folder, dtype)
+        return
     for network in (*networks_of(models).values(), models.load_vae()):
         network.to(dtype)
     pipeline_of(models).save_pretrained(folder, safe_serialization=True)
+
+
+def save_around(models: Models, folder: Path, dtype: torch.dtype) -> None:
+    """Save a transformer among copies of all else: its text encoders were not loaded as a whole."""
+    parts, denoiser = models.base.parts, models.base.family.denoiser
+    index = parts[denoiser].folder.parent / "model_index.json"
+    if not index.is_file():
+        raise refuse("--base", "a folder that diffusers loads", "a file of the transformer alone")
+    folder.mkdir()
+    shutil.copyfile(index, folder / index.name)
+    for part in models.base.family.configured:
+        if part != denoiser:
+            shutil.copytree(parts[part].folder, folder / part.folder)
+    models.denoiser.to(dtype).save_pretrained(folder / denoiser.folder)
 
 
 def pipeline_of(models: Models) -> Any:

@@ -227,7 +227,10 @@ def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch
         if side % base.vae_scale_factor or not LEAST <= side <= MOST:
             expected = f"a multiple of {base.vae_scale_factor} from {LEAST} to {MOST}"
             raise refuse(option, f"{expected}, as the model's pictures are made of", str(side))
-    sketch = Sketch(width, height, arguments.steps, arguments.guidance, arguments.negative)
+    steps, guidance = base.family.previews[base.distilled]
+    steps = steps if arguments.steps is None else arguments.steps
+    guidance = guidance if arguments.guidance is None else arguments.guidance
+    sketch = Sketch(width, height, steps, guidance, arguments.negative)
     return sketch, {"id": title_of(config), "family": base.family.name}
 
 
@@ -325,9 +328,12 @@ class Studio:
         """Write a picture with what it was made from, as A1111 says it and as this program does."""
         from PIL.PngImagePlugin import PngInfo
 
+        from tools.transformer_names import READERS
+
         sketch, info, buffer = self.sketch, PngInfo(), io.BytesIO()
         told = f"{cell.prompt['text']}\nNegative prompt: {sketch.negative}\n"
-        told += f"Steps: {sketch.steps}, Sampler: DPM++ 2M, CFG scale: {sketch.guidance}, "
+        sampler = "Euler" if self.base["family"] in READERS else "DPM++ 2M"
+        told += f"Steps: {sketch.steps}, Sampler: {sampler}, CFG scale: {sketch.guidance}, "
         told += f"Seed: {cell.seed}, Size: {sketch.width}x{sketch.height}, "
         told += f"Model: {self.base['id']}"
         if cell.source.file:
@@ -424,8 +430,8 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, help="of the pictures; the model's own unless given")
     add("--height", type=int)
     add("--resolution", type=int, help="both of them")
-    add("--steps", type=int, default=25)
-    add("--guidance", type=float, default=7.0)
+    add("--steps", type=int, help="the model's own unless given")
+    add("--guidance", type=float, help="the model's own unless given")
     add("--negative", default="", help="what pictures should not show")
     add("--batch", type=int, default=4, help="pictures drawn together")
     add("--device", default="auto", help="auto, cuda, mps or cpu")

@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("--text-encoder", choices=("auto", "no"), default="auto")
     extract.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     for command in (convert, merge, resize, extract):
-        command.add_argument("--to", choices=("kohya", "diffusers"), default="kohya")
+        command.add_argument("--to", choices=("kohya", "diffusers"), default="kohya", help="names")
         command.add_argument("--dtype", choices=list(PRECISIONS), help="of the numbers")
         command.add_argument("--overwrite", action="store_true", help="replace OUT")
         command.add_argument("--dry-run", action="store_true", help="say what would be written")

@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import train_lora
+from tools import transformer_names
 from tools.program import refuse
-from train_lora import Phase, Tensors, TrainError
+from train_lora import Family, Phase, Tensors, TrainError
 
 
 class Module(NamedTuple):
-    """Where a layer stands: `unet`, `text_encoder` or `text_encoder_2`, and the name inside it."""
+    """Where a layer stands: the folder of a network, such as `unet`, and the name inside it."""
 
     network: str
     name: str
@@ -81,6 +82,13 @@ class LoRA:
             if module.name.endswith("attn2.to_k")
         }
         return "text_encoder_2" in self.networks or 2048 in reads
+
+    @property
+    def family(self) -> Family:
+        """Tell which family's names and readers it has: of a UNet's, they differ for SDXL alone."""
+        if self.networks == ["transformer"] and (told := transformer_names.family_of(self.header)):
+            return told
+        return train_lora.SDXL if self.is_sdxl else train_lora.SD1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,7 +157,9 @@ def diffusers_name(name: str) -> str:
 
 
 KOHYA = re.compile(r"(lora_(?:unet|te[12]?))_(.+?)\.(.+)")
-DIFFUSERS = re.compile(r"(?:(unet|text_encoder(?:_2)?)\.)?(.+)\.(lora.+|alpha|dora_scale|hada.+)")
+DIFFUSERS = re.compile(
+    r"(?:(unet|transformer|text_encoder(?:_2)?)\.)?(.+)\.(lora.+|alpha|dora_scale|hada.+)"
+)
 SIDES = {
     **dict.fromkeys(("lora_down.weight", "lora_A.weight", "lora.down.weight"), "down"),
     **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora.up.weight"), "up"),
@@ -182,7 +192,8 @@ def place_of(key: str) -> tuple[Module, str, str]:
     text = "self_attn" in found[2] or "text_model" in found[2]
     network = found[1] or ("text_encoder" if text else "unet")
     name = found[2].replace(".to_out.lora", ".to_out.0.lora")
-    name = re.sub(r"\.to_out$", ".to_out.0", name)
+    if network == "unet":
+        name = re.sub(r"\.to_out$", ".to_out.0", name)
     naming = "diffusers" if found[1] else "peft"
     return inside(Module(network, name)), SIDES.get(found[3], found[3]), naming
 
@@ -237,6 +248,8 @@ def sort_out(tensors: Tensors, header: dict[str, str], peft: Mapping[str, Any], 
     """Put the parts of each layer together."""
     found: dict[Module, Tensors] = {}
     namings: set[str] = set()
+    if transformer_names.is_transformer(tensors):
+        tensors = read_by_diffusers(tensors, header, path)
     for key, tensor in tensors.items():
         kind = next((kind for mark, kind in OTHER_KINDS.items() if f".{mark}" in key), None)
         if kind:
@@ -256,6 +269,21 @@ def sort_out(tensors: Tensors, header: dict[str, str], peft: Mapping[str, Any], 
     return LoRA(layers, header, min(namings), path.name)
 
 
+def read_by_diffusers(tensors: Tensors, header: dict[str, str], path: Path) -> Tensors:
+    """Give a transformer's layers the names that diffusers has for them."""
+    family = transformer_names.family_of(header)
+    if family is None or family.name not in transformer_names.READERS:
+        told = header.get("modelspec.architecture", "none")
+        names = ", ".join(transformer_names.READERS)
+        raise refuse(path, f"a header that names one of {names}", f"the architecture {told}")
+    try:
+        return transformer_names.in_diffusers_names(tensors, family)
+    except (KeyError, ValueError, AttributeError, IndexError) as error:
+        raise refuse(
+            path, f"a LoRA of {family.title}", f"layers of something else ({error})"
+        ) from error
+
+
 def layer_of(module: Module, parts: Tensors, peft: Mapping[str, Any], path: Path) -> Layer:
     """Make a layer of what a file holds for one module; refuse what is no pair."""
     name = f"{module.network}.{module.name}"
@@ -271,6 +299,8 @@ def layer_of(module: Module, parts: Tensors, peft: Mapping[str, Any], path: Path
         raise refuse(path, "matrices that fit", f"{name} of {[*up.shape]} and {[*down.shape]}")
     if not all(part.isfinite().all() for part in parts.values()):
         raise refuse(path, "finite numbers", f"others at {name}")
+    if module.network == "transformer" and (used := up.any(dim=0)).any():
+        down, up = down[used], up[:, used]  # layers that a file joins share all directions
     alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(module, peft, len(down))
     return Layer(down, up, alpha / len(down))
 
@@ -290,8 +320,9 @@ def alpha_of(module: Module, peft: Mapping[str, Any], rank: int) -> float:
 
 def merge(terms: Sequence[tuple[LoRA, float]]) -> LoRA:
     """Put LoRAs beside each other: exactly the sum of what they add, each at its strength."""
-    if len({lora.is_sdxl for lora, _ in terms}) > 1:
-        raise refuse(terms[-1][0].source, "LoRAs of one family", "SDXL beside another")
+    titles = {lora.family.title: lora.source for lora, _ in terms}
+    if len(titles) > 1:
+        raise refuse(terms[-1][0].source, "LoRAs of one family", " beside ".join(titles))
     layers: dict[Module, Layer] = {}
     for lora, strength in terms:
         for module, layer in lora.layers.items():
@@ -367,21 +398,21 @@ def same_alpha(lora: LoRA) -> tuple[LoRA, float]:
 def named(lora: LoRA, naming: str) -> Tensors:
     """Give every tensor the name that a kind of reader knows."""
     even, alpha = same_alpha(lora)
-    family = train_lora.SDXL if lora.is_sdxl else train_lora.SD1
-    tensors: Tensors = {}
+    family, tensors = lora.family, Tensors()
+    joins = naming == "kohya" and family.write_lora  # transformers' files have names of their own
     for module, layer in even.layers.items():
-        if naming == "kohya":
+        if naming == "kohya" and not joins:
             for side, matrix in (("A", layer.down), ("B", layer.up)):
                 place = f"{module.network}.{module.name}.lora_{side}"
                 key = train_lora.kohya_name(place, family)
                 tensors[key] = matrix
                 tensors[f"{key.partition('.')[0]}.alpha"] = torch.tensor(alpha)
         else:  # their readers take no alpha for strength 1
-            level = "text_model." if module.network != "unet" else ""
+            level = "text_model." if module.network.startswith("text") else ""
             name = f"{module.network}.{level}{module.name}"
             up = (layer.up.double() * layer.scale).to(layer.up.dtype)
             tensors |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": up}
-    return tensors
+    return transformer_names.in_own_names(tensors, family) if joins else tensors
 
 
 def ranks_of(lora: LoRA) -> Iterator[int]:
