@@ -171,6 +171,7 @@ class WarningCode(Code):
     CONFIG_VALUE_TWICE = "A knob has two values.", "Remove one; training_params wins."
     KNOB_WITHOUT_EFFECT = "A knob has no effect beside another.", "Remove it, or change the other."
     LEARNING_RATE_LOW = "Little will be learned at this rate.", "1e-4 suits most runs."
+    LEARNING_RATE_HIGH = "The optimizer goes far at this rate.", "1e-5 to 3e-5 suits lion."
     RESOLUTION_UNUSUAL = "The base was made for another size.", "Use the model's own size."
     TRIGGER_WORDS_EMPTY = "Only captions call the concept.", "Give a word unless this is a style."
     IMAGE_SKIPPED = "An image is not used.", "Convert or remove it."
@@ -957,8 +958,9 @@ def describe_values(knob: Record) -> str:
     if isinstance(knob["type"], list):
         return describe_values(knob | {"type": knob["type"][0]}) + ", or null"
     if knob["type"] == "array":
-        item = describe_values(knob["items"]).removeprefix("text ")
-        return f"a list of at most {knob['maxItems']} texts, {item} each"
+        item = re.sub("^(text|a number) ", "", describe_values(knob["items"]))
+        items = "texts" if knob["items"]["type"] == "string" else "numbers"
+        return f"a list of at most {knob['maxItems']} {items}, {item} each"
     if knob["type"] == "string":
         least = knob.get("minLength", 0)
         longest = f" of {least} … {knob['maxLength']} characters" if "maxLength" in knob else ""
@@ -990,9 +992,10 @@ def translate(error: jsonschema.ValidationError) -> Iterator[Problem]:
     prefix = f"{place}.".removeprefix(".")
     knob: Record = error.schema
     if error.validator == "additionalProperties":
-        for key in sorted(set(error.instance) - set(knob["properties"])):
-            hint = nearest_key(key, knob["properties"])
-            yield Problem(prefix + key, "a known key", "an unknown one", hint)
+        known = knob["properties"]
+        expected = "a known key" if len(known) > 20 else f"one of {', '.join(known)}"
+        for key in sorted(set(error.instance) - set(known)):
+            yield Problem(prefix + key, expected, "an unknown one", nearest_key(key, known))
     elif error.validator == "required":
         for key in (key for key in knob["required"] if key not in error.instance):
             wanted = knob["properties"][key]
@@ -1019,7 +1022,7 @@ def correction(knob: Record, value: Any) -> str:
 def nearest_key(key: str, known: Iterable[str]) -> str:
     """Guess which key was meant, also by what other trainers call it."""
     schema, word = config_schema(), key.lower().replace("-", "_")
-    if key in schema["required"]:
+    if key in {**schema["properties"], **knobs()}:
         return "It belongs at the top level."
     for name, knob in {**schema["properties"], **knobs()}.items():
         if word in knob.get("x-also", ()):
@@ -1058,6 +1061,8 @@ def expand_home(path: str) -> Path:
 FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     "Path": lambda path: expand_home(path).absolute(),  # means the same to the host
     "tuple[str, ...]": tuple,
+    "tuple[float, ...]": lambda numbers: tuple(map(float, numbers)),
+    "dict[str, Any]": lambda given: dict(sorted(given.items())),  # the same in any order
     "float": float,
     "int": int,
 }
@@ -1105,6 +1110,14 @@ class TrainingConfig:
     max_grad_norm: float
     lr_scheduler: str
     lr_warmup_steps: int
+    betas: tuple[float, ...] | None
+    optimizer_arguments: dict[str, Any]
+    min_lr_ratio: float
+    lr_cycles: int
+    lr_power: float
+    lr_gamma: float
+    ema_decay: float
+    lora_plus_ratio: float
     lora_dropout: float
     flip: bool
     regularization_path: Path | None
@@ -1167,10 +1180,7 @@ class TrainingConfig:
 def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     """List values that are fine alone but do not go together."""
     values, precision = vars(config), config.base_precision
-    for knob in ("learning_rate", "text_encoder_learning_rate"):
-        if (values[knob] or 0) > HIGH_LEARNING_RATE:
-            expected = f"at most {HIGH_LEARNING_RATE} with this optimizer"
-            yield Problem(knob, expected, show(values[knob]), "1e-4 suits most runs.")
+    yield from optimizer_conflicts(config)
     for knob, other, clash, hint in CLASHES:
         if (path := values[knob]) and clash(path, values[other]):
             yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
@@ -1184,6 +1194,28 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     if config.gradient_checkpointing is True and not config.may_checkpoint:
         expected = "auto or false with base_precision int8, which keeps activations all the same"
         yield Problem("gradient_checkpointing", expected, "true", "Set base_precision to nf4.")
+
+
+def optimizer_conflicts(config: TrainingConfig) -> Iterator[Problem]:
+    """List what the optimizer does not go with."""
+    name, kind = config.optimizer, OPTIMIZERS[config.optimizer]
+    values, (least, most) = plain(config), kind.rates
+    for knob in ("learning_rate", "text_encoder_learning_rate"):
+        if not least <= (values[knob] or least) <= most:
+            expected = f"{least:g} … {most:g} with {name}"
+            yield Problem(knob, expected, show(values[knob]), f"{kind.suits}.")
+    if config.learning_rate <= most < config.learning_rate * config.lora_plus_ratio:
+        expected = f"at most {most:g} as its product with learning_rate"
+        yield Problem("lora_plus_ratio", expected, show(config.lora_plus_ratio), "Lower either.")
+    for knob, reason in kind.without.items():
+        if values[knob] != (default := knobs()[knob]["default"]):
+            expected = f"{show(default)} with {name}, {reason}"
+            yield Problem(knob, expected, show(values[knob]), f"Remove {knob}.")
+    arguments = knobs()["optimizer_arguments"]["properties"].items()
+    known = [argument for argument, rule in arguments if name in rule["x-of"]]
+    for argument in values["optimizer_arguments"].keys() - known:
+        expected, hint = f"{', '.join(known) or 'none'} with {name}", nearest_key(argument, known)
+        yield Problem(f"optimizer_arguments.{argument}", expected, "another one", hint)
 
 
 def same_folder(one: Path, other: Path) -> bool:
@@ -1221,23 +1253,33 @@ CLASHES = (  # of folders that would become part of each other
     ("loras_path", "dataset_path", same_folder, SPOILED),
     ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
 )
-# Without effect while the other knob is set (True), or is not.
-IDLE_KNOBS = {
+# Without effect while the other knob is set (True), or is not, or is none of these.
+IDLE_KNOBS: dict[tuple[str, str], bool | tuple[str, ...]] = {
     ("epochs", "steps"): True,
     ("text_encoder_learning_rate", "train_text_encoder"): False,
     ("regularization_share", "regularization_path"): False,
+    ("min_lr_ratio", "lr_scheduler"): (
+        *("linear", "cosine", "cosine_restarts", "polynomial", "rex", "step"),
+    ),
+    ("lr_cycles", "lr_scheduler"): ("cosine_restarts", "step"),
+    ("lr_power", "lr_scheduler"): ("polynomial",),
+    ("lr_gamma", "lr_scheduler"): ("step",),
 }
 
 
 def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
     """Warn of values that are allowed but seldom meant."""
-    if (rate := config.learning_rate) < 1e-5:
-        message = f"learning_rate {rate:g} is very low; 1e-4 suits most runs"
+    rate, kind = config.learning_rate, OPTIMIZERS[config.optimizer]
+    low, high = rate < kind.usual[0], rate > kind.usual[1]
+    if low or high:
+        code = WarningCode.LEARNING_RATE_LOW if low else WarningCode.LEARNING_RATE_HIGH
+        message = f"learning_rate {rate:g} is {'very low' if low else 'high'}; {kind.suits}"
         data: Record = {"learning_rate": rate}
-        yield WarningEvent(code=WarningCode.LEARNING_RATE_LOW, message=message, data=data)
-    for (knob, other), idle in IDLE_KNOBS.items():
+        yield WarningEvent(code=code, message=message, data=data)
+    for (knob, other), rule in IDLE_KNOBS.items():
         value, beside = (vars(config)[each] for each in (knob, other))
-        if bool(beside) is idle and value != knobs()[knob]["default"]:
+        idle = bool(beside) is rule if isinstance(rule, bool) else beside not in rule
+        if idle and value != knobs()[knob]["default"]:
             message = f"{knob} {show(value)} has no effect beside {other} {show(plain(beside))}"
             data = {"key": knob, "value": value, "because": other}
             yield WarningEvent(code=WarningCode.KNOB_WITHOUT_EFFECT, message=message, data=data)
@@ -3378,12 +3420,16 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     return parameters
 
 
-# How the learning rate goes from its full value, at 0, towards its end, which lies behind the last
-# update: every update moves something.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda _: 1.0,
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+# How the learning rate goes, by the updates done since it was full, of all that follow: to its end,
+# which lies behind the last update, so that every update moves something.
+SCHEDULES: dict[str, Callable[[int, int, TrainingConfig], float]] = {
+    "constant": lambda *_: 1.0,
+    "linear": lambda done, of, _: 1 - done / of,
+    "cosine": lambda done, of, _: (1 + math.cos(math.pi * (done / of))) / 2,
+    "cosine_restarts": lambda done, of, c: SCHEDULES["cosine"](c.lr_cycles * done % of, of, c),
+    "polynomial": lambda done, of, c: (1 - done / of) ** c.lr_power,
+    "rex": lambda done, of, _: (of - done) / (of - done / 2),
+    "step": lambda done, of, c: c.lr_gamma ** (c.lr_cycles * done // of),
 }
 
 
@@ -3392,26 +3438,86 @@ def rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     peak = max(1, min(config.lr_warmup_steps, total_steps))  # the first update at the full rate
     if step < peak:
         return step / peak
-    return SCHEDULES[config.lr_scheduler]((step - peak) / (total_steps - peak + 1))
+    shape = SCHEDULES[config.lr_scheduler](step - peak, total_steps - peak + 1, config)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
-# By module and class; what torch does not have is imported only when asked for.
+@dataclass(frozen=True)
+class OptimizerKind:
+    """Where an optimizer comes from, what it keeps, and what does not go with it."""
+
+    module: str  # what torch does not have is imported only when asked for
+    name: str
+    state_bytes: int = 8  # that it keeps for each number that learns
+    preset: Mapping[str, Any] = field(default_factory=dict)  # unless it is given
+    by_matrix: bool = False  # it looks at rows and columns; the others take all in one piece
+    averages: bool = False  # what it moves is not yet what was learned
+    without: Mapping[str, str] = field(default_factory=dict)  # knobs that it cannot heed, and why
+    # The lowest rate and the highest, and within them, those of which nobody is warned.
+    rates: tuple[float, float] = (0, HIGH_LEARNING_RATE)
+    usual: tuple[float, float] = (1e-5, 1)
+    suits: str = "1e-4 suits most runs"
+
+    def options(self, config: TrainingConfig) -> Record:
+        """List what it is made with."""
+        given = {"weight_decay": config.weight_decay, "betas": config.betas}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {**given, **self.preset, **config.optimizer_arguments}
+
+
+ONE_SCALE = "whose one scale is for all"
 OPTIMIZERS = {
-    "adamw": ("torch.optim", "AdamW"),
-    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
-    "lion": ("lion_pytorch", "Lion"),
+    "adamw": OptimizerKind("torch.optim", "AdamW"),
+    "adamw8bit": OptimizerKind("bitsandbytes.optim", "AdamW8bit", 2),
+    "lion": OptimizerKind(
+        *("lion_pytorch", "Lion", 4),
+        usual=(1e-6, 5e-5),  # every number moves by all of the rate
+        suits="lion wants a third to a tenth of what suits adamw, 1e-5 to 3e-5",
+    ),
+    "prodigy": OptimizerKind(
+        *("prodigyopt", "Prodigy", 16),
+        preset={"growth_rate": 1e9},  # its own is infinite, which JSON does not know
+        without={"text_encoder_learning_rate": ONE_SCALE, "lora_plus_ratio": ONE_SCALE},
+        rates=(HIGH_LEARNING_RATE, 1),
+        suits="prodigy finds its scale by itself, and 1 lets it",
+    ),
+    "adafactor": OptimizerKind(
+        *("transformers.optimization", "Adafactor", 4),  # bytes at most, with beta1
+        # Its own would have no use for a learning rate.
+        preset={"scale_parameter": False, "relative_step": False},
+        by_matrix=True,
+        without={"betas": "whose only one is beta1 of optimizer_arguments"},
+    ),
+    "schedulefree": OptimizerKind(
+        *("schedulefree", "AdamWScheduleFree"),
+        averages=True,
+        without={
+            "lr_scheduler": "whose average takes a schedule's place",
+            "ema_decay": "which averages by itself",
+        },
+    ),
 }
 
 
 def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.device) -> Any:
     """Make the optimizer that was asked for."""
-    module, name = OPTIMIZERS[config.optimizer]
-    options: Record = {"weight_decay": config.weight_decay}
-    if module == "torch.optim":
+    kind = OPTIMIZERS[config.optimizer]
+    options = kind.options(config)
+    if kind.module == "torch.optim":
         # The fused form is the fastest, and it skips a bad update without asking the host;
         # Apple's takes the request to skip and does not heed it.
         options["fused"] = device.type != "mps"
-    return getattr(importlib.import_module(module), name)(groups, **options)
+    optimizer = getattr(importlib.import_module(kind.module), kind.name)(groups, **options)
+    if kind.averages:
+        optimizer.train()
+    return optimizer
+
+
+def full_rate(name: str, config: TrainingConfig, family: Family) -> tuple[bool, float]:
+    """Tell whether a matrix is a text encoder's, and its learning rate before any schedule."""
+    in_text = not name.startswith(f"{family.denoiser.folder}.")
+    full = (in_text and config.text_encoder_learning_rate) or config.learning_rate
+    return in_text, full * (config.lora_plus_ratio if ".lora_B." in name else 1)
 
 
 class Learner:
@@ -3424,39 +3530,58 @@ class Learner:
 
     def __init__(self, models: Models, config: TrainingConfig) -> None:
         """Adapt the networks and set the optimizer up."""
-        self.parameters = add_adapters(models, config)  # the networks' own, parts of used
-        self.max_grad_norm = config.max_grad_norm
-        matrices = self.parameters.values()
+        rated = functools.partial(full_rate, config=config, family=models.base.family)
+        named = sorted(add_adapters(models, config).items(), key=lambda each: rated(each[0]))
+        self.parameters = dict(named)  # the networks' own, parts of used
+        self.max_grad_norm, self.ema_decay = config.max_grad_norm, config.ema_decay
         # In full precision: half of it loses updates as small as an adapter's.
-        self.learned = torch.cat([p.detach().flatten().float() for p in matrices])
+        self.learned = torch.cat([p.detach().flatten().float() for _, p in named])
         # What an update adds up: the gradient, the loss, and who was asked for a stop.
         self.sums = torch.zeros(len(self.learned) + 2, device=self.learned.device)
         self.gradient, self.loss, self.asked = self.sums[:-2], self.sums[-2], self.sums[-1]
         self.used = self.learned.to(models.dtype)  # learned itself, or its copy in half
         self.in_half = self.used is not self.learned
-        # The optimizer has one part of what is learned for each rate.
-        denoiser = sum(p.numel() for p in models.denoiser.parameters() if p.requires_grad)
-        text_rate = config.text_encoder_learning_rate or config.learning_rate
-        spans = [(config.learning_rate, slice(denoiser)), (text_rate, slice(denoiser, None))]
-        groups = []
-        for full, span in spans:
-            if len(self.learned[span]):
-                part = torch.nn.Parameter(self.learned[span])
-                part.grad = self.gradient[span]
-                groups.append({"params": [part], "lr": full, "full_lr": full})
-        self.optimizer = build_optimizer(groups, config, models.device)
+        self.matrices = self.named(self.learned)  # in full precision
+        self.gradients = self.named(self.gradient)  # as far as they were collected
+        self.average = self.learned.clone() if self.ema_decay else None
+        averages = {} if self.average is None else self.named(self.average)
+        self.kept = self.matrices | {f"average.{n}": each for n, each in averages.items()}
+        self.kind = OPTIMIZERS[config.optimizer]
+        self.optimizer = build_optimizer(self._groups(rated), config, models.device)
         # For fp16, whose small gradients would vanish; idle otherwise.
         fp16 = models.dtype == torch.float16
         self.scaler: Any = torch.amp.GradScaler(models.device.type, enabled=fp16)
-        self.matrices: Tensors = {}  # in full precision
-        self.gradients: Tensors = {}  # as far as they were collected
         # The networks' parameters, and in full precision their gradients, are parts of the whole.
-        sizes = [p.numel() for p in matrices]
-        pieces = (whole.split(sizes) for whole in (self.learned, self.gradient, self.used))
-        for (name, p), *parts in zip(self.parameters.items(), *pieces, strict=True):
-            self.matrices[name], self.gradients[name], p.data = (part.view_as(p) for part in parts)
-            if not self.in_half:  # a pass back adds to what it finds
-                p.grad = self.gradients[name]
+        self.use(self.used)
+        if not self.in_half:  # a pass back adds to what it finds
+            for name, gradient in self.gradients.items():
+                self.parameters[name].grad = gradient
+
+    def named(self, whole: Tensor) -> Tensors:
+        """Cut numbers that lie end to end into the adapter's matrices."""
+        parts = whole.split([p.numel() for p in self.parameters.values()])
+        pairs = zip(self.parameters.items(), parts, strict=True)
+        return {name: part.view_as(p) for (name, p), part in pairs}
+
+    def use(self, whole: Tensor) -> None:
+        """Let the networks compute with numbers that lie end to end."""
+        for name, part in self.named(whole).items():
+            self.parameters[name].data = part
+
+    def _groups(self, rated: Callable[[str], tuple[bool, float]]) -> list[Record]:
+        """Give the optimizer, for each rate, one part of what is learned, or all its matrices."""
+        groups, begin = [], 0
+        for (_, full), names in itertools.groupby(self.parameters, rated):
+            parts = [(self.matrices[name], self.gradients[name]) for name in names]
+            end = begin + sum(numbers.numel() for numbers, _ in parts)
+            if not self.kind.by_matrix:
+                parts = [(self.learned[begin:end], self.gradient[begin:end])]
+            params = [torch.nn.Parameter(numbers) for numbers, _ in parts]
+            for parameter, (_, gradient) in zip(params, parts, strict=True):
+                parameter.grad = gradient
+            groups.append({"params": params, "lr": full, "full_lr": full})
+            begin = end
+        return groups
 
     def collect(self) -> None:
         """Add what a pass back left in half; a matrix that it did not reach counts as zero."""
@@ -3467,10 +3592,12 @@ class Learner:
             for parameter in used:
                 parameter.grad = None
 
-    def step(self, factor: float) -> Tensor:
-        """Make one update if the gradient is finite; return loss and norm, still unread."""
+    def step(self, factor: float) -> tuple[Tensor, float]:
+        """Make one update if the gradient is finite; return loss and norm, unread, and the rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
+        first = self.optimizer.param_groups[0]
+        learning_rate = first["lr"] * first.get("d", 1)  # the scale that prodigy finds
         self.scaler.unscale_(self.optimizer)
         norm = torch.linalg.vector_norm(self.gradient)
         told = torch.stack([self.loss, norm])
@@ -3486,7 +3613,35 @@ class Learner:
         self.scaler.update()
         self.forget()
         self.refresh()
-        return told
+        return told, learning_rate
+
+    def follow(self, step: int) -> None:
+        """Let the average follow after an update: early on faster, to leave its beginning."""
+        if self.average is not None:
+            kept = min(self.ema_decay, (1 + step) / (10 + step))
+            self.average.lerp_(self.learned, 1 - kept)
+
+    def result(self) -> Tensor:
+        """Give what a run has come to: what was learned, or an average of it."""
+        if self.average is not None:
+            return self.average
+        if not self.kind.averages:
+            return self.learned
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        ahead = [state[group["params"][0]]["z"] for group in groups if state]
+        # As its own eval does in place, and its train undoes inexactly.
+        weight = 1 - 1 / self.optimizer.defaults["betas"][0]
+        return self.learned.lerp(torch.cat(ahead), weight) if ahead else self.learned
+
+    @contextlib.contextmanager
+    def showing(self) -> Iterator[None]:
+        """Let the networks have the result for a while; what learns is left where it is."""
+        result = self.result()
+        try:
+            self.use(self.used if result is self.learned else result.to(self.used.dtype))
+            yield
+        finally:
+            self.use(self.used)
 
     def forget(self) -> None:
         """Drop all that was added up, also what a pass back that failed left half done."""
@@ -3777,6 +3932,7 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         "modelspec.title": f"{name}, step {step}",
         **({"modelspec.trigger_phrase": words} if words else {}),
         **family.headers[base.objective.prediction_type],
+        **optimizer_header(config),
         # Where the matrices hold the strength, it is that of any other file without an alpha.
         "ss_network_alpha": f"{config.lora_rank if family.write_lora else config.lora_alpha:.10g}",
         "ss_network_dim": str(config.lora_rank),
@@ -3793,6 +3949,16 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         **({"ss_zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
         "train_lora_version": __version__,
     }
+
+
+def optimizer_header(config: TrainingConfig) -> dict[str, str]:
+    """Say in kohya's words how it was learned, as far as that is not the default."""
+    kind = OPTIMIZERS[config.optimizer]
+    options = ",".join(f"{name}={value}" for name, value in kind.options(config).items())
+    said = {"optimizer": f"{kind.module}.{kind.name}({options})"}
+    said["lr_scheduler"] = config.lr_scheduler
+    new = [knob for knob in said if vars(config)[knob] != knobs()[knob]["default"]]
+    return {f"ss_{knob}": said[knob] for knob in new}
 
 
 def safetensors_pieces(tensors: Tensors, header: Mapping[str, str] | None = None) -> Pieces:
@@ -4066,7 +4232,7 @@ def pack_learner(learner: Learner) -> tuple[dict[str, Tensors], Record]:
     moments: Tensors = {}
     for place, value in leaves(optimizer["state"]):
         (moments if isinstance(value, torch.Tensor) else numbers)[place] = value
-    return {"adapter.safetensors": learner.matrices, "optimizer.safetensors": moments}, {
+    return {"adapter.safetensors": learner.kept, "optimizer.safetensors": moments}, {
         "optimizer_numbers": numbers,
         "optimizer_shapes": {place: [*value.shape] for place, value in moments.items()},
         "optimizer_groups": optimizer["param_groups"],
@@ -4089,23 +4255,23 @@ def unpack_learner(folder: Path, manifest: Record, learner: Learner) -> None:
 
     adapter = load_file(folder / "adapter.safetensors")
     moments: Record = load_file(folder / "optimizer.safetensors")
-    matrices, groups = learner.matrices, learner.optimizer.param_groups
-    if {n: m.shape for n, m in adapter.items()} != {n: m.shape for n, m in matrices.items()}:
+    kept, groups = learner.kept, learner.optimizer.param_groups
+    if {n: m.shape for n, m in adapter.items()} != {n: m.shape for n, m in kept.items()}:
         raise ValueError("its adapter has other layers")
     if {place: [*value.shape] for place, value in moments.items()} != manifest["optimizer_shapes"]:
         raise ValueError("its optimizer lacks entries, or has others")
     state = dict[int, Record]()
     for key, value in (moments | manifest["optimizer_numbers"]).items():
         place, *inner, name = key.split("/")
-        kept = state.setdefault(int(place), {})
+        branch = state.setdefault(int(place), {})
         for part in inner:
-            kept = kept.setdefault(part, {})
-        kept[name] = value
+            branch = branch.setdefault(part, {})
+        branch[name] = value
     told = zip(manifest["optimizer_groups"], groups, strict=True)
     merged = [{**then, **{k: now[k] for k in DECIDED_ANEW if k in now}} for then, now in told]
     learner.optimizer.load_state_dict({"state": state, "param_groups": merged})
-    for name, matrix in matrices.items():
-        matrix.copy_(adapter[name])
+    for name, value in kept.items():
+        value.copy_(adapter[name])
     learner.refresh()
     if manifest["scaler"] and learner.scaler.is_enabled():  # other precisions have none
         learner.scaler.load_state_dict(manifest["scaler"])
@@ -4536,8 +4702,9 @@ class MemoryPlan:
             "encoders": max(sum(part_bytes(structure, p, packing, read) for p in readers), encode),
             "denoiser": part_bytes(structure, family.denoiser, base, run),
             "learned_text": NUMBER_BYTES[run] * learned_text,
-            # With its gradients, the optimizer's moments, and a copy where the run is in half.
-            "adapter": (16 if run == "fp32" else 20) * adapter_numbers(config, structure),
+            # With its gradients, and a copy where the run is in half.
+            "adapter": adapter_numbers(config, structure)
+            * (state_bytes(config) + (4 if run == "fp32" else 8)),
             "vae": 4 * structure.numbers(family.vae),  # waits in main memory for the next picture
             # What is read from a file can be read again.
             "cache": 0 if config.cache_dir else 4 * self.images * cached,
@@ -4672,8 +4839,8 @@ def check_images(folder: Path | None, knob: str) -> None:
 
 def check_extras(config: TrainingConfig) -> None:
     """Look for what only some configs need: another VAE, configs for a file, a package."""
-    package, _, _ = OPTIMIZERS[config.optimizer][0].partition(".")
-    if package != "torch":  # which preflight does without
+    package, _, _ = OPTIMIZERS[config.optimizer].module.partition(".")
+    if package not in ("torch", "transformers"):  # which preflight does without
         check_package(package, "optimizer")
     folder = config.model_config_path
     if folder and not any(config.is_file() for config in denoisers_in(folder)):
@@ -4703,11 +4870,16 @@ def adapter_numbers(config: TrainingConfig, structure: BaseModel) -> int:
     return 2 * numbers if config.train_text_encoder else numbers
 
 
+def state_bytes(config: TrainingConfig) -> int:
+    """Tell what is kept of every number that learns, with its moments and its average."""
+    return 4 + OPTIMIZERS[config.optimizer].state_bytes + 4 * bool(config.ema_decay)
+
+
 def disk_needed(config: TrainingConfig, structure: BaseModel, steps: int) -> int:
     """Add up, from shapes alone, what so many updates write at most."""
     numbers = adapter_numbers(config, structure)
     lora = numbers * (4 if config.save_precision == "fp32" else 2)
-    state = 3 * 4 * numbers  # the adapter and two moments of the optimizer, full precision
+    state = state_bytes(config) * numbers
     rounds = 1 + config.sample_at_start + steps // config.validation_steps
     pictures = rounds * len(preview_prompts(config))
     return (
@@ -4973,8 +5145,8 @@ class TrainState:
 
     step: int = 0
     history: list[LossPoint] = field(default_factory=list)
-    # Loss and norm of each update since, on the device until somebody wants to know.
-    unread: list[Tensor] = field(default_factory=list)
+    # Loss and norm of each update since, on the device until somebody wants to know; its rate.
+    unread: list[tuple[Tensor, float]] = field(default_factory=list)
     reported: int = 0  # rows of the history that progress lines have summed up
     loss: float | None = None  # mean of the last progress line
     # A clock that stands still during previews and saving, and left out the first update.
@@ -5396,13 +5568,14 @@ class LoRATrainer:
         if self.team.size == 1:
             return
         if self.team.leads:
-            numbers = learner.learned, learner.optimizer.state_dict(), learner.scaler.state_dict()
+            numbers = learner.kept, learner.optimizer.state_dict(), learner.scaler.state_dict()
             torch.save([*numbers, self.state.step, self.state.to_json()], held)
         held = io.BytesIO(self.team.told(held.getvalue))
         if not self.team.leads:
             options: Record = {"map_location": self.models.device, "weights_only": True}
-            learned, moments, scaler, step, progress = torch.load(held, **options)
-            learner.learned.copy_(learned)
+            kept, moments, scaler, step, progress = torch.load(held, **options)
+            for name, value in learner.kept.items():
+                value.copy_(kept[name])
             learner.optimizer.load_state_dict(moments)
             learner.scaler.load_state_dict(scaler)
             learner.refresh()
@@ -5506,6 +5679,7 @@ class LoRATrainer:
         with self.lock:
             self.torn = True
             self.state.unread.append(self.learner.step(rate(config, step, self.total_steps)))
+            self.learner.follow(step)
             self.state.step, self.torn = step, False
         if step > self.state.first_step:  # the first update warms everything up
             self.state.busy_seconds += time.monotonic() - began
@@ -5616,16 +5790,16 @@ class LoRATrainer:
 
     def read(self) -> None:
         """Fetch losses and norms from the device in one go; warn of updates that were skipped."""
-        config, state, scales = self.config, self.state, self.learner.scaler.is_enabled()
+        state, scales = self.state, self.learner.scaler.is_enabled()
         with self.lock:
-            numbers = torch.stack(state.unread).tolist() if state.unread else []
-            state.unread = []
-            for step, (loss, norm) in enumerate(numbers, start=state.step - len(numbers) + 1):
+            unread, state.unread = state.unread, []
+            numbers = torch.stack([told for told, _ in unread]).tolist() if unread else []
+            rows = zip(numbers, unread, strict=True)
+            for step, ((loss, norm), (_, rated)) in enumerate(rows, state.step - len(unread) + 1):
                 # fp16's scaler tries larger factors until a gradient overflows.
                 finite = math.isfinite(loss) and (scales or math.isfinite(norm))
-                learning_rate = config.learning_rate * rate(config, step, self.total_steps)
                 kept = loss if finite else None
-                state.history.append(LossPoint(step, kept, learning_rate, norm))
+                state.history.append(LossPoint(step, kept, rated, norm))
                 if not finite:
                     names = [self.cache.images[index].name for index in self.order.window(step)]
                     message = f"Skipped update {step}: the loss is not finite"
@@ -5728,7 +5902,8 @@ class LoRATrainer:
     def write_lora(self, path: Path) -> Record:
         """Write the adapter as it is; return the file's size and checksum."""
         step, base = self.state.step, self.models.base
-        tensors = lora_tensors(self.learner.matrices, self.config, base.family)
+        matrices = self.learner.named(self.learner.result())
+        tensors = lora_tensors(matrices, self.config, base.family)
         said = save_lora(path, tensors, lora_header(self.config, base, step, self.order.own))
         self.written = step
         return said
@@ -5760,7 +5935,8 @@ class LoRATrainer:
         """Draw some of the prompts together; write and announce each picture."""
         config, step = self.config, self.state.step
         wanted = [(prompt, config.seed + number - 1) for number, prompt in numbered]
-        images = draw_previews(self.models, self.cache, wanted, config, self.stop)
+        with self.learner.showing():
+            images = draw_previews(self.models, self.cache, wanted, config, self.stop)
         for (number, prompt), (_, seed), image in zip(numbered, wanted, images, strict=True):
             path, content = self.sample_path(number), encode_png(image)
             if not step and path.is_file() and path.read_bytes() == content:

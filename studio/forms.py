@@ -29,7 +29,7 @@ class Control:
     """How a knob is asked for."""
 
     knob: str
-    kind: str  # check, choice, select, integer, number, lines, long, path, text
+    kind: str  # check, choice, select, integer, number, lines, json, long, path, text
     label: str
     group: str
     help: str
@@ -102,6 +102,8 @@ def kind_of(rule: Schema) -> str:
         return "choice" if len(rule["enum"]) <= MOST_RADIOS else "select"
     if rule.get("format") == "path":
         return "path"
+    if "object" in types or rule.get("items", {}).get("type", "string") != "string":
+        return "json"
     for name, kind in (
         ("boolean", "check"),
         ("array", "lines"),
@@ -133,7 +135,7 @@ def to_text(made: Control, value: Any) -> str:
         return ""
     if made.kind == "check":
         return "true" if value else "false"
-    if not isinstance(value, list):
+    if not isinstance(value, list) or made.kind == "json":
         return plain(value)
     lines = "\n".join(map(plain, value))
     return lines if read_lines(lines) == value else json.dumps(value, ensure_ascii=False)
@@ -151,6 +153,14 @@ def read_lines(text: str) -> list[Any]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def read_json(text: str) -> Any:
+    """Read an object or a list of numbers, or leave what is none to the trainer."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip()
+
+
 def read_number(text: str) -> int | float | str:
     """Read a number, or leave what is none to the trainer, which says what it expected."""
     cleaned = text.strip()
@@ -166,6 +176,9 @@ def read_number(text: str) -> int | float | str:
 def from_text(made: Control, text: str) -> Any:
     """Read what a control holds; None where that is nothing of its own."""
     text = text.replace("\r\n", "\n")
+    if made.kind == "json":
+        value = read_json(text)
+        return None if value in ("", made.default) else value
     if made.kind == "lines":
         lines = read_lines(text)
         return lines if lines or made.required else None

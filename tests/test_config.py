@@ -225,8 +225,11 @@ def python_type(name: str) -> Any:
     kind = KNOBS[name]["type"]
     words = kind if isinstance(kind, list) else [kind]
     is_path = KNOBS[name].get("format") == "path" and name not in ("base_model", "vae")  # hub ids
-    types = {"string": Path if is_path else str, "integer": int, "number": float, "boolean": bool}
-    kinds = [types.get(word, tuple[str, ...]) for word in words if word != "null"]
+    types: Record = {"string": Path if is_path else str, "integer": int, "number": float}
+    types |= {"boolean": bool, "object": dict[str, Any], "array": tuple[str, ...]}
+    if KNOBS[name].get("items", {}).get("type") == "number":
+        types["array"] = tuple[float, ...]
+    kinds = [types[word] for word in words if word != "null"]
     return functools.reduce(operator.or_, kinds + [None] * ("null" in words))
 
 

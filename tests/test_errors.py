@@ -330,8 +330,9 @@ def compile_without_compiler(folder: Path) -> list[Record]:
 
 # These take a card; tests/test_speed.py reaches them by their parts.
 BY_HARDWARE = {WarningCode.MEMORY_SPILLED, WarningCode.CUDA_GRAPH_FAILED}
-# tests/test_several_processes.py and tests/families reach these, with what they need for it.
-ELSEWHERE = {ErrorCode.PROCESS_LOST, WarningCode.BASE_DISTILLED}
+# tests/test_several_processes.py, tests/families and tests/test_optimizers.py reach these, with
+# what they need for it.
+ELSEWHERE = {*(ErrorCode.PROCESS_LOST, WarningCode.BASE_DISTILLED, WarningCode.LEARNING_RATE_HIGH)}
 
 ERRORS: dict[ErrorCode, Scene] = {
     ErrorCode.CONFIG_NOT_FOUND: lambda folder: play_it(folder, "--config", "gone.json"),

@@ -57,7 +57,10 @@ def test_a_knob_of_a_new_kind_and_group_appears_without_code() -> None:
         ("steps", "integer"),
         ("learning_rate", "number"),
         ("flip", "check"),
-        ("optimizer", "choice"),
+        ("mixed_precision", "choice"),
+        ("optimizer", "select"),
+        ("optimizer_arguments", "json"),
+        ("betas", "json"),
         ("base_precision", "select"),
         ("sample_prompts", "lines"),
         ("sample_negative_prompt", "long"),
@@ -153,6 +156,24 @@ def test_lines_may_be_a_list_in_json_and_brackets_are_no_json() -> None:
     knob = "sample_prompts"
     assert config_of(CONTROLS, [(knob, "a cat\r\n\r\n [a dog]")]) == {knob: ["a cat", "[a dog]"]}
     assert config_of(CONTROLS, [(knob, '["two\\nlines"]')]) == {knob: ["two\nlines"]}
+
+
+@pytest.mark.parametrize(
+    ("knob", "typed", "value"),
+    [
+        ("betas", "[0.9, 0.99]", [0.9, 0.99]),
+        ("betas", "", None),
+        ("betas", "0.9, 0.99", "0.9, 0.99"),
+        ("optimizer_arguments", '{"d_coef": 2}', {"d_coef": 2}),
+        ("optimizer_arguments", "{}", None),
+        ("optimizer_arguments", "d_coef=2", "d_coef=2"),
+    ],
+)
+def test_numbers_and_objects_are_asked_for_as_json(knob: str, typed: str, value: object) -> None:
+    """What is none goes to the trainer as typed; what is comes back as it was."""
+    assert forms.from_text(CONTROLS[knob], typed) == value
+    if value is not None and value != typed:
+        assert forms.to_text(CONTROLS[knob], value) == typed
 
 
 def test_a_box_that_is_not_ticked_says_no() -> None:
