@@ -3627,8 +3627,8 @@ class Learner:
             return self.average
         if not self.kind.averages:
             return self.learned
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        ahead = [state[group["params"][0]]["z"] for group in groups if state]
+        held = [self.optimizer.state[group["params"][0]] for group in self.optimizer.param_groups]
+        ahead = [each["z"] for each in held if each]  # there from the first update on
         # As its own eval does in place, and its train undoes inexactly.
         weight = 1 - 1 / self.optimizer.defaults["betas"][0]
         return self.learned.lerp(torch.cat(ahead), weight) if ahead else self.learned
