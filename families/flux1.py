@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from train_lora import (
     CLIP,
     TOKENIZER,
+    BaseModel,
     Conditioning,
     Family,
     Headers,
@@ -72,10 +73,10 @@ def measure(parts: Mapping[Part, Located]) -> Record:
     }
 
 
-def tokenize(tokenizers: Sequence[Any], text: str, length: int) -> Conditioning:
+def tokenize(tokenizers: Sequence[Any], text: str, base: BaseModel) -> Conditioning:
     """Turn a text into as many token ids as there is room for, for both encoders."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    pairs = zip(tokenizers, (CLIP_TOKENS, length), strict=True)
+    pairs = zip(tokenizers, (CLIP_TOKENS, base.tokens), strict=True)
     short, long = (each(text, max_length=most, **options).input_ids for each, most in pairs)
     return Conditioning(input_ids_1=short, input_ids_2=long)
 

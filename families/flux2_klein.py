@@ -70,12 +70,12 @@ def measure(parts: Mapping[Part, Located]) -> Record:
     }
 
 
-def tokenize(tokenizers: Sequence[Any], text: str, length: int) -> Conditioning:
+def tokenize(tokenizers: Sequence[Any], text: str, base: BaseModel) -> Conditioning:
     """Put the caption as a question that is to be answered at once, filled up: it is all read."""
     (tokenizer,) = tokenizers
     asked = flow.as_chat(tokenizer, text, thinking=False)
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    ids = tokenizer(asked, max_length=length, **options)
+    ids = tokenizer(asked, max_length=base.tokens, **options)
     return Conditioning(input_ids=ids.input_ids, attention_mask=ids.attention_mask)
 
 

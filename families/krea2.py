@@ -61,10 +61,10 @@ def measure(parts: Mapping[Part, Located]) -> Record:
     }
 
 
-def tokenize(tokenizers: Sequence[Any], text: str, length: int) -> Conditioning:
+def tokenize(tokenizers: Sequence[Any], text: str, base: BaseModel) -> Conditioning:
     """Ask for a description, as the model was taught; what is said counts, not its length."""
     (tokenizer,) = tokenizers
-    room = length + SYSTEM_TOKENS - END_TOKENS
+    room = base.tokens + SYSTEM_TOKENS - END_TOKENS
     begin = flow.tokens_of(tokenizer, SYSTEM + text, room)
     end = flow.tokens_of(tokenizer, END, END_TOKENS)
     return Conditioning(input_ids=torch.cat([begin, end], dim=1))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train_lora import Conditioning, Family, Headers, Located, Part, Record, encode_kl
+from train_lora import BaseModel, Conditioning, Family, Headers, Located, Part, Record, encode_kl
 
 from . import files, flow, patches
 
@@ -43,11 +43,11 @@ def measure(parts: Mapping[Part, Located]) -> Record:
     }
 
 
-def tokenize(tokenizers: Sequence[Any], text: str, length: int) -> Conditioning:
+def tokenize(tokenizers: Sequence[Any], text: str, base: BaseModel) -> Conditioning:
     """Put the caption as a question that is to be thought about, as the model was taught."""
     (tokenizer,) = tokenizers
     asked = flow.as_chat(tokenizer, text, thinking=True)
-    return Conditioning(input_ids=flow.tokens_of(tokenizer, asked, length))
+    return Conditioning(input_ids=flow.tokens_of(tokenizer, asked, base.tokens))
 
 
 def read_text(encoders: Sequence[Any], tokens: Sequence[Tensor]) -> Conditioning:

@@ -773,6 +773,103 @@ def test_a_caption_that_is_too_long_is_warned_of(
     assert found == [told] * len(codes)
 
 
+def pieces(tokenizer: Any, text: str, count: int) -> torch.Tensor:
+    """Cut the tokens of a text into pieces of 75, each with both ends, and fill them up."""
+    words = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    begin, end, fill = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = []
+    for number in range(count):
+        row = [begin, *words[75 * number : 75 * number + 75], end]
+        rows.append(row + [fill] * (77 - len(row)))
+    return torch.tensor(rows)
+
+
+def read_by_hand(folder: Path, text: str, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Let the encoders of a folder read piece after piece, as A1111 and ComfyUI do."""
+    hidden, pooled = [], None
+    for suffix in [""] + ["_2"] * (folder / "text_encoder_2").is_dir():
+        cls = transformers.CLIPTextModelWithProjection if suffix else transformers.CLIPTextModel
+        encoder: Any = cls.from_pretrained(folder / f"text_encoder{suffix}")
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
+        rows = pieces(tokenizer, text, count)
+        with torch.no_grad():
+            said = [encoder(row[None], output_hidden_states=True) for row in rows]
+        two = (folder / "text_encoder_2").is_dir()
+        layers = [one.hidden_states[-2] if two else one.last_hidden_state for one in said]
+        hidden.append(torch.cat(layers, dim=1))
+        pooled = said[0].text_embeds if suffix else None
+    return torch.cat(hidden, dim=-1), pooled
+
+
+@pytest.mark.parametrize("words", [0, 75, 76, 300])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_long_caption_is_read_piece_by_piece(
+    here: Path, built: Path, family: str, words: int
+) -> None:
+    """Each piece has both ends; empty ones follow a short text, and the first is summed up."""
+    text = " ".join(["of", "cat", "to"] * 100).split()[:words]
+    caption = " ".join(text)
+    encoded = encode(built / family, caption, max_tokens=225)
+    found = encoded.cache.texts[caption]
+    hidden, pooled = read_by_hand(built / family, caption, 3)
+    assert found["prompt_embeds"].shape == (1, 3 * 77, hidden.shape[-1])
+    assert torch.allclose(found["prompt_embeds"], hidden, atol=1e-5)
+    assert pooled is None or torch.allclose(found["pooled_prompt_embeds"], pooled, atol=1e-5)
+    assert encoded.recorder.codes() == (["caption_truncated"] if words > 225 else [])
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_pieces_are_read_alike_while_text_encoders_learn(
+    here: Path, built: Path, family: str
+) -> None:
+    """In batches, each text for itself."""
+    long = " ".join(["of"] * 100)
+    cached = encode(built / family, long, "a", max_tokens=150).cache.read([long, "a"])
+    learning = encode(built / family, long, "a", max_tokens=150, train_text_encoder=True)
+    with torch.no_grad():
+        found = learning.models.read_text(learning.cache.read([long, "a"]))
+    assert found.keys() == cached.keys()
+    assert all(torch.allclose(found[name], cached[name], atol=1e-5) for name in found)
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+@pytest.mark.parametrize("single", [False, True])
+def test_clip_skip_reads_an_earlier_layer(here: Path, built: Path, skip: int, single: bool) -> None:
+    """As A1111 and kohya's trainer count, with the norm that stands behind the last one."""
+    base = built / ("sd1.safetensors" if single else "sd1")
+    beside: dict[str, Any] = {"model_config_path": str(built / "sd1")} if single else {}
+    found = encode(base, CAPTION, clip_skip=skip, **beside).cache.texts[CAPTION]["prompt_embeds"]
+    encoder: Any = transformers.CLIPTextModel.from_pretrained(built / "sd1" / "text_encoder")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(built / "sd1" / "tokenizer")
+    with torch.no_grad():
+        layers = encoder(pieces(tokenizer, CAPTION, 1), output_hidden_states=True).hidden_states
+        wanted = encoder.final_layer_norm(layers[-skip])
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert len(layers) == 3
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_the_last_layer_but_one_is_read_without_being_asked_for(
+    here: Path, built: Path, family: str
+) -> None:
+    """It is what SD 2 and SDXL were made for, so that to ask for it changes nothing."""
+    plain, asked = (encode(built / family, "a", clip_skip=n).cache.texts["a"] for n in (None, 2))
+    assert all(torch.equal(plain[name], asked[name]) for name in plain)
+
+
+def test_what_is_kept_of_one_layer_is_not_taken_for_another(here: Path, built: Path) -> None:
+    """Nor what is kept of a text in one piece for one in several; a second run finds its own."""
+    made = [
+        encode(built / "sd1", "a", cache_dir="kept", clip_skip=skip, max_tokens=tokens)
+        for skip, tokens in ((None, 75), (2, 75), (None, 150), (2, 75), (1, 75))
+    ]
+    plain, earlier, longer, again, last = (one.cache.texts["a"]["prompt_embeds"] for one in made)
+    assert not torch.allclose(plain, earlier, atol=1e-3)
+    assert longer.shape[1] == 2 * plain.shape[1]
+    assert torch.equal(earlier, again)
+    assert torch.equal(plain, last)
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_as_many_tokens_are_read_as_the_text_encoders_have_places(here: Path, family: str) -> None:
     """A smaller model has fewer; what is too long for it is warned of."""

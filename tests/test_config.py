@@ -700,8 +700,9 @@ CAPTIONS = "Captions stand in image.txt or metadata.jsonl, and are read as they 
         ("pretrained_model_name_or_path", "It is called base_model here."),
         ("instance_prompt", "It is called trigger_words here."),
         ("noise_offset", "The loss is the plain one; there is no knob for this."),
-        ("keep_tokens", CAPTIONS),
-        ("caption_extension", CAPTIONS),
+        ("caption_prefix", CAPTIONS),
+        ("shuffle_caption", "It is called shuffle_tags here."),
+        ("max_token_length", "It is called max_tokens here."),
         ("xyzzy", "REFERENCE.md lists the known keys."),
     ],
 )
@@ -818,6 +819,26 @@ def test_no_network_learns_at_a_rate_that_destroys_it(knob: str) -> None:
     assert vars(load_config(train_text_encoder=True, **{knob: 0.1}))[knob] == 0.1
 
 
+@pytest.mark.parametrize("ending", [".png", ".JPG", ".jsonl"])
+def test_captions_do_not_stand_in_images(ending: str) -> None:
+    """Nor in the file that has a line for each of them."""
+    error = refusal_with(caption_extension=ending)
+    assert error.code is ErrorCode.CONFIG_CONFLICT
+    assert [problem.path for problem in error.problems] == ["caption_extension"]
+
+
+@pytest.mark.parametrize("ending", ["txt", "", ".", "../.txt", ".a/b", ".txt\n"])
+def test_what_ends_no_name_is_no_caption_extension(ending: str) -> None:
+    """By the schema, before anything is looked for."""
+    assert refusal_with(caption_extension=ending).code is ErrorCode.CONFIG_INVALID
+
+
+@pytest.mark.parametrize("tokens", [0, 74, 76, 77, 300])
+def test_captions_are_read_in_pieces_of_75_tokens(tokens: int) -> None:
+    """Up to three of them."""
+    assert refusal_with(max_tokens=tokens).code is ErrorCode.CONFIG_INVALID
+
+
 IDLE: list[tuple[Record, list[str]]] = [
     ({"steps": 5, "epochs": 3}, ["epochs"]),
     ({"steps": 5, "training_params": {"epochs": 3}}, ["epochs"]),
@@ -829,6 +850,9 @@ IDLE: list[tuple[Record, list[str]]] = [
     ({"regularization_share": 0.25, "regularization_path": "others"}, []),
     ({"regularization_share": 0.5}, []),
     ({"steps": 5, "epochs": 3, "regularization_share": 0.25}, ["epochs", "regularization_share"]),
+    ({"keep_tokens": 1}, ["keep_tokens"]),
+    ({"keep_tokens": 1, "shuffle_tags": True}, []),
+    ({"keep_tokens": 1, "tag_dropout": 0.1}, []),
 ]
 
 

@@ -123,6 +123,89 @@ def test_folders_named_for_repeats_are_read_once_and_named(
     assert set(told["data"]["folders"]) == {"10_zkb dog", "3_other"}
 
 
+def repeats(dataset: Scan) -> dict[str, int]:
+    """List how often each image counts."""
+    return {picture.name: picture.repeats for picture in dataset.pictures}
+
+
+def test_the_number_of_the_nearest_folder_is_how_often_an_image_counts(
+    data: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """As in kohya's trainer, and in folders inside as well; what has no number counts once."""
+    for name in ("10_zkb dog/a.png", "10_zkb dog/deep/2_b/b.png", "10_zkb dog/deep/c.png", "d.png"):
+        write_image(data / name, (600, 600))
+    assert repeats(scan(folder_repeats=True)) == {
+        "10_zkb dog/a.png": 10,
+        "10_zkb dog/deep/2_b/b.png": 2,
+        "10_zkb dog/deep/c.png": 10,
+        "d.png": 1,
+    }
+    assert recorder.codes() == []
+
+
+def test_repeats_json_counts_for_more_than_names_of_folders(data: Path, scan: Scanner) -> None:
+    """By the path of each folder, the dataset's own included; in both folders of images."""
+    for name in ("data/10_zkb/a.png", "data/b/c/d.png", "data/e.png", "others/3_f/g.png"):
+        write_image(data.parent / name, (600, 600)).with_suffix(".txt").write_text("a dog")
+    text = '\ufeff{"10_zkb": 5, "b/c": 7, ".": 2}'
+    (data / "repeats.json").write_text(text, encoding="utf-8")
+    (data.parent / "others" / "repeats.json").write_text('{"3_f": 4}', encoding="utf-8")
+    found = repeats(scan(folder_repeats=True, regularization_path="others"))
+    assert found == {"10_zkb/a.png": 5, "b/c/d.png": 7, "e.png": 2, "others/3_f/g.png": 4}
+
+
+def test_repeats_json_is_named_where_it_does_not_count(
+    data: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """Whoever wrote it did so for a reason."""
+    write_image(data / "a.png", (600, 600))
+    (data / "repeats.json").write_text('{".": 5}', encoding="utf-8")
+    assert repeats(scan()) == {"a.png": 1}
+    (told,) = recorder.of_type("warning")
+    assert (told["code"], told["data"]["folders"]) == ("repeats_ignored", ["repeats.json"])
+
+
+@pytest.mark.parametrize(
+    ("written", "path", "found"),
+    [
+        ('{"b": 0}', "b", "0"),
+        ('{"b": 1001}', "b", "1001"),
+        ('{"b": true}', "b", "true"),
+        ('{"b": "5"}', "b", '"5"'),
+        ('{"gone": 5}', "gone", "5"),
+        ('{"b": 5, "b": 6}', "repeats.json", "it 2 times"),
+        ("[5]", "repeats.json", "[5]"),
+        ("{", "repeats.json", ""),
+        ('{"b": "' + "x" * 2**20 + '"}', "repeats.json", "larger than 1024 KiB"),
+    ],
+)
+def test_repeats_that_are_none_are_refused(
+    data: Path, scan: Scanner, written: str, path: str, found: str
+) -> None:
+    """With the place, before any image is looked at."""
+    write_image(data / "b" / "a.png", (600, 600))
+    (data / "repeats.json").write_text(written, encoding="utf-8")
+    with pytest.raises(train_lora.TrainError) as failed:
+        scan(folder_repeats=True)
+    assert failed.value.code is train_lora.ErrorCode.REPEATS_INVALID
+    (problem,) = failed.value.problems
+    assert (problem.path, found in problem.found) == (path, True)
+    assert problem.hint
+
+
+@pytest.mark.parametrize("name", ["2024_holiday", "0_nothing", "9" * 80 + "_much"])
+def test_a_folder_named_for_no_sensible_number_is_refused(
+    data: Path, scan: Scanner, name: str
+) -> None:
+    """A year is no number of repeats; repeats.json can say another."""
+    write_image(data / name / "a.png", (600, 600))
+    with pytest.raises(train_lora.TrainError) as failed:
+        scan(folder_repeats=True)
+    assert [problem.path for problem in failed.value.problems] == [name]
+    (data / "repeats.json").write_text(json.dumps({name: 3}), encoding="utf-8")
+    assert repeats(scan(folder_repeats=True)) == {f"{name}/a.png": 3}
+
+
 @pytest.mark.parametrize("place", ["v1", "."])
 def test_the_output_of_another_run_is_no_dataset(
     data: Path, scan: Scanner, recorder: Recorder, place: str
@@ -1041,3 +1124,46 @@ def test_a_stop_request_ends_the_check(
     stop.request("SIGTERM")
     with pytest.raises(train_lora.TrainingInterrupted):
         scan()
+
+
+# --- captions of another kind ---
+
+
+def test_captions_stand_in_files_of_the_ending_that_was_asked_for(
+    data: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """Whatever its case; others are named as unread, and metadata counts where there is none."""
+    for name in "abc":
+        write_image(data / f"{name}.png", (600, 600))
+    (data / "a.caption").write_text("one zkb", encoding="utf-8")
+    (data / "b.CAPTION").write_text("two zkb", encoding="utf-8")
+    (data / "a.txt").write_text("not this", encoding="utf-8")
+    line = {"file_name": "c.png", "text": "three zkb"}
+    (data / "metadata.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    found = captions(scan(caption_extension=".caption"))
+    assert found == {"a.png": "one zkb", "b.png": "two zkb", "c.png": "three zkb"}
+    (told,) = recorder.of_type("warning")
+    assert (told["code"], told["data"]["kinds"]) == ("files_unread", {".txt": 1})
+
+
+@pytest.mark.parametrize(
+    ("lines", "caption"), [("all", "zkb, a cat a dog"), ("random", "zkb, a cat\nzkb, a dog\na zkb")]
+)
+def test_a_line_is_a_part_of_a_caption_or_one_by_itself(
+    data: Path, scan: Scanner, lines: str, caption: str
+) -> None:
+    """Each gets the trigger words that it lacks; empty lines are none."""
+    write_image(data / "a.png", (600, 600))
+    text = "a  cat\r\n\n  \n a dog\n" + "a zkb" * (lines == "random")
+    (data / "a.txt").write_text(text, encoding="utf-8")
+    assert captions(scan(caption_lines=lines)) == {"a.png": caption}
+
+
+def test_a_caption_of_too_many_lines_is_not_used(
+    data: Path, scan: Scanner, recorder: Recorder
+) -> None:
+    """Each would be read by itself."""
+    write_image(data / "a.png", (600, 600))
+    (data / "a.txt").write_text("a\n" * 65, encoding="utf-8")
+    assert captions(scan(caption_lines="random")) == {"a.png": "zkb"}
+    assert reasons(recorder, "caption_unusable") == {"a.txt": "more than 64 lines"}

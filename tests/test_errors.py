@@ -341,6 +341,9 @@ ERRORS: dict[ErrorCode, Scene] = {
     ErrorCode.CONFIG_CONFLICT: configured(output_path="data"),
     ErrorCode.DATASET_NOT_FOUND: configured(dataset_path="gone"),
     ErrorCode.DATASET_EMPTY: prepared(remove_images),
+    ErrorCode.REPEATS_INVALID: prepared(
+        write_text("data/repeats.json", '{"gone": 2}'), folder_repeats=True
+    ),
     ErrorCode.CAPTIONS_MISSING: configured(trigger_words=[]),
     ErrorCode.MODEL_NOT_FOUND: configured(base_model="gone"),
     ErrorCode.MODEL_UNSUPPORTED: prepared(write_inpainting_model),

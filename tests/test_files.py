@@ -391,6 +391,20 @@ def test_the_header_follows_the_published_rules(family: str, prediction: str, gr
     assert header["ss_clip_skip"] == ("2" if family == "sdxl" else "1")
 
 
+def test_the_header_tells_how_captions_were_read_in_kohyas_words(ground: Path) -> None:
+    """Where that is not as by default; else it says nothing of it."""
+    words = ["ss_shuffle_caption", "ss_keep_tokens", "ss_caption_dropout_rate"]
+    words += ["ss_caption_tag_dropout_rate", "ss_max_token_length"]
+    plain = tiny_config(ground)
+    header = train_lora.lora_header(plain, base_of(plain), 1, 6)
+    assert not header.keys() & set(words)
+    told: dict[str, Any] = {"shuffle_tags": True, "keep_tokens": 2, "caption_dropout": 0.05}
+    config = tiny_config(ground, **told, tag_dropout=0.1, max_tokens=225, clip_skip=2)
+    header = train_lora.lora_header(config, base_of(config), 1, 6)
+    assert [header[word] for word in words] == ["True", "2", "0.05", "0.1", "225"]
+    assert header["ss_clip_skip"] == "2"
+
+
 def test_the_header_has_the_name_and_nothing_empty(ground: Path) -> None:
     """Titles differ from step to step, and from one LoRA to another."""
     base = base_of(tiny_config(ground))

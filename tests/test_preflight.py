@@ -351,6 +351,52 @@ def test_a_caption_that_is_too_long_is_named_before_training(workspace: Path, bu
     assert warned["data"] == {"captions": 1, "files": ["image2.png"], "estimated": False}
 
 
+@pytest.mark.parametrize(("tokens", "told"), [(75, 1), (150, 0), (225, 0)])
+@pytest.mark.parametrize("base", ["here", "some/model"])
+def test_captions_may_be_as_long_as_was_asked_for(
+    workspace: Path, built: Path, base: str, tokens: int, told: int
+) -> None:
+    """With the tokenizer at hand, and by a rough count without it."""
+    model = str(built / "sd1") if base == "here" else base
+    warned, _ = long_captions(workspace, base_model=model, resolution=256, max_tokens=tokens)
+    assert len(warned) == told
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("sd1", {"clip_skip": 9}, "null or 1 or 2"),
+        ("sd2", {"clip_skip": 1}, "null or 2 with"),
+        ("sd2", {"clip_skip": 3}, "null or 2 with"),
+        ("sdxl", {"clip_skip": 1}, "null or 2 with"),
+    ],
+)
+def test_a_layer_that_no_program_would_read_is_refused(
+    workspace: Path, built: Path, family: str, changes: dict[str, int], expected: str
+) -> None:
+    """SDXL is always read at its last layer but one, and SD 2 has no other."""
+    write_config(workspace, base_model=str(built / family), resolution=256, **changes)
+    last = validate(workspace).lines[-1]
+    assert (last["type"], last["code"]) == ("error", "config_conflict")
+    (problem,) = last["problems"]
+    assert problem["path"] == "clip_skip"
+    assert problem["expected"].startswith(expected)
+    write_config(workspace, base_model=str(built / family), resolution=256, clip_skip=2)
+    assert validate(workspace).lines[-1].get("topic") == "valid"
+
+
+def test_repeats_make_an_epoch_longer(workspace: Path) -> None:
+    """Every place in it is counted, and every image once."""
+    write_image(workspace / "data" / "3_more" / "a.png", (600, 600))
+    told = []
+    for repeating in (False, True):
+        write_config(workspace, folder_repeats=repeating)
+        told.append(validate(workspace).lines[-1]["data"])
+    once, thrice = told
+    assert thrice["images"] == once["images"] == 4
+    assert (once["steps_per_epoch"], thrice["steps_per_epoch"]) == (4, 6)
+
+
 def test_without_the_tokenizer_the_count_is_called_rough(workspace: Path) -> None:
     """Of a model that is not here yet, words are counted."""
     ((warned,), _) = long_captions(workspace, base_model="some/model")

@@ -272,6 +272,27 @@ def test_a_run_stopped_in_its_last_preview_ends_like_one_that_was_not(
     assert place.results() == whole.results()
 
 
+def test_captions_worded_anew_are_told_alike_over_a_restart(
+    whole: Place, base: Path, tmp_path: Path
+) -> None:
+    """Orders, lines, what is left out and how often images count depend on the step alone."""
+    told: Record = {"shuffle_tags": True, "tag_dropout": 0.3, "keep_tokens": 1}
+    told |= {"caption_lines": "random", "folder_repeats": True, "max_tokens": 150, "clip_skip": 2}
+    told |= {"caption_dropout": 0.2}
+    runs = []
+    for name, stops in (("at once", []), ("in parts", [3, 8])):
+        place = write_place(tmp_path / name, base, **told)
+        data = place.folder / "data"
+        (data / "0.txt").write_text("cat, red, big\ndog, blue, small, old", encoding="utf-8")
+        write_json(data / "repeats.json", {".": 2})
+        write_image(data / "3_more" / "5.png", (256, 256))
+        for step in stops:
+            start(place, step, batches=1)
+        start(place)
+        runs.append(place.results())
+    assert runs[0] == runs[1] != whole.results()
+
+
 # The last update has no next one in which to stop.
 ANYWHERE = [(step, batches) for step in range(1, 12) for batches in range(3)] + [(12, 0)]
 
@@ -950,6 +971,16 @@ def knob(**changes: Any) -> Callable[[Place], None]:
     return lambda place: place.change(**changes)
 
 
+TOLD: Record = {"caption_lines": "random", "shuffle_tags": True, "keep_tokens": 1, "clip_skip": 2}
+TOLD |= {"tag_dropout": 0.1, "caption_dropout": 0.1, "max_tokens": 150}
+
+
+def repeat(place: Place) -> None:
+    """Let every image count twice."""
+    write_json(place.folder / "data" / "repeats.json", {".": 2})
+    place.change(folder_repeats=True)
+
+
 IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "base model": (other_weights, {"base_model"}),
     "image bytes": (repaint, {"dataset_path"}),
@@ -968,6 +999,8 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "average": (knob(ema_decay=0.9), {"ema_decay"}),
     "LoRA+": (knob(lora_plus_ratio=4), {"lora_plus_ratio"}),
     "seed": (knob(seed=1), {"seed"}),
+    "how captions are told": (knob(**TOLD), set(TOLD)),
+    "repeats": (repeat, {"folder_repeats"}),
     "regularization": (regularize, {"regularization_path", "dataset_path"}),
     "global batch": (knob(gradient_accumulation_steps=4), {"batch_size"}),
     "two at once": (knob(seed=1, lora_rank=4), {"seed", "lora_rank"}),
