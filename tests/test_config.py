@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -225,11 +226,11 @@ def python_type(name: str) -> Any:
     kind = KNOBS[name]["type"]
     words = kind if isinstance(kind, list) else [kind]
     is_path = KNOBS[name].get("format") == "path" and name not in ("base_model", "vae")  # hub ids
-    types: Record = {"string": Path if is_path else str, "integer": int, "number": float}
-    types |= {"boolean": bool, "object": dict[str, Any], "array": tuple[str, ...]}
+    named: Record = {"string": Path if is_path else str, "integer": int, "number": float}
+    named |= {"boolean": bool, "object": dict[str, Any], "array": tuple[str, ...]}
     if KNOBS[name].get("items", {}).get("type") == "number":
-        types["array"] = tuple[float, ...]
-    kinds = [types[word] for word in words if word != "null"]
+        named["array"] = tuple[float, ...]
+    kinds = [named[word] for word in words if word != "null"]
     return functools.reduce(operator.or_, kinds + [None] * ("null" in words))
 
 
@@ -263,7 +264,8 @@ def test_values_have_the_types_of_their_fields(name: str) -> None:
     """Loading leaves no list where a tuple is promised and no whole number where a float is."""
     value = getattr(load_config(), name)
     expected = python_type(name)
-    assert isinstance(value, tuple if expected == tuple[str, ...] else expected)
+    kinds = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    assert isinstance(value, tuple(typing.get_origin(kind) or kind for kind in kinds))
 
 
 def test_the_record_of_a_config_is_json_and_holds_every_knob() -> None:

@@ -19,7 +19,7 @@ from train_lora import Family, Tensors
 if TYPE_CHECKING:
     import torch
 
-READERS = {
+READERS: dict[str, Any] = {
     "z_image": readers.ZImageLoraLoaderMixin,
     "flux2_klein": readers.Flux2LoraLoaderMixin,
     "flux1": readers.FluxLoraLoaderMixin,
