@@ -401,7 +401,15 @@ class DatasetFacts(Facts, topic="dataset"):
     captions_missing: Annotated[int, "images of dataset_path described by the trigger words alone"]
     resolutions: Annotated[dict[str, int], "images of dataset_path per size, the ten most frequent"]
     cropped: Annotated[int, "images of both folders that lose more than a fifth by cropping"]
-    regularization_images: Annotated[int, "usable images in regularization_path"]
+    regularization_images: Annotated[int, "those of regularization_path, also if yet to be drawn"]
+
+
+class PriorFacts(Facts, topic="prior"):
+    """The class images that `prior_preservation` lets the base draw before training, foreseen."""
+
+    says = "Class images to draw: {missing}, which takes about as long as {updates:update}"
+    missing: Annotated[int, "how many are not in regularization_path yet"]
+    updates: Annotated[int | None, "of one image that take about as long, where that is known"]
 
 
 class PhaseFacts(Facts, topic="phase"):
@@ -1064,6 +1072,7 @@ FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     "tuple[str, ...]": tuple,
     "tuple[float, ...]": lambda numbers: tuple(map(float, numbers)),
     "dict[str, Any]": lambda given: dict(sorted(given.items())),  # the same in any order
+    "tuple[int, ...]": lambda numbers: tuple(map(int, numbers)),
     "float": float,
     "int": int,
 }
@@ -1120,6 +1129,11 @@ class TrainingConfig:
     lr_gamma: float
     ema_decay: float
     lora_plus_ratio: float
+    timestep_range: tuple[int, ...]
+    loss: str
+    huber_delta: float
+    snr_gamma: float | None
+    noise_offset: float
     lora_dropout: float
     flip: bool
     regularization_path: Path | None
@@ -1132,6 +1146,10 @@ class TrainingConfig:
     caption_dropout: float
     max_tokens: int
     folder_repeats: bool
+    prior_weight: float
+    prior_preservation: bool
+    prior_prompt: str | None
+    prior_images: int
     sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
     sample_at_start: bool
@@ -1202,6 +1220,14 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
         expected = f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII"
         yield Problem("$", expected, f"{size} bytes", "Shorten prompts, trigger words or paths.")
+    for knob in ("regularization_path", "prior_prompt"):
+        if config.prior_preservation and values[knob] is None:
+            hint = str(knobs()[knob]["hint"])
+            yield Problem(knob, "a value beside prior_preservation", "null", hint)
+    low, high = config.timestep_range
+    if low >= high:
+        found, hint = show([low, high]), "[0, 1000] trains all of them."
+        yield Problem("timestep_range", "the lower end first, and a span between", found, hint)
     if config.mixed_precision == "no" and precision in ("bf16", "fp16"):
         expected = "fp32, auto or a packed one where mixed_precision is no"
         hint = "Set mixed_precision to auto, or base_precision to auto."
@@ -1282,6 +1308,10 @@ IDLE_KNOBS: dict[tuple[str, ...], bool | tuple[str, ...]] = {
     ("lr_power", "lr_scheduler"): ("polynomial",),
     ("lr_gamma", "lr_scheduler"): ("step",),
     ("keep_tokens", "shuffle_tags", "tag_dropout"): False,
+    ("prior_weight", "regularization_path"): False,
+    ("prior_prompt", "prior_preservation"): False,
+    ("prior_images", "prior_preservation"): False,
+    ("huber_delta", "loss"): ("huber",),
 }
 
 
@@ -1541,6 +1571,13 @@ class Picture:
     caption: str
     packed_bytes: int = 0  # of a PNG, whose pixels a first look does not unpack
     repeats: int = 1  # in an epoch
+    weight: float = 1.0  # of its loss
+    seed: int | None = None  # of one that the base is to draw
+
+    @property
+    def missing(self) -> bool:
+        """Tell whether it is yet to be drawn."""
+        return self.seed is not None and not self.path.exists()
 
     @property
     def crop_loss(self) -> float:
@@ -1559,6 +1596,11 @@ class Dataset:
 
     pictures: tuple[Picture, ...]  # those of regularization_path last
     facts: DatasetFacts
+
+    @property
+    def missing(self) -> list[Picture]:
+        """List those that the base is yet to draw."""
+        return [picture for picture in self.pictures if picture.missing]
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
@@ -1662,6 +1704,7 @@ class ImageFolder:
         self.joint = LINE_JOINTS[config.caption_lines]
         own = folder == config.dataset_path
         self.label, self.trigger_words = ("", config.trigger_words) if own else (self.root.name, ())
+        self.weight = 1.0 if own else config.prior_weight
         self.files: dict[str, Path] = {}  # by label and path inside
         self.images: dict[str, Picture | None] = {}  # in natural order; None for unusable ones
         self.captions: dict[str, str] = {}
@@ -1685,10 +1728,12 @@ class ImageFolder:
         self.inspect("checking", list(self.images))
         most_pixels = math.inf if thorough else QUICK_PIXELS
         self.inspect("unpacking", list(choose_doubtful(self.pictures, most_pixels)))
+        if self.label and self.config.prior_preservation:
+            self.expect_class_images(self.config.prior_prompt or "")
 
     def find_files(self) -> None:
         """List the files, but for those of the other folders of this run."""
-        config, waiting = self.config, [self.root]
+        config, waiting = self.config, [self.root] if self.root.exists() else []
         places = (config.dataset_path, config.regularization_path, config.output_path)
         apart = {place_of(os.path.realpath(place)) for place in places if place}
         apart.discard(place_of(str(self.root)))
@@ -1862,9 +1907,13 @@ class ImageFolder:
             packed_bytes = path.stat().st_size if packed else 0
         lines = self.captions.get(name, "").split("\n")
         caption = "\n".join(compose_caption(line, self.trigger_words) for line in lines)
+        told: Record = {"repeats": self.repeats_of(name), "weight": self.weight}
+        return Picture(name, path, width, height, caption, packed_bytes, **told)
+
+    def repeats_of(self, name: str) -> int:
+        """Tell how often an image counts, by the folder nearest to it that says so."""
         folders = map(str, PurePosixPath(name).parents)
-        repeats = next((self.repeats[f] for f in folders if f in self.repeats), 1)
-        return Picture(name, path, width, height, caption, packed_bytes, repeats)
+        return next((self.repeats[f] for f in folders if f in self.repeats), 1)
 
     @contextlib.contextmanager
     def room_for(self, pixels: int) -> Iterator[None]:
@@ -1880,6 +1929,19 @@ class ImageFolder:
             with self._changed:
                 self._free_pixels += pixels
                 self._changed.notify_all()
+
+    def expect_class_images(self, prompt: str) -> None:
+        """Add those that the base is to draw, under free names, which tell prompt and seed."""
+        caption, side = decode_caption(prompt.encode()), self.config.resolution
+        stem = f"prior_{digest_of(caption, 8)}"
+        paths = ((n, self.root / f"{stem}_{n:04}.png") for n in itertools.count(1))
+        free = ((n, path) for n, path in paths if not os.path.lexists(path))
+        lacking = max(0, self.config.prior_images - len(self.pictures))
+        for seed, path in itertools.islice(free, lacking):
+            name = self.name_of(path)
+            told: Record = {"repeats": self.repeats_of(name), "weight": self.weight, "seed": seed}
+            self.images[name] = Picture(name, path, side, side, caption, **told)
+        self.images = {name: self.images[name] for name in sorted(self.images, key=natural_key)}
 
     def check(self) -> None:
         """Refuse a folder that cannot be trained on; warn of one that is poor."""
@@ -1993,13 +2055,19 @@ class Objective:
     prediction_type: str  # in configs and in LoRA files
     zero_terminal_snr: bool = False  # whether nothing of a picture is left at the last time
     load_schedule: Callable[[BaseModel], Any]
-    draw_time: Callable[[Any, Tensor, torch.Generator], Tensor]  # for some latents
+    draw_time: Callable[[Objective, Any, Tensor, torch.Generator], Tensor]  # for some latents
     mix: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     target: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     solver: Callable[[Any, int, Tensor], Any]  # has `timesteps` and `step`, from pure noise
-    weight: Callable[[Any, Tensor], Tensor] | None = None  # of losses, by their times
-    timestep_shift: float | str = "auto"  # as it was asked for
-    timestep_sampling: str = "auto"
+    snr: Callable[[Any, Tensor], Tensor]  # how much stronger the signal is than the noise, squared
+    snr_offset: float | None = None  # what min-SNR divides by beside it; None where it is no use
+    # As it was asked for.
+    timestep_shift: float | str = "auto"
+    timestep_sampling: str = "uniform"
+    timestep_range: tuple[int, ...] = (0, 1000)
+    loss: str = "mse"
+    huber_delta: float = 0.1
+    snr_gamma: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2094,9 +2162,30 @@ def load_ddpm(base: BaseModel) -> Any:
     return diffusers.DDPMScheduler.from_config(config, **taught, rescale_betas_zero_snr=zero)
 
 
-def draw_step(schedule: Any, _: Tensor, chance: torch.Generator) -> Tensor:
-    """Draw one of the schedule's time steps, all alike."""
-    return torch.randint(schedule.config.num_train_timesteps, (), generator=chance)
+# How a time from 0 to 1, where all is noise, is drawn.
+TIMES: dict[str, Callable[[torch.Generator], Tensor]] = {
+    "uniform": lambda chance: torch.rand((), generator=chance),
+    "sigmoid": lambda chance: torch.randn((), generator=chance).sigmoid(),
+    "cosmap": lambda chance: 1 - 1 / ((math.pi / 2 * torch.rand((), generator=chance)).tan() + 1),
+    "cubic": lambda chance: 1 - torch.rand((), generator=chance) ** 3,
+}
+
+
+def draw_step(objective: Objective, schedule: Any, _: Tensor, chance: torch.Generator) -> Tensor:
+    """Draw one of the schedule's time steps."""
+    steps = schedule.config.num_train_timesteps
+    low, high = (steps * end // 1000 for end in objective.timestep_range)
+    high = max(high, low + 1)  # of a schedule of few
+    if objective.timestep_sampling == "uniform":
+        return torch.randint(low, high, (), generator=chance)
+    drawn: Tensor = low + (high - low) * TIMES[objective.timestep_sampling](chance)
+    return drawn.long().clamp(low, high - 1)
+
+
+def ddpm_snr(schedule: Any, times: Tensor) -> Tensor:
+    """Compare signal and noise of time steps; of a zero terminal SNR, 0 at the last."""
+    share: Tensor = schedule.alphas_cumprod.to(times.device)[times]
+    return share / (1 - share)
 
 
 def multistep_solver(schedule: Any, steps: int, latents: Tensor) -> Any:
@@ -2116,11 +2205,14 @@ DDPM_EPSILON = Objective(
     mix=lambda schedule, *numbers: schedule.add_noise(*numbers),
     target=lambda _, __, noise, ___: noise,
     solver=multistep_solver,
+    snr=ddpm_snr,
+    snr_offset=0.0,
 )
 DDPM_VELOCITY = dataclasses.replace(
     DDPM_EPSILON,
     prediction_type="v_prediction",
     target=lambda schedule, *numbers: schedule.get_velocity(*numbers),
+    snr_offset=1.0,
 )
 DDPM_ZERO_SNR = dataclasses.replace(DDPM_VELOCITY, zero_terminal_snr=True)
 
@@ -2759,8 +2851,9 @@ def choose_objective(config: TrainingConfig, family: Family, stated: Stated) -> 
     zero = stated[1] if config.zero_terminal_snr == "auto" else config.zero_terminal_snr
     for objective in family.objectives:
         if (objective.prediction_type, objective.zero_terminal_snr) == (prediction, bool(zero)):
-            shift, sampling = config.timestep_shift, config.timestep_sampling
-            return dataclasses.replace(objective, timestep_shift=shift, timestep_sampling=sampling)
+            shared = vars(objective).keys() & knobs().keys()
+            asked = {n: vars(config)[n] for n in shared if vars(config)[n] != "auto"}
+            return dataclasses.replace(objective, **asked)
     expected, found = "false where there is no velocity to predict", f"true with {prediction}"
     hint = "Set zero_terminal_snr to false, or prediction_type to v_prediction."
     raise TrainError.at(ErrorCode.CONFIG_CONFLICT, "zero_terminal_snr", expected, found, hint)
@@ -2829,7 +2922,11 @@ def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
         fit["sample_negative_prompt"] = (not config.sample_negative_prompt, "no text")
     if base.objective.prediction_type != "flow":
         fit["timestep_shift"] = (config.timestep_shift == "auto", "auto")
-        fit["timestep_sampling"] = (config.timestep_sampling == "auto", "auto")
+    if base.objective.prediction_type == "flow" or base.objective.zero_terminal_snr:
+        # Dark pictures need none: the last time is pure noise, as previews begin.
+        fit["noise_offset"] = (not config.noise_offset, "0, as it begins with pure noise,")
+    if base.objective.snr_offset is None:
+        fit["snr_gamma"] = (config.snr_gamma is None, "null, as times are weighted by their choice")
     problems = [
         Problem(knob, f"{expected} with {family.title}", show(plain(getattr(config, knob))), "")
         for knob, (fits, expected) in fit.items()
@@ -3102,7 +3199,7 @@ class Models:
         on_card, asked = self.device.type == "cuda", self.base_precision
         dtype = kinds.get(asked, self.dtype) if on_card else self.dtype
         self.mixes = dtype != self.dtype
-        self.denoiser = self._load(self.base.family.denoiser, dtype, asked)
+        self.denoiser = self.denoiser or self._load(self.base.family.denoiser, dtype, asked)
         if on_card:
             # Convolutions in half precision read this order of numbers, and else convert to it.
             self.denoiser.to(memory_format=torch.channels_last)
@@ -3148,6 +3245,7 @@ class CachedImage:
     caption: str
     latent_dist: Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
     time_ids: Tensor  # [6]: original height and width, crop top and left, target both
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -3415,7 +3513,8 @@ def encode_images(
 
     keys = {p.path: digest_of([origin, p.digest, config.resolution, config.flip]) for p in pictures}
     kept = shelf.fill(origin, {keys[p.path]: p for p in pictures}, encode, phase)
-    return tuple(CachedImage(p.name, p.caption, **kept[keys[p.path]]) for p in pictures)
+    made = (CachedImage(p.name, p.caption, **kept[keys[p.path]], weight=p.weight) for p in pictures)
+    return tuple(made)
 
 
 def ahead(
@@ -3444,11 +3543,12 @@ class Batch(NamedTuple):
     noise: Tensor  # the same shape
     timesteps: Tensor  # [batch]
     time_ids: Tensor  # [batch, 6]
+    weights: Tensor | None = None  # [batch], where images do not count alike
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """List everything."""
+        """List everything that there is."""
         text, *numbers = self
-        return *text.values(), *numbers
+        return *text.values(), *(each for each in numbers if each is not None)
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -3518,7 +3618,7 @@ def draw_batch(
     models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
 ) -> Batch:
     """Draw what is left to chance for some slots of an update, by what is given here alone."""
-    latents, noise, timesteps = [], [], []
+    latents, noise, timesteps, objective = [], [], [], models.base.objective
     images = [cache.images[index] for _, index in slots]
     for (slot, _), image in zip(slots, images, strict=True):
         chance = seeded(config.seed, "step", step, slot)
@@ -3526,27 +3626,55 @@ def draw_batch(
         mean, deviation = image.latent_dist[form]
         latents.append(mean + deviation * torch.randn(mean.shape, generator=chance))
         noise.append(torch.randn(mean.shape, generator=chance))
-        timesteps.append(models.base.objective.draw_time(models.schedule, latents[-1], chance))
+        if config.noise_offset:
+            own = seeded(config.seed, "noise offset", step, slot)
+            noise[-1] += config.noise_offset * torch.randn(len(mean), 1, 1, generator=own)
+        timesteps.append(objective.draw_time(objective, models.schedule, latents[-1], chance))
     if config.lora_dropout:  # draws from torch's global source
         torch.manual_seed(seeded(config.seed, "dropout", step, slots[0][0]).initial_seed())
     dropout, key = config.caption_dropout, (config.seed, "caption", step)
     said = [cache.draw_text(cache.images[n].caption, dropout, *key, slot) for slot, n in slots]
     text = cache.read(said).to(models.device)
     time_ids = [image.time_ids for image in images]
-    numbers = map(torch.stack, (latents, noise, timesteps, time_ids))
+    numbers = list(map(torch.stack, (latents, noise, timesteps, time_ids)))
+    if config.prior_weight != 1:
+        numbers.append(torch.tensor([image.weight for image in images]))
     return Batch(text, *(send(each, models.device) for each in numbers))
+
+
+def pseudo_huber(off: Tensor, snr: Callable[[], Tensor], least: float) -> Tensor:
+    """Square small errors and take large ones as they are; what is large, follows the noise."""
+    delta = ((1 - least) / (1 + snr().rsqrt()) ** 2 + least).view(-1, 1, 1, 1)
+    return 2 * delta * ((off.square() + delta.square()).sqrt() - delta)
+
+
+# By what an answer is off, number by number.
+LOSSES: dict[str, Callable[[Tensor, Callable[[], Tensor], float], Tensor]] = {
+    "mse": lambda off, *_: off.square(),
+    "huber": pseudo_huber,
+    "l1": lambda off, *_: off.abs(),
+}
+
+
+def min_snr(snr: Tensor, gamma: float, offset: float) -> Tensor:
+    """Weigh times as if all predicted the picture and none counted for more than gamma."""
+    return snr.clamp(max=gamma) / (snr + offset).clamp(min=1e-8)  # no ratio of two zeros
 
 
 def batch_losses(models: Models, batch: Batch) -> Tensor:
     """Compare the denoiser's answer with what it should be; one loss per image, [batch]."""
     base, objective, schedule = models.base, models.base.objective, models.schedule
-    text, latents, noise, timesteps, time_ids = batch
+    text, latents, noise, timesteps, time_ids, weights = batch
     latents = base.family.scale(latents, base.parts[base.family.vae].config)
     noisy = objective.mix(schedule, latents, noise, timesteps)
     answer = models.predict(noisy, timesteps, models.read_text(text), time_ids)
     wanted = objective.target(schedule, latents, noise, timesteps)
-    losses = (answer.float() - wanted).square().mean(dim=(1, 2, 3))
-    return losses * objective.weight(schedule, timesteps) if objective.weight else losses
+    snr = functools.partial(objective.snr, schedule, timesteps)
+    each = LOSSES[objective.loss](answer.float() - wanted, snr, objective.huber_delta)
+    losses = each.mean(dim=(1, 2, 3))
+    if objective.snr_gamma and objective.snr_offset is not None:
+        losses = losses * min_snr(snr(), objective.snr_gamma, objective.snr_offset)
+    return losses if weights is None else losses * weights
 
 
 # === Adapter and optimizer ===================================================
@@ -3879,10 +4007,10 @@ def check_output(path: Path) -> None:
         raise unusable_output(str(error)) from error
 
 
-def unusable_output(found: str) -> TrainError:
+def unusable_output(found: str, knob: str = "output_path") -> TrainError:
     """Say why nothing can be written."""
     expected = "a folder that can be made and written"
-    return TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "output_path", expected, found)
+    return TrainError.at(ErrorCode.OUTPUT_UNUSABLE, knob, expected, found)
 
 
 def lock(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -4092,7 +4220,11 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
     size, family, name = config.resolution, base.family, config.name
     place, words = expand_home(config.base_model), ", ".join(config.trigger_words)
     prediction = base.objective.prediction_type.removesuffix("_prediction")
+    # What was taught otherwise than by default, in kohya's words.
+    asked = [(knob, plain(vars(config)[name])) for name, knob in knobs().items()]
+    taught = [each for each in asked if "x-header" in each[0] and each[1] != each[0]["default"]]
     return {
+        **{knob["x-header"]: str(value) for knob, value in taught},
         **({"modelspec.prediction_type": prediction} if prediction != "flow" else {}),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.sai_model_spec": "1.0.0",
@@ -4219,26 +4351,28 @@ KNOBS_BEHIND = {
 }
 
 
-def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str]:
-    """Sum up what makes a run this run and no other, in words that can be compared."""
-    pictures = plan.dataset.pictures
+def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str | None]:
+    """Sum up what makes a run this run, in words; None is not known before all images are drawn."""
+    pictures, missing = plan.dataset.pictures, plan.dataset.missing
     files = dict.fromkeys(file for each in base.parts.values() for file in each.files)
     weights = digest_of([sampled_digest(file) for file in files], 12)
-    images = digest_of([picture.digest for picture in pictures], 12)
+    images = None if missing else digest_of([picture.digest for picture in pictures], 12)
     captions = digest_of([picture.caption for picture in pictures], 12)
     others = plan.order.others
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     repeats = [picture.repeats for picture in pictures]
+    mix += f", each counting {config.prior_weight}" if config.prior_weight != 1 else ""
+    fixed = [name for name, knob in knobs().items() if "x-fixed" in knob]
     return {
         "base_model": f"{plan.model.weights_bytes} bytes with fingerprint {weights}",
         "prediction_type": base.objective.prediction_type,
         **({"zero_terminal_snr": "True"} if base.objective.zero_terminal_snr else {}),
-        "images": f"{len(pictures)} images with fingerprint {images}",
+        "images": images and f"{len(pictures)} images with fingerprint {images}",
         "captions": f"captions with fingerprint {captions}",
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
         **({"repeats": f"fingerprint {digest_of(repeats, 12)}"} if max(repeats) > 1 else {}),
-        **{name: str(vars(config)[name]) for name, knob in knobs().items() if "x-fixed" in knob},
+        **{name: str(plain(vars(config)[name])) for name in fixed},
     }
 
 
@@ -4362,12 +4496,13 @@ class Earlier:
             raise TrainError.at(ErrorCode.STATE_DAMAGED, output / "state", expected, lost)
         return cls(state, manifest, complete, ignored)
 
-    def check(self, identity: Mapping[str, str]) -> None:
+    def check(self, identity: Mapping[str, str | None]) -> None:
         """Refuse to go on with another run's state; list all that differs."""
         said = (self.manifest or self.complete).get("identity", identity)
         hint = "Put it back, choose another output_path, or set the earlier run aside with --fresh."
         problems = []
-        for key in sorted(said.keys() | identity.keys()):
+        unknown = {key for key, value in identity.items() if value is None}
+        for key in sorted((said.keys() | identity.keys()) - unknown):
             knob, unit = KNOBS_BEHIND.get(key, (key, ""))
             # An earlier version did what is the default of a knob that it did not know.
             unsaid = knobs().get(key, {}).get("default", "nothing")
@@ -4470,6 +4605,14 @@ class Sketch:
     guidance: float
     negative: str  # what they should not show
 
+    @classmethod
+    def of(cls, config: TrainingConfig, base: BaseModel) -> Self:
+        """Take what was asked for, or else what suits the base."""
+        steps, guidance = base.family.previews[base.distilled]
+        guidance = guidance if config.sample_guidance is None else config.sample_guidance
+        steps, side = config.sample_steps or steps, config.resolution
+        return cls(side, side, steps, guidance, config.sample_negative_prompt)
+
     def opposed(self, base: BaseModel) -> bool:
         """Tell whether the denoiser is asked for the opposite too."""
         return self.guidance != 1 and not base.family.embedded_guidance
@@ -4535,11 +4678,7 @@ def draw_previews(
     """Draw pictures together, and touch nothing that training depends on."""
     networks = (models.denoiser, *models.text_encoders)
     prompts, seeds = zip(*wanted, strict=True)
-    steps, guidance = models.base.family.previews[models.base.distilled]
-    steps = steps if config.sample_steps is None else config.sample_steps
-    guidance = guidance if config.sample_guidance is None else config.sample_guidance
-    negative, side = config.sample_negative_prompt, config.resolution
-    sketch = Sketch(side, side, steps, guidance, negative)
+    sketch = Sketch.of(config, models.base)
     for network in networks:
         network.eval()
     try:
@@ -4553,6 +4692,20 @@ def draw_previews(
             models.vae.to("cpu")
         for network in networks:
             network.train()
+
+
+def put_class_images(
+    pictures: Sequence[Picture], contents: Sequence[bytes], ending: str = ".txt"
+) -> None:
+    """Write pictures that were drawn, each behind its caption; nothing is written over."""
+    for picture, content in zip(pictures, contents, strict=True):
+        try:
+            if picture.missing:  # nor what another run put there meanwhile
+                write_whole(picture.path.with_suffix(ending), picture.caption.encode())
+                write_whole(picture.path, content)
+        except OSError as error:
+            code, found = ErrorCode.SAVE_FAILED, reason_of(error)
+            raise TrainError.at(code, picture.path, "a picture on disk", found) from error
 
 
 # === Device ==================================================================
@@ -4843,6 +4996,8 @@ class MemoryPlan:
             "previews": loaded + part["preview"] + part["vae" if card else "activations"],
             "training": loaded + part["activations"],
         }
+        if self.config.prior_preservation:  # the class images are drawn then
+            self.phases["encoding"] = max(self.phases["encoding"], self.phases["previews"])
         # What waits in main memory beside a card.
         self.main = part["vae"] + part["cache"] if card else 0
         free = self.device.memory_free_bytes
@@ -4985,9 +5140,10 @@ WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNOREC
 
 def check_paths(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
     """Look at the places the config names and list all that is wrong with them at once."""
+    drawn = config.prior_preservation
     checks: tuple[Callable[[], Any], ...] = (
         lambda: check_images(config.dataset_path, "dataset_path"),
-        lambda: check_images(config.regularization_path, "regularization_path"),
+        lambda: check_images(config.regularization_path, "regularization_path", drawn=drawn),
         lambda: check_output(config.output_path),
         lambda: check_extras(config),
         lambda: inspect_model(config),
@@ -5005,10 +5161,11 @@ def check_paths(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
     return model
 
 
-def check_images(folder: Path | None, knob: str) -> None:
-    """Refuse a folder of images that is none or may not be read."""
+def check_images(folder: Path | None, knob: str, *, drawn: bool = False) -> None:
+    """Refuse a folder of images that is none or may not be read; one for drawn ones may be new."""
     try:
-        if not folder or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+        new = drawn and folder and not (folder.is_symlink() or folder.exists())
+        if not folder or new or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
             return
         kind = "is no readable folder" if folder.exists() else "does not exist"
         found, hint = f"{folder}, which {kind}", whereabouts(folder)
@@ -5090,18 +5247,23 @@ class Preflight:
         self.disk_needed_bytes: int | None = None
         if self.structure:
             left = max(0, self.order.total_steps - self.done)
-            self.disk_needed_bytes = disk_needed(config, self.structure, left)
+            drawn = len(self.dataset.missing) * 3 * config.resolution**2
+            self.disk_needed_bytes = disk_needed(config, self.structure, left) + drawn
 
     def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
         """Look at the device, plan what will lie there, and refuse a run that has no room."""
         events.emit(device)
         check_base_precision(self.config, device)
+        if self.config.prior_preservation:
+            self.foresee_class_images(events)
         plan, needed, free = None, self.disk_needed_bytes, self.disk_free_bytes
         if self.structure:
             images = len(self.dataset.pictures)
             each = wordings_each(self.config, self.structure, images)
             texts = sum(max(p.caption.count("\n") + 1, each) for p in self.dataset.pictures)
-            plan = MemoryPlan.make(self.config, self.structure, images, device, texts)
+            drawing = bool(self.dataset.missing)
+            config = dataclasses.replace(self.config, prior_preservation=drawing)
+            plan = MemoryPlan.make(config, self.structure, images, device, texts)
             events.emit(plan.facts())
         if needed is not None and needed > free:
             expected, found = f"{size_of(needed)} free", size_of(free)
@@ -5109,6 +5271,19 @@ class Preflight:
         if plan and plan.shortage:
             raise TrainError(ErrorCode.OUT_OF_MEMORY, plan.shortage, plan.remedies())
         return plan
+
+    def foresee_class_images(self, events: Emitter) -> None:
+        """Tell how many the base is to draw and how long about; refuse where it cannot."""
+        config, base, missing = self.config, self.structure, len(self.dataset.missing)
+        updates = None
+        if base and missing:
+            sketch = Sketch.of(config, base)
+            passes = missing * sketch.steps * (1 + sketch.opposed(base))
+            updates = math.ceil(passes / 3)  # the way back takes as long as two there
+        events.emit(PriorFacts(missing=missing, updates=updates))
+        folder = nearest_folder(config.regularization_path or config.output_path)
+        if missing and not os.access(folder, os.W_OK | os.X_OK):
+            raise unusable_output(f"{folder}, which is read-only", "regularization_path")
 
     def report(self, device: DeviceFacts, warnings_given: Mapping[str, int]) -> ValidFacts:
         """Sum everything up for the last line of --validate-only."""
@@ -5513,6 +5688,8 @@ class LoRATrainer:
             self.stop.wait_for(imports)
             self.models = self.load(base, plan)
             self.cache = self.encode(dataset.pictures)
+            if None in self.origin["identity"].values():  # until the class images were drawn
+                self.compare(plan, base)
 
             # Adapt, and restore what earlier starts learned.
             self.learner = self.adapt(facts)
@@ -5682,6 +5859,7 @@ class LoRATrainer:
         texts = self.encode_texts((*texts_of(config, pictures), *anew), self.team)
         if config.train_text_encoder:
             models.load_text_encoders(models.dtype)
+        self.draw_class_images([p for p in pictures if p.missing], Cache((), texts))
         own = self.team.share(pictures)
         phase = Phase("encoding images", len(own), self.events, self.stop)
         images = tuple(self.team.gather(encode_images(models, own, config, self.shelf, phase)))
@@ -5702,6 +5880,23 @@ class LoRATrainer:
             return dict(team.gather(list(read.items())))
         finally:
             self.models.text_encoders = []
+
+    def draw_class_images(self, missing: Sequence[Picture], texts: Cache) -> None:
+        """Let the base draw what is to keep it as it is, before an adapter is in it."""
+        if not missing:
+            return
+        models, team, ending = self.models, self.team, self.config.caption_extension
+        name = "drawing class images"
+        phase, at_once = Phase(name, len(missing), self.events, self.stop), models.previews_at_once
+        models.load_denoiser()
+        for begin in range(0, len(missing), at_once * team.size):
+            phase.at(begin)
+            part = missing[begin : begin + at_once * team.size]
+            wanted = [(p.caption, p.seed or 0) for p in team.share(part)]
+            drawn = draw_previews(models, texts, wanted, self.config, self.stop) if wanted else []
+            contents = team.gather([encode_png(image) for image in drawn])
+            # Nobody looks for them before they are there.
+            team.told(functools.partial(put_class_images, part, contents, ending))
 
     def tell_memory(self) -> None:
         """Tell what the phase that ends here needed."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from train_lora import BaseModel, Conditioning, Objective, Part
+from train_lora import TIMES, BaseModel, Conditioning, Objective, Part
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,6 @@ class Flow:
     shift: Shift
     preview_shift: Callable[[int, int], float]  # by tokens and steps
     patch: int  # latents that the denoiser takes as one token, along each side
-    sampling: str
 
     def tokens(self, latents: Tensor) -> int:
         """Count what the denoiser cuts a picture into."""
@@ -44,13 +43,13 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(flow: Flow, latents: Tensor, chance: torch.Generator) -> Tensor:
-    """Draw a time, most often one of the middle."""
-    if flow.sampling == "uniform":
-        sigma = torch.rand((), generator=chance)
-    else:
-        sigma = torch.randn((), generator=chance).sigmoid()
-    return shifted(sigma, flow.shift(flow.tokens(latents)))
+def draw_sigma(
+    objective: Objective, flow: Flow, latents: Tensor, chance: torch.Generator
+) -> Tensor:
+    """Draw a time, shift it, and fit it into what is trained."""
+    sigma = TIMES[objective.timestep_sampling](chance)
+    low, high = (end / 1000 for end in objective.timestep_range)
+    return low + (high - low) * shifted(sigma, flow.shift(flow.tokens(latents)))
 
 
 def mix(_: Flow, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -86,7 +85,7 @@ def flow_matching(
         asked = base.objective.timestep_shift
         chosen: Shift = shift if isinstance(asked, str) else (lambda _: float(asked))
         previews = functools.partial(preview_shift, base)
-        return Flow(chosen, previews, patch, base.objective.timestep_sampling)
+        return Flow(chosen, previews, patch)
 
     return Objective(
         prediction_type="flow",
@@ -95,6 +94,8 @@ def flow_matching(
         mix=mix,
         target=lambda _, latents, noise, __: noise - latents,
         solver=Ladder,
+        snr=lambda _, sigmas: ((1 - sigmas) / sigmas).square(),
+        timestep_sampling="sigmoid",  # most often one of the middle
     )
 
 

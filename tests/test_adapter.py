@@ -338,6 +338,8 @@ PREDICTIONS = {each.prediction_type for f in train_lora.FAMILIES.values() for ea
     [
         ("lr_scheduler", train_lora.SCHEDULES),
         ("optimizer", train_lora.OPTIMIZERS),
+        ("loss", train_lora.LOSSES),
+        ("timestep_sampling", train_lora.TIMES),
         ("model_family", train_lora.all_families()),
         ("prediction_type", PREDICTIONS),
         ("base_precision", train_lora.NUMBER_BYTES),

@@ -230,6 +230,8 @@ def python_type(name: str) -> Any:
     named |= {"boolean": bool, "object": dict[str, Any], "array": tuple[str, ...]}
     if KNOBS[name].get("items", {}).get("type") == "number":
         named["array"] = tuple[float, ...]
+    if KNOBS[name].get("items", {}).get("type") == "integer":
+        named["array"] = tuple[int, ...]
     kinds = [named[word] for word in words if word != "null"]
     return functools.reduce(operator.or_, kinds + [None] * ("null" in words))
 
@@ -683,6 +685,7 @@ def test_a_long_value_is_quoted_in_part() -> None:
     assert len(refusal_with(seed="x" * 100_000).problems[0].found) <= 60
 
 
+LOSS = "Of the loss, loss, snr_gamma and noise_offset can be chosen, and nothing else."
 CAPTIONS = "Captions stand in image.txt or metadata.jsonl, and are read as they are."
 
 
@@ -701,10 +704,11 @@ CAPTIONS = "Captions stand in image.txt or metadata.jsonl, and are read as they 
         ("train_data_dir", "It is called dataset_path here."),
         ("pretrained_model_name_or_path", "It is called base_model here."),
         ("instance_prompt", "It is called trigger_words here."),
-        ("noise_offset", "The loss is the plain one; there is no knob for this."),
         ("caption_prefix", CAPTIONS),
         ("shuffle_caption", "It is called shuffle_tags here."),
         ("max_token_length", "It is called max_tokens here."),
+        ("min_snr_gamma", "It is called snr_gamma here."),
+        ("debiased_estimation_loss", LOSS),
         ("xyzzy", "REFERENCE.md lists the known keys."),
     ],
 )
@@ -812,6 +816,27 @@ def test_the_output_may_not_go_into_the_dataset_folder_itself(output: str) -> No
     assert refusal_with(output_path=output).code is ErrorCode.CONFIG_CONFLICT
 
 
+def test_class_images_need_a_folder_and_a_prompt() -> None:
+    """Both are named at once, each with an example of what to give."""
+    error = refusal_with(prior_preservation=True)
+    assert error.code is ErrorCode.CONFIG_CONFLICT
+    assert [problem.path for problem in error.problems] == ["regularization_path", "prior_prompt"]
+    given: Record = {"regularization_path": "others", "prior_prompt": "a dog"}
+    assert load_config(prior_preservation=True, **given).remarks == ()
+
+
+@pytest.mark.parametrize("ends", [[5, 5], [900, 100]])
+def test_a_range_of_times_begins_before_it_ends(ends: list[int]) -> None:
+    """Two whole numbers, the lower first."""
+    error = refusal_with(timestep_range=ends)
+    assert error.code is ErrorCode.CONFIG_CONFLICT
+    assert [problem.path for problem in error.problems] == ["timestep_range"]
+    expected = "a list of at most 2 numbers, a whole number 0 … 1000 each"
+    for wrong in ([1], [1, 2, 3], 5):
+        assert refusal_with(timestep_range=wrong).problems[0].expected == expected
+    assert load_config(timestep_range=[0.0, 1e3]).timestep_range == (0, 1000)
+
+
 @pytest.mark.parametrize("knob", ["learning_rate", "text_encoder_learning_rate"])
 def test_no_network_learns_at_a_rate_that_destroys_it(knob: str) -> None:
     """What the denoiser cannot stand, the text encoders cannot either."""
@@ -851,6 +876,12 @@ IDLE: list[tuple[Record, list[str]]] = [
     ({"regularization_share": 0.25}, ["regularization_share"]),
     ({"regularization_share": 0.25, "regularization_path": "others"}, []),
     ({"regularization_share": 0.5}, []),
+    ({"prior_weight": 0.5}, ["prior_weight"]),
+    ({"prior_weight": 0.5, "regularization_path": "others"}, []),
+    ({"prior_prompt": "a dog", "prior_images": 5}, ["prior_prompt", "prior_images"]),
+    ({"huber_delta": 0.2}, ["huber_delta"]),
+    ({"huber_delta": 0.2, "loss": "l1"}, ["huber_delta"]),
+    ({"huber_delta": 0.2, "loss": "huber"}, []),
     ({"steps": 5, "epochs": 3, "regularization_share": 0.25}, ["epochs", "regularization_share"]),
     ({"keep_tokens": 1}, ["keep_tokens"]),
     ({"keep_tokens": 1, "shuffle_tags": True}, []),

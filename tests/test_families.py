@@ -78,10 +78,12 @@ def flow_matching() -> train_lora.Objective:
         load_schedule=lambda base: FlowMatchEulerDiscreteScheduler(
             shift=base.parts[base.family.sampler].config["shift"]
         ),
-        draw_time=lambda _, latents, chance: torch.rand((), generator=chance) * len(latents) / 4,
+        draw_time=lambda _, __, latents, chance: (
+            torch.rand((), generator=chance) * len(latents) / 4
+        ),
         mix=lambda _, latents, noise, t: (1 - share(t)) * latents + share(t) * noise,
         target=lambda _, latents, noise, __: noise - latents,
-        weight=lambda _, times: 2 * torch.ones_like(times),
+        snr=lambda _, times: ((1 - times) / times).square(),
         solver=solver,
     )
 

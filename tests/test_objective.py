@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,174 @@ def test_noise_and_velocity_equal_those_of_diffusers(family: str, ground: Path) 
     numbers = (clean, batch.noise, batch.timesteps)
     found = train_lora.DDPM_VELOCITY.target(ready.models.schedule, *numbers)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+# --- what is taught otherwise ---
+
+
+def signal_to_noise(zero: bool = False) -> torch.Tensor:
+    """Compute the squared ratio of every time; with a zero terminal SNR, by its paper."""
+    roots = closed_form_shares().sqrt()
+    if zero:
+        roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return roots**2 / (1 - roots**2)
+
+
+KINDS = {"epsilon": False, "v_prediction": False, "zero": True}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weighs_times_by_its_papers_formula(kind: str, ground: Path) -> None:
+    """Noise: min(snr, g) / snr. Velocity: min(snr, g) / (snr + 1), 0 where there is no signal."""
+    prediction = "epsilon" if kind == "epsilon" else "v_prediction"
+    options: dict[str, Any] = {"prediction_type": prediction, "zero_terminal_snr": KINDS[kind]}
+    ready = prepare(tiny_config(ground, snr_gamma=5.0, **options))
+    batch, overheard, losses = exchange(ready)
+    snr = signal_to_noise(KINDS[kind])
+    weights = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
+    objective, schedule = ready.models.base.objective, ready.models.schedule
+    found = train_lora.min_snr(
+        objective.snr(schedule, torch.arange(1000)), 5.0, float(kind != "epsilon")
+    )
+    assert bool(found.isfinite().all())
+    assert torch.allclose(found.double(), weights, rtol=1e-3, atol=1e-7)
+    assert float(found[-1]) == pytest.approx({"epsilon": 1.0, "zero": 0.0}.get(kind, found[-1]))
+    wanted = objective.target(schedule, batch.latents * 0.18215, batch.noise, batch.timesteps)
+    plain = (overheard.answered - wanted).double().square().mean(dim=(1, 2, 3))
+    expected = plain * weights[batch.timesteps]
+    assert torch.allclose(losses.double(), expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("loss", "least"), [("l1", 0.1), ("huber", 0.1), ("huber", 0.4)])
+def test_other_losses_follow_their_formulas(loss: str, least: float, ground: Path) -> None:
+    """The pseudo-Huber loss is square far below its border, and straight far above."""
+    batch, overheard, losses = exchange(prepare(tiny_config(ground, loss=loss, huber_delta=least)))
+    off = (overheard.answered - batch.noise).double()
+    sigmas = (1 / signal_to_noise()[batch.timesteps]).sqrt()
+    border = ((1 - least) / (1 + sigmas) ** 2 + least).view(-1, 1, 1, 1)
+    huber = 2 * border * ((off**2 + border**2).sqrt() - border)
+    expected = (off.abs() if loss == "l1" else huber).mean(dim=(1, 2, 3))
+    assert torch.allclose(losses.double(), expected, rtol=1e-4)
+
+
+def test_a_border_for_large_errors_exists_at_both_ends_of_time() -> None:
+    """1 where there is no noise, and the knob's value where there is nothing else."""
+    off = torch.full((2, 1, 1, 1), 1e6)
+    ends = torch.tensor([torch.inf, 0.0])
+    found = train_lora.pseudo_huber(off, lambda: ends, 0.1).flatten() / 2e6
+    assert found.tolist() == pytest.approx([1.0, 0.1], rel=1e-4)
+
+
+def test_a_noise_offset_adds_one_number_to_each_channel(config: TrainingConfig) -> None:
+    """Of its strength, by slot, and all else that is drawn stays."""
+    cache, slots = synthetic_cache(side=4), [(slot, 0) for slot in range(400)]
+    plain, moved = (
+        train_lora.draw_batch(one_of(1000), cache, replace(config, noise_offset=o), 3, slots)
+        for o in (0.0, 0.25)
+    )
+    added = moved.noise - plain.noise
+    assert torch.allclose(added, added[..., :1, :1].expand_as(added), atol=1e-6)
+    levels = added[..., 0, 0]  # [slots, channels]
+    assert float(levels.std()) == pytest.approx(0.25, abs=0.02)
+    assert float(levels.mean()) == pytest.approx(0, abs=0.03)
+    assert abs(float(torch.corrcoef(levels.T)[0, 1])) < 0.2
+    assert same_draws(plain, moved._replace(noise=plain.noise))
+
+
+# The chance of a time below a share, each derived from the density that was published.
+CHANCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": lambda t: t,
+    "sigmoid": lambda t: (1 + torch.erf((t / (1 - t)).log() / 2**0.5)) / 2,
+    "cosmap": lambda t: 2 / torch.pi * torch.atan(t / (1 - t)),
+    "cubic": lambda t: 1 - (1 - t) ** (1 / 3),
+}
+
+
+@pytest.mark.parametrize("sampling", CHANCES)
+def test_times_are_drawn_by_their_curve_within_their_range(sampling: str) -> None:
+    """4,000 draws lie below each ninth of the range as often as they should; ends are kept."""
+    low, high = 200, 900
+    asked: dict[str, Any] = {"timestep_sampling": sampling, "timestep_range": (low, high)}
+    objective = replace(train_lora.DDPM_EPSILON, **asked)
+    chance, schedule = train_lora.seeded("times"), one_of(1000).schedule
+    drawn = torch.stack(
+        [objective.draw_time(objective, schedule, torch.zeros(1), chance) for _ in range(4000)]
+    )
+    assert low <= int(drawn.min()) < int(drawn.max()) < high
+    for share in torch.arange(1, 9) / 9:
+        found = float((drawn < low + (high - low) * share).double().mean())
+        assert found == pytest.approx(float(CHANCES[sampling](share)), abs=0.03)
+
+
+def test_a_range_leaves_a_schedule_of_few_steps_one_of_them() -> None:
+    """Whatever the range, there is a time to draw, and none beyond the schedule."""
+    schedule, chance = one_of(3).schedule, train_lora.seeded("few")
+    for ends in ((0, 1), (500, 501), (999, 1000), (0, 1000)):
+        for sampling in CHANCES:
+            asked: dict[str, Any] = {"timestep_sampling": sampling, "timestep_range": ends}
+            objective = replace(train_lora.DDPM_EPSILON, **asked)
+            time = objective.draw_time(objective, schedule, torch.zeros(1), chance)
+            assert 0 <= int(time) < 3
+
+
+def test_images_of_other_things_count_by_their_weight(ground: Path) -> None:
+    """In the loss of their slot, whoever stands beside it."""
+    plain, weighted = (prepare(tiny_config(ground, prior_weight=w)) for w in (1.0, 0.25))
+    images = weighted.cache.images
+    others = tuple(replace(image, weight=0.25) for image in images[2:])
+    weighted.cache = replace(weighted.cache, images=(*images[:2], *others))
+    (one, _, even_losses), (other, _, losses) = exchange(plain), exchange(weighted)
+    assert one.weights is None
+    assert other.weights is not None
+    assert other.weights.tolist() == [1, 1, 0.25, 0.25]
+    assert torch.allclose(losses, even_losses * other.weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, {}),
+        (
+            {"loss": "huber", "huber_delta": 0.2, "snr_gamma": 5, "noise_offset": 0.05},
+            {
+                "ss_loss_type": "huber",
+                "ss_huber_c": "0.2",
+                "ss_min_snr_gamma": "5.0",
+                "ss_noise_offset": "0.05",
+            },
+        ),
+        (
+            {"prior_weight": 0.5, "timestep_sampling": "cubic"},
+            {"ss_prior_loss_weight": "0.5", "ss_timestep_sampling": "cubic"},
+        ),
+    ],
+)
+def test_a_file_tells_in_kohyas_words_what_was_taught_otherwise(
+    changes: dict[str, Any], said: dict[str, str], ground: Path
+) -> None:
+    """And nothing of it where nothing else was asked for."""
+    config = tiny_config(ground, **changes)
+    _, base = train_lora.inspect_model(config)
+    assert base
+    header = train_lora.lora_header(config, base, 1, 6)
+    words = {knob["x-header"] for knob in train_lora.knobs().values() if "x-header" in knob}
+    assert {word: header[word] for word in words if word in header} == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "knob"),
+    [
+        ({"zero_terminal_snr": True, "noise_offset": 0.1}, "noise_offset"),
+        ({"timestep_shift": 3.0}, "timestep_shift"),
+    ],
+)
+def test_what_does_not_suit_the_objective_is_refused(
+    changes: dict[str, Any], knob: str, ground: Path
+) -> None:
+    """A base that begins with pure noise has no use for an offset, nor noise for a shift."""
+    with pytest.raises(train_lora.TrainError) as caught:
+        train_lora.inspect_model(tiny_config(ground, "sd2", **changes))
+    assert [problem.path for problem in caught.value.problems] == [knob]
 
 
 def test_sdxl_is_told_the_sizes_of_the_images_drawn(ground: Path) -> None:

@@ -331,7 +331,7 @@ def regularize(place: Place) -> None:
         path = write_image(place.folder / "others" / f"{number}.png", (300, 256 + number))
         path.with_suffix(".txt").write_text("a dog", encoding="utf-8")
     others = str(place.folder / "others")
-    place.change(regularization_path=others, regularization_share=0.34)
+    place.change(regularization_path=others, regularization_share=0.34, prior_weight=0.5)
 
 
 def test_images_for_regularization_keep_their_turns_over_a_restart(
@@ -349,7 +349,10 @@ def test_images_for_regularization_keep_their_turns_over_a_restart(
     assert runs[0] == runs[1] != whole.results()
 
 
+TAUGHT: Record = {"loss": "huber", "huber_delta": 0.2, "snr_gamma": 5.0, "noise_offset": 0.1}
+TAUGHT |= {"timestep_range": [100, 900], "timestep_sampling": "sigmoid"}
 VARIATIONS: dict[str, Record] = {
+    "another objective": TAUGHT,
     "text encoders learn": {"train_text_encoder": True, "text_encoder_learning_rate": 0.003},
     "full precision file": {"save_precision": "fp32"},
     "half precision": {"mixed_precision": "bf16", "lr_scheduler": "linear"},
@@ -1001,6 +1004,7 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "seed": (knob(seed=1), {"seed"}),
     "how captions are told": (knob(**TOLD), set(TOLD)),
     "repeats": (repeat, {"folder_repeats"}),
+    "objective": (knob(**TAUGHT), {*TAUGHT}),
     "regularization": (regularize, {"regularization_path", "dataset_path"}),
     "global batch": (knob(gradient_accumulation_steps=4), {"batch_size"}),
     "two at once": (knob(seed=1, lora_rank=4), {"seed", "lora_rank"}),
@@ -1011,7 +1015,7 @@ def test_every_knob_that_the_schema_calls_fixed_is_tried() -> None:
     """But for a VAE, which would have to be a whole one, and what other families alone have."""
     fixed = {name for name, knob in train_lora.knobs().items() if knob.get("x-fixed")}
     tried = {path for _, differing in IDENTITY.values() for path in differing}
-    assert fixed - tried == {"vae", "timestep_shift", "timestep_sampling"}
+    assert fixed - tried == {"vae", "timestep_shift"}
 
 
 @pytest.mark.parametrize("name", IDENTITY)

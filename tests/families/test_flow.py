@@ -303,14 +303,46 @@ def test_times_are_moved_as_was_asked_for(place: Path, tmp_path: Path) -> None:
         ready = prepare(config)
         chance = train_lora.seeded("times")
         latents = torch.zeros(16, 8, 8)
-        draw = ready.models.base.objective.draw_time
+        objective, schedule = ready.models.base.objective, ready.models.schedule
         draws[shift] = torch.stack(
-            [draw(ready.models.schedule, latents, chance) for _ in range(500)]
+            [objective.draw_time(objective, schedule, latents, chance) for _ in range(500)]
         )
     even = draws[1.0]
     assert torch.allclose(draws[3.0], 3 * even / (1 + 2 * even))
     assert float(even.mean()) == pytest.approx(0.5, abs=0.05)
     assert 0 < float(even.min()) < float(even.max()) < 1
+
+
+def test_times_are_fitted_into_their_range_after_the_shift(place: Path, tmp_path: Path) -> None:
+    """Low + (high - low) of what would have been drawn."""
+    drawn = []
+    for ends in ([0, 1000], [200, 600]):
+        ready = prepare(config_of(place, "z_image", tmp_path, timestep_range=ends))
+        objective, schedule = ready.models.base.objective, ready.models.schedule
+        chance, latents = train_lora.seeded("times"), torch.zeros(16, 8, 8)
+        draws = [objective.draw_time(objective, schedule, latents, chance) for _ in range(9)]
+        drawn.append(torch.stack(draws))
+    assert torch.allclose(drawn[1], 0.2 + 0.4 * drawn[0])
+
+
+def test_hubers_border_follows_the_noise_of_flows(place: Path, tmp_path: Path) -> None:
+    """Sigma s is s / (1 - s) of the picture: the border is .9 (1 - s)^2 + .1."""
+    ready = prepare(config_of(place, "z_image", tmp_path, loss="huber"))
+    sigmas = torch.tensor([0.0, 0.25, 0.9, 1.0])
+    snr = ready.models.base.objective.snr(ready.models.schedule, sigmas)
+    found = train_lora.pseudo_huber(torch.full((4, 1, 1, 1), 1e6), lambda: snr, 0.1)
+    assert torch.allclose(found.flatten() / 2e6, 0.9 * (1 - sigmas) ** 2 + 0.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("knob", "value"), [("snr_gamma", 5.0), ("noise_offset", 0.1)])
+def test_what_flows_have_no_use_for_is_refused_before_any_load(
+    knob: str, value: float, place: Path, tmp_path: Path
+) -> None:
+    """By its name, with the value that does nothing."""
+    with pytest.raises(TrainError) as caught:
+        train_lora.inspect_model(config_of(place, "z_image", tmp_path, **{knob: value}))
+    assert caught.value.code == train_lora.ErrorCode.CONFIG_CONFLICT
+    assert [problem.path for problem in caught.value.problems] == [knob]
 
 
 def test_previews_take_steps_and_guidance_of_the_family(place: Path, tmp_path: Path) -> None:
