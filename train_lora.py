@@ -1774,7 +1774,8 @@ class ImageFolder:
 
     def read_repeats(self) -> None:
         """Take from names of folders, and from repeats.json, how often their images count."""
-        folders = dict.fromkeys(f for name in self.files for f in PurePosixPath(name).parents)
+        inside = (f for name in self.files for f in PurePosixPath(name).parents)
+        folders = dict.fromkeys((PurePosixPath(self.label), *inside))  # also one that is yet empty
         said: Record = {str(f): int(at[1]) for f in folders if (at := REPEATS.match(f.name))}
         listed = str(PurePosixPath(self.label, "repeats.json"))
         if not self.config.folder_repeats:
