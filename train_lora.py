@@ -47,6 +47,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import functools
 import gc
 import hashlib
@@ -202,6 +203,7 @@ class WarningCode(Code):
     MEMORY_SPILLED = "The card is full and the driver swaps.", "Lower batch_size or resolution."
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
     COPY_FAILED = "The LoRA is not in loras_path.", "Copy lora_final.safetensors there."
+    ADAPTER_UNREAD = "Some programs do not read this kind of adapter.", "All read adapter lora."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
     REQUEST_REFUSED = "request.json asks for what cannot be done.", "README says what it may hold."
@@ -965,7 +967,8 @@ def describe_values(knob: Record) -> str:
     if "enum" in knob:
         return "one of " + ", ".join(json.dumps(value) for value in knob["enum"])
     if isinstance(knob["type"], list):
-        return describe_values(knob | {"type": knob["type"][0]}) + ", or null"
+        kinds = [describe_values(knob | {"type": kind}) for kind in knob["type"] if kind != "null"]
+        return " or ".join(kinds) + ", or null" * ("null" in knob["type"])
     if knob["type"] == "array":
         item = re.sub("^(text|a number) ", "", describe_values(knob["items"]))
         items = "texts" if knob["items"]["type"] == "string" else "numbers"
@@ -1073,6 +1076,7 @@ FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     "tuple[float, ...]": lambda numbers: tuple(map(float, numbers)),
     "dict[str, Any]": lambda given: dict(sorted(given.items())),  # the same in any order
     "tuple[int, ...]": lambda numbers: tuple(map(int, numbers)),
+    "str | tuple[str, ...]": lambda given: given if isinstance(given, str) else tuple(given),
     "float": float,
     "int": int,
 }
@@ -1135,6 +1139,10 @@ class TrainingConfig:
     snr_gamma: float | None
     noise_offset: float
     lora_dropout: float
+    adapter: str
+    lora_targets: str | tuple[str, ...]
+    use_rslora: bool
+    init_lora: Path | None
     flip: bool
     regularization_path: Path | None
     regularization_share: float
@@ -1195,6 +1203,11 @@ class TrainingConfig:
         return self.lora_name or os.fsencode(folder).decode(errors="replace") or "lora"
 
     @property
+    def alpha(self) -> float:
+        """Tell what acts, divided by the rank, as strength: in PEFT's layers as in LoRA files."""
+        return self.lora_alpha * math.sqrt(self.lora_rank) if self.use_rslora else self.lora_alpha
+
+    @property
     def effective_batch(self) -> int:
         """Count the images behind one update."""
         return self.batch_size * self.gradient_accumulation_steps * self.processes
@@ -1214,9 +1227,10 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     """List values that are fine alone but do not go together."""
     values, precision = vars(config), config.base_precision
     yield from optimizer_conflicts(config)
+    yield from adapter_conflicts(config)
     for knob, other, clash, hint in CLASHES:
         if (path := values[knob]) and clash(path, values[other]):
-            yield Problem(knob, f"a folder other than {other}", show(str(path)), hint)
+            yield Problem(knob, f"a place other than {other}", show(str(path)), hint)
     if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
         expected = f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII"
         yield Problem("$", expected, f"{size} bytes", "Shorten prompts, trigger words or paths.")
@@ -1237,6 +1251,21 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
         yield Problem("gradient_checkpointing", expected, "true", "Set base_precision to nf4.")
     if (ending := config.caption_extension.lower()) in (*IMAGE_SUFFIXES, ".json", ".jsonl"):
         yield Problem("caption_extension", "how files of text end", ending, "Set it to .txt.")
+
+
+def adapter_conflicts(config: TrainingConfig) -> Iterator[Problem]:
+    """List what the kind of adapter does not go with."""
+    values = vars(config)
+    if config.adapter != "lora" and config.base_precision in QUANTISED:
+        expected, hint = (
+            f"lora with base_precision {config.base_precision}",
+            "Set base_precision to auto.",
+        )
+        yield Problem("adapter", expected, config.adapter, hint)
+    for knob in ("lora_dropout", "lora_plus_ratio") if ADAPTERS[config.adapter].folded else ():
+        if values[knob] != (none := knobs()[knob]["default"]):
+            expected, hint = f"{none:g} with adapter {config.adapter}", "It is for pairs alone."
+            yield Problem(knob, expected, show(values[knob]), hint)
 
 
 def optimizer_conflicts(config: TrainingConfig) -> Iterator[Problem]:
@@ -1295,6 +1324,7 @@ CLASHES = (  # of folders that would become part of each other
     ("regularization_path", "output_path", is_written_by_run, SPOILED),
     ("loras_path", "dataset_path", same_folder, SPOILED),
     ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
+    ("init_lora", "output_path", is_written_by_run, "Copy the file to another folder."),
 )
 # Without effect while all others are set (True), or none is, or none is one of these.
 IDLE_KNOBS: dict[tuple[str, ...], bool | tuple[str, ...]] = {
@@ -1332,6 +1362,9 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
             message = f"{knob} {show(value)} has no effect beside {other}"
             data = {"key": knob, "value": value, "because": others[0]}
             yield WarningEvent(code=WarningCode.KNOB_WITHOUT_EFFECT, message=message, data=data)
+    if unread := ADAPTERS[config.adapter].unread:
+        data = {"adapter": config.adapter}
+        yield WarningEvent(code=WarningCode.ADAPTER_UNREAD, message=unread, data=data)
     if not config.trigger_words:
         message = "No trigger words: only what the captions say will call the concept"
         yield WarningEvent(code=WarningCode.TRIGGER_WORDS_EMPTY, message=message, data={})
@@ -2001,7 +2034,8 @@ def scan_dataset(
 
 LEAST_TOKENS = 75  # what max_tokens is a multiple of: what CLIP reads at once, but for both ends
 HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*/[\w.-]+")
-Shapes = dict[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
 Tensors = dict[str, "Tensor"]
 Stated = tuple[str | None, bool | None]  # prediction_type and zero_terminal_snr, where known
 
@@ -2041,7 +2075,8 @@ class Part:
     bare: bool = False  # whether a file may leave that out, as it holds nothing else
     publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # names its library knows
     inner: str = ""  # what names begin with of what is read in its folder
-    targets: str = ""  # the layers that get an adapter, named alike in both layouts
+    targets: str = ""  # the layers that get an adapter, by their names in its library
+    wider: tuple[str, ...] = ()  # and which more, one value of lora_targets after the other
     exact: str = ""  # the weights that must not be in half, in either layout
     packed: str = ""  # the layers that may be packed; empty for all
     unread_layers: int = 0  # at its end, which therefore learn nothing
@@ -2223,7 +2258,10 @@ SD_OTHER_NOISE = {
     "edm_vpred.sigma_max": "a model with EDM noise, such as CosXL",
 }
 ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)"
+FEED_FORWARD = r".*attentions.*\.(ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out)"
+CONVOLUTIONS = r".*(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|samplers\.0\.conv)"
 TEXT_ATTENTION = r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+TEXT_FEED_FORWARD = r".*mlp\.fc[12]"
 
 
 def look_at_unet(headers: Headers) -> tuple[str | None, Any]:
@@ -2389,6 +2427,7 @@ UNET = Part(
     limits={"in_channels": (1, 64), "transformer_layers_per_block": (0, 64), **BLOCKS},
     original="model.diffusion_model.",
     targets=ATTENTION,
+    wider=(FEED_FORWARD, CONVOLUTIONS),
     lora_prefix="lora_unet",
 )
 CLIP = Part(
@@ -2396,9 +2435,15 @@ CLIP = Part(
     library="transformers",
     class_name="CLIPTextModel",
     stem="model",
-    limits={"num_hidden_layers": (1, 128), "max_position_embeddings": (2, 8192)},
+    limits={
+        "num_hidden_layers": (1, 128),
+        "max_position_embeddings": (2, 8192),
+        "hidden_size": (1, 65_536),
+        "intermediate_size": (1, 262_144),
+    },
     original="cond_stage_model.transformer.",
     targets=TEXT_ATTENTION,
+    wider=(TEXT_FEED_FORWARD,),
     lora_prefix="lora_te",
 )
 OPEN_CLIP = dataclasses.replace(CLIP, original="cond_stage_model.model.", publish=publish_open_clip)
@@ -2919,6 +2964,10 @@ def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
     fit["clip_skip"] = (config.clip_skip in skips, " or ".join(map(show, skips)))
     if not family.text_encoders[0].targets:
         fit["train_text_encoder"] = (not config.train_text_encoder, "false")
+    if family.write_lora:
+        fit["adapter"] = (config.adapter == "lora", "lora")
+        fit["lora_targets"] = (config.lora_targets == "attention", "attention")
+        fit["init_lora"] = (config.init_lora is None, "null")
     if family.embedded_guidance:
         fit["sample_negative_prompt"] = (not config.sample_negative_prompt, "no text")
     if base.objective.prediction_type != "flow":
@@ -2933,6 +2982,7 @@ def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
         for knob, (fits, expected) in fit.items()
         if not fits
     ]
+    problems = problems or [*check_targets(config, base), *check_init_lora(config, base)]
     if problems:
         raise TrainError.listing(ErrorCode.CONFIG_CONFLICT, problems)
 
@@ -3681,25 +3731,238 @@ def batch_losses(models: Models, batch: Batch) -> Tensor:
 # === Adapter and optimizer ===================================================
 
 
-def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
-    """Put LoRA layers into what is trained; name their matrices, the denoiser's first."""
-    from peft import LoraConfig
+def pair_shapes(rank: int, weight: Shape) -> Shapes:
+    """Shape a pair of matrices, whose product is added to a weight."""
+    points = (1,) * len(weight[2:])
+    return {"lora_A": (rank, *weight[1:]), "lora_B": (weight[0], rank, *points)}
 
+
+def dora_shapes(rank: int, weight: Shape) -> Shapes:
+    """Shape a pair that gives the direction, and what is learned of the length beside it."""
+    points = (1,) * len(weight[2:])
+    return pair_shapes(rank, weight) | {"lora_magnitude": (1, weight[1], *points)}
+
+
+def loha_shapes(rank: int, weight: Shape) -> Shapes:
+    """Shape two pairs, whose products are multiplied number by number."""
+    high, wide = (weight[0], rank), (rank, math.prod(weight[1:]))
+    return {"hada_w1_a": high, "hada_w1_b": wide, "hada_w2_a": high, "hada_w2_b": wide}
+
+
+def lokr_shapes(rank: int, weight: Shape) -> Shapes:
+    """Shape two blocks, one repeated in the places of the other; a pair, where that is smaller."""
+    (a, c), (b, d) = near_root(weight[0]), near_root(weight[1])
+    if rank >= max(c, d) / 2:
+        return {"lokr_w1": (a, b), "lokr_w2": (c, d, *weight[2:])}
+    wide = d * math.prod(weight[2:])
+    return {"lokr_w1": (a, b), "lokr_w2_a": (c, rank), "lokr_w2_b": (rank, wide)}
+
+
+def near_root(number: int) -> tuple[int, int]:
+    """Split a number into the two factors that differ least, the smaller first."""
+    small = next(n for n in range(math.isqrt(number), 0, -1) if number % n == 0)
+    return small, number // small
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One way to change weights by few numbers."""
+
+    config: str  # PEFT's class
+    alpha: str = "alpha"  # how PEFT calls that
+    options: Mapping[str, Any]  # what else PEFT is told
+    shapes: Callable[[int, Shape], Shapes]  # of what it learns, by the rank and a weight's shape
+    magnitudes: bool = False  # whether the lengths of weights are learned apart
+    folded: str = ""  # what holds the strength in files; where nothing does, the alpha tells it
+    keeps: float = 1.0  # times what a LoRA keeps of a picture for the way back
+    header: Mapping[str, str]  # in the words of kohya's programs and LyCORIS
+    unread: str = ""  # a warning, where programs do not read all of it
+
+
+def lycoris(**arguments: str) -> dict[str, str]:
+    """Name LyCORIS as what knows a kind of adapter."""
+    return {"ss_network_args": json.dumps(arguments), "ss_network_module": "lycoris.kohya"}
+
+
+LORA = Adapter(
+    config="LoraConfig",
+    alpha="lora_alpha",
+    options={"init_lora_weights": "gaussian"},
+    shapes=pair_shapes,
+    header={"ss_network_module": "networks.lora"},
+)
+LOHA = Adapter(
+    config="LoHaConfig",
+    # Layers are left out at random where chance, which may be 0, is no greater.
+    options={"module_dropout": -1.0},
+    shapes=loha_shapes,
+    folded="hada_w1_a",
+    header=lycoris(algo="loha"),
+    unread="diffusers does not read LoHa files; ComfyUI, A1111 and Forge do",
+)
+ADAPTERS = {
+    "lora": LORA,
+    "dora": dataclasses.replace(
+        LORA,
+        shapes=dora_shapes,
+        magnitudes=True,
+        keeps=1.2,
+        header=lycoris(algo="lora", dora_wd="True", wd_on_output="False"),
+        unread="diffusers leaves out the magnitudes of DoRA files; ComfyUI, A1111, Forge do not",
+    ),
+    "loha": LOHA,
+    "lokr": dataclasses.replace(
+        LOHA,
+        config="LoKrConfig",
+        options={**LOHA.options, "init_weights": "lycoris"},
+        shapes=lokr_shapes,
+        folded="lokr_w1",
+        header=lycoris(algo="lokr"),
+        unread="diffusers does not read LoKr files; ComfyUI, A1111 and Forge do",
+    ),
+}
+LORA_TARGETS = {"attention": 0, "attention-mlp": 1, "all": 2}  # by the steps to wider targets
+
+
+def layers_of(part: Part, asked: str | tuple[str, ...]) -> str:
+    """Give the names of the layers that get an adapter, as a pattern."""
+    if isinstance(asked, str):
+        return "|".join((part.targets, *part.wider[: LORA_TARGETS[asked]]))
+    some = "|".join(fnmatch.translate(f"*{each}*") for each in asked)
+    return rf"(?={some})({layers_of(part, 'all')})"
+
+
+def adapted_layers(config: TrainingConfig, base: BaseModel) -> Shapes:
+    """List, from headers alone, the weights that get an adapter, by folder and layer."""
+    family, found = base.family, Shapes()
+    weights = {
+        n.removesuffix(".weight"): s for n, s in base.shapes.items() if len(s) > 1 and all(s)
+    }
+    layers = {family.denoiser: {diffusers_name(name): shape for name, shape in weights.items()}}
+    for part in family.text_encoders if config.train_text_encoder else ():
+        layers[part] = text_layers(part, base, read=True)
+    for part, shapes in layers.items():
+        wanted = re.compile(layers_of(part, config.lora_targets))
+        found |= {f"{part.folder}.{n}": s for n, s in shapes.items() if wanted.fullmatch(n)}
+    return found
+
+
+def text_layers(part: Part, base: BaseModel, *, read: bool) -> Shapes:
+    """List the weights of a CLIP's layers, as files have several names for them: those read."""
+    config = base.parts[part].config
+    wide, inner = config.get("hidden_size", 512), config.get("intermediate_size", 2048)
+    kinds = {f"self_attn.{kind}_proj": (wide, wide) for kind in ("q", "k", "v", "out")}
+    kinds |= {"mlp.fc1": (inner, wide), "mlp.fc2": (wide, inner)}
+    count = config.get("num_hidden_layers", 12) - read * (
+        part.unread_layers + base.parts[part].skipped
+    )
+    named = itertools.product(range(count), kinds.items())
+    return {f"encoder.layers.{number}.{kind}": shape for number, (kind, shape) in named}
+
+
+def check_targets(config: TrainingConfig, base: BaseModel) -> Iterator[Problem]:
+    """Refuse patterns that name nothing, or nothing in a network that is to learn."""
+    if isinstance(config.lora_targets, str):
+        return
+    hint = "Name parts of layers, such as attn2, ff.net or up_blocks.1; * stands for anything."
+    reached = set[str]()
+    for number, pattern in enumerate(config.lora_targets):
+        layers = adapted_layers(dataclasses.replace(config, lora_targets=(pattern,)), base)
+        reached |= {layer.partition(".")[0] for layer in layers}
+        if not layers:
+            expected = "part of the name of a layer that all would adapt"
+            yield Problem(f"lora_targets[{number}]", expected, show(pattern), hint)
+    texts = base.family.text_encoders if config.train_text_encoder else ()
+    for part in (base.family.denoiser, *texts):
+        if part.folder not in reached:
+            yield Problem("lora_targets", f"layers of {part.folder} too", "none", hint)
+
+
+class ByInput:
+    """DoRA whose weights have a length for each input, as PEFT's layers let it be put in.
+
+    PEFT's own has one for each output. Programs apply files of that kind in three ways, none of
+    them PEFT's; those of this kind they all apply alike. What learns is the change of the length,
+    relative to its first value: in half precision, the length itself would not move.
+    """
+
+    @staticmethod
+    def lengths(weight: Tensor) -> Tensor:
+        """Measure what each input meets, [1, in, …]."""
+        others = [side for side in range(weight.ndim) if side != 1]
+        norms: Tensor = torch.linalg.vector_norm(weight.float(), dim=others, keepdim=True)
+        return norms + torch.finfo(torch.float32).eps
+
+    @classmethod
+    def put_into(cls, network: Any) -> None:
+        """Let every LoRA layer of a network learn lengths too."""
+        from peft.tuners.lora import LoraLayer
+
+        layers: list[Any] = [each for each in network.modules() if isinstance(each, LoraLayer)]
+        for layer in layers:
+            first = cls.lengths(layer.get_base_layer().weight)
+            layer.register_buffer("lora_lengths", first, persistent=False)
+            layer.lora_magnitude = torch.nn.Parameter(torch.zeros_like(first))
+            layer.lora_variant[layer.active_adapters[0]] = cls()
+
+    @classmethod
+    def change(cls, layer: Any, name: str) -> Tensor:
+        """Tell by how much the pair changes the lengths, [1, in, …]."""
+        with torch.no_grad():  # as published: gradients pass by
+            whole: Tensor = layer.get_base_layer().weight.float() + layer.get_delta_weight(name)
+            change: Tensor = cls.lengths(whole) / layer.lora_lengths
+            return change
+
+    @classmethod
+    def measure(cls, layer: Any, own: Tensors, strength: float, given: Tensor | None) -> None:
+        """Begin with the lengths of a file, or with those that its pair makes."""
+        if given is None:
+            weight = layer.get_base_layer().weight.float()
+            pair = own["lora_B"].flatten(1) @ own["lora_A"].flatten(1)
+            given = cls.lengths(weight + strength * pair.view_as(weight))
+        own["lora_magnitude"].copy_(given / layer.lora_lengths - 1)
+
+    def forward(
+        self, layer: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        """Add to a layer's result what differs with other lengths and the pair."""
+        base, name = layer.get_base_layer(), active_adapter
+        factor = (1 + layer.lora_magnitude.float()) / self.change(layer, name)
+        more = (x * (factor - 1)).to(x.dtype)
+        drop, down, up = layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
+        pair: Tensor = up(down(drop(x + more))) * layer.scaling[name]
+        # Without the bias, which the result has.
+        convolve = base._conv_forward if base.weight.ndim > 2 else torch.nn.functional.linear  # noqa: SLF001
+        return result + convolve(more, base.weight, None) + pair
+
+
+def learners_in(models: Models) -> list[tuple[Part, Any]]:
+    """List the networks that learn, the denoiser first."""
     family = models.base.family
     texts = zip(family.text_encoders, models.text_encoders, strict=False)  # kept if they learn
-    trained = [(family.denoiser, models.denoiser), *texts]
-    shape: Record = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
-    shape |= {"lora_dropout": config.lora_dropout, "init_lora_weights": "gaussian"}
+    return [(family.denoiser, models.denoiser), *texts]
+
+
+def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
+    """Put adapters into what is trained; name their numbers, the denoiser's first."""
+    import peft
+
+    kind = ADAPTERS[config.adapter]
+    shape: Record = {"r": config.lora_rank, kind.alpha: config.alpha, **kind.options}
+    shape |= {"lora_dropout": config.lora_dropout} if not kind.folded else {}
     parameters: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
-        for part, network in trained:
+        for part, network in learners_in(models):
             torch.manual_seed(seeded(config.seed, "adapter", part.folder).initial_seed())
             unread = None
             if part.unread_layers:  # nobody reads what these say: they get no gradient, ever
                 last = range(network.config.num_hidden_layers)[-part.unread_layers :]
                 unread = rf".*\.layers\.({'|'.join(map(str, last))})\..*"
-            lora = LoraConfig(**shape, target_modules=part.targets, exclude_modules=unread)
-            network.add_adapter(lora)
+            layers = {"target_modules": layers_of(part, config.lora_targets)}
+            adapter = getattr(peft, kind.config)(**shape, **layers, exclude_modules=unread)
+            network.add_adapter(adapter)
+            if kind.magnitudes:
+                ByInput.put_into(network)
             named = sorted(network.named_parameters())
             parameters |= {f"{part.folder}.{name}": p for name, p in named if p.requires_grad}
     return parameters
@@ -4176,32 +4439,255 @@ def original_name(module: str) -> str:
     return module
 
 
+# What the parts of a block are called otherwise; the others keep their names.
+DIFFUSERS_NAMES = {"in_layers.2": "conv1", "out_layers.3": "conv2", "op": "conv"}
+DIFFUSERS_NAMES |= {"emb_layers.1": "time_emb_proj", "skip_connection": "conv_shortcut"}
+DIFFUSERS_NAMES |= {"in_layers.0": "norm1", "out_layers.0": "norm2"}
+MIDDLE_BLOCK = ("resnets.0", "attentions.0", "resnets.1")
+
+
+@functools.cache
+def diffusers_name(module: str) -> str:
+    """Name a module in a block of the original denoiser as diffusers does: the way back."""
+    found = re.fullmatch(r"(in|out|middle_)(?:put_)?blocks?(?:\.(\d\d?))?\.([0-2])\.(.+)", module)
+    if not found:
+        return module
+    side, entry, place, inner = found.groups()
+    own = DIFFUSERS_NAMES.get(inner, inner)
+    if side == "middle_":
+        return f"mid_block.{MIDDLE_BLOCK[int(place)]}.{own}"
+    level, index = divmod(int(entry or 0) - (side == "in"), 3)
+    kind = "attentions" if place == "1" else "resnets"
+    if own == "conv":
+        kind, index = ("downsamplers" if side == "in" else "upsamplers"), 0
+    return f"{'down' if side == 'in' else 'up'}_blocks.{level}.{kind}.{index}.{own}"
+
+
+# What PEFT's layers hold, and what files call it where they call it otherwise.
+LEARNED = re.compile(r"(\w+?)\.(.+)\.((?:lora|hada|lokr)_\w+)(?:\..+)?")
+FILE_NAMES = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
+FILE_NAMES |= {"lora_magnitude": "dora_scale"}
+
+
+def taken_apart(name: str) -> tuple[str, str, str]:
+    """Tell network, module and kind of what is learned."""
+    part, module, kind = LEARNED.fullmatch(name).groups()  # type: ignore[union-attr]  # PEFT's
+    return part, module, kind
+
+
 def kohya_name(name: str, family: Family) -> str:
-    """Name a LoRA weight as ComfyUI, A1111, diffusers and kohya's own programs read it."""
-    part, _, rest = name.partition(".")
-    module, _, matrix = rest.partition(".lora_")
+    """Name what is learned as ComfyUI, A1111, diffusers and kohya's own programs read it."""
+    part, module, kind = taken_apart(name)
     prefix = next(each.lora_prefix for each in family.networks if each.folder == part)
     if part == family.denoiser.folder:
         module = original_name(module) if family.original_names else module
     elif not module.startswith("text_model."):
         module = f"text_model.{module}"  # transformers 5 leaves this level out
-    direction = {"A": "down", "B": "up"}[matrix[0]]
-    return f"{prefix}_{module.replace('.', '_')}.lora_{direction}.weight"
+    return f"{prefix}_{module.replace('.', '_')}.{FILE_NAMES.get(kind, kind)}"
+
+
+# The names that all programs have for what LoRA files hold; the last part tells what it is.
+LORA_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:(lora_(?:unet|te[12]?))_|(unet|text_encoder(?:_2)?)\.)?"
+    r"(.+?)[._](lora[._].+|hada_.+|lokr_.+|alpha|dora_scale)"
+)
+LORA_SIDE = re.compile(r"lora(?:_linear_layer)?[._](down|up|A|B)(?:\.weight)?")
+LORA_SIDES = {"down": "lora_A", "A": "lora_A", "up": "lora_B", "B": "lora_B"}
+MARKS = {"hada_": "loha", "lokr_": "lokr", "lora_magnitude": "dora"}  # of adapters
+RANKED = ("lora_A", "hada_w1_b", "lokr_w2_b")  # whose first side is the rank
+
+
+def lora_layers(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Sort the names in a LoRA file by layer, with underscores for points, and by kind."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    folders = {p.lora_prefix: p.folder for f in FAMILIES.values() for p in f.networks}
+    for key in keys:
+        match = LORA_KEY.fullmatch(re.sub(r"\.(processor|default)(?=\.|$)", "", key))
+        if not match:
+            raise ValueError(f"{key}, which names nothing of a LoRA")
+        kohya, folder, module, kind = match.groups()
+        is_text = "self_attn" in module or "mlp" in module
+        folder = folders.get(kohya) or folder or ("text_encoder" if is_text else "unet")
+        flat = re.sub(r"_to_out$", "_to_out_0", module.replace(".", "_"))
+        side = LORA_SIDE.fullmatch(kind)
+        kind = LORA_SIDES[side[1]] if side else kind.replace("dora_scale", "lora_magnitude")
+        if kind in found[layer := f"{folder}.{flat.removeprefix('text_model_')}"]:
+            raise ValueError(f"{key}, whose layer has another name too")
+        found[layer][kind] = key
+    return found
+
+
+def flat_names(layers: Iterable[str]) -> dict[str, str]:
+    """Find layers, each by folder and name, by all that LoRA files call them."""
+    found = {}
+    for layer in layers:
+        folder, _, module = layer.partition(".")
+        for name in (module.removeprefix("text_model."), original_name(module)):
+            found[f"{folder}.{name.replace('.', '_')}"] = layer
+    return found
+
+
+def strengths_said(path: Path) -> Record:
+    """Read what PEFT says of strengths, which stands in no tensor there."""
+    beside = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        return read_json_file(beside)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length)).get("__metadata__", {})
+    said: Record = json.loads(header.get("lora_adapter_metadata", "{}"))
+    return said
+
+
+def alpha_said(said: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Take a layer's alpha from PEFT's words; without one, a LoRA acts as it is."""
+    folder, _, module = layer.partition(".")
+    own = {k.partition(".")[2]: v for k, v in said.items() if k.startswith(f"{folder}.")} or said
+    patterns = own.get("alpha_pattern") or {}
+    named = next((v for k, v in patterns.items() if module.endswith(k)), None)
+    alpha = float(named or own.get("lora_alpha") or rank)
+    return alpha * rank**0.5 if own.get("use_rslora") else alpha
+
+
+def rank_of(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Tell the rank of a layer in a LoRA file; 0 where it has none."""
+    return next((shapes[kind][0] for kind in RANKED if shapes.get(kind)), 0)
+
+
+def check_init_lora(config: TrainingConfig, base: BaseModel) -> Iterator[Problem]:
+    """Refuse a LoRA that this run could not begin with exactly."""
+    if not (path := config.init_lora):
+        return
+    if not os.path.isfile(path):  # noqa: PTH113, takes long names
+        yield Problem("init_lora", "a LoRA as .safetensors", f"{path}, no file", whereabouts(path))
+        return
+    shapes = read_header(path)
+    try:
+        found, said = lora_layers(shapes), strengths_said(path)
+        _ = [alpha_said(said, layer, 1) for layer in found]
+    except NOT_JSON as error:
+        hint = "python tools/lora.py info looks into it, and convert makes another of it."
+        yield Problem("init_lora", "a LoRA that can be read", str(error), hint)
+        return
+    kinds = {kind for keys in found.values() for kind in keys}
+    own = next((name for mark, name in MARKS.items() if any(mark in k for k in kinds)), "lora")
+    if own != config.adapter and (own, config.adapter) != ("lora", "dora"):
+        yield Problem("adapter", f"{own}, as init_lora is", config.adapter, f"Set it to {own}.")
+        return
+    yield from check_layers(config, base, found, shapes)
+
+
+def check_layers(
+    config: TrainingConfig, base: BaseModel, found: Mapping[str, Mapping[str, str]], shapes: Shapes
+) -> Iterator[Problem]:
+    """Refuse layers that get no adapter here, a higher rank, or numbers of another shape."""
+    weights, texts = adapted_layers(config, base), base.family.text_encoders
+    known = flat_names(weights)
+    every = [f"{p.folder}.{n}" for p in texts for n in text_layers(p, base, read=False)]
+    read = [f"{p.folder}.{n}" for p in texts for n in text_layers(p, base, read=True)]
+    unread = flat_names(every).keys() - flat_names(read)
+    for layer in sorted(found.keys() - known.keys() - unread):
+        silent = layer.startswith("text_") and not config.train_text_encoder
+        knob, wider = ("train_text_encoder", "true") if silent else ("lora_targets", "all")
+        hint = f"Set {knob} to {wider}; kohya's LoRAs need attention-mlp, those of others less."
+        yield Problem(knob, "layers as init_lora has them", f"none for {layer}", hint)
+        return
+    for layer in sorted(found.keys() & known.keys()):
+        held = {kind: shapes[key] for kind, key in found[layer].items() if kind != "alpha"}
+        rank, weight = rank_of(held), weights[known[layer]]
+        if rank > config.lora_rank:
+            expected, now = f"at least {rank}, as init_lora has", str(config.lora_rank)
+            yield Problem("lora_rank", expected, now, f"Set it to {rank}.")
+            return
+        shapes_at = ADAPTERS[config.adapter].shapes
+        wanted, own = (
+            shapes_at(each, weight) for each in (rank or config.lora_rank, config.lora_rank)
+        )
+        wanted = wanted if wanted.keys() == own.keys() else own  # a block may be whole or a pair
+        if "lora_magnitude" not in held:
+            wanted.pop("lora_magnitude", None)  # DoRA can begin with a LoRA
+        both = [{k: sides(k, shape) for k, shape in each.items()} for each in (wanted, held)]
+        unknown = base.reference and layer.startswith("text_")  # its config is to be fetched
+        if both[0] != both[1] and not unknown:
+            expected, there = f"{show(plain(wanted))} in {layer}", show(plain(held))
+            yield Problem("init_lora", expected, there, "It was made for another base or rank.")
+            return
+
+
+def sides(kind: str, shape: Shape) -> list[int]:
+    """Tell a shape, in which 1×1 kernels are matrices; of lengths it says what they are of."""
+    return [side for side in shape if side > 1 or kind == "lora_magnitude"]
+
+
+def begin_with(path: Path, learner: Learner, models: Models, config: TrainingConfig) -> None:
+    """Let the adapter act as a LoRA file does; what it has beyond that begins as ever."""
+    from safetensors.torch import load_file
+
+    tensors, said = load_file(path), strengths_said(path)
+    kind, networks = ADAPTERS[config.adapter], {p.folder: net for p, net in learners_in(models)}
+    mine: dict[str, Tensors] = defaultdict(dict)
+    for name, matrix in learner.matrices.items():
+        folder, module, side = taken_apart(name)
+        mine[f"{folder}.{module}"][side] = matrix
+    known, own_strength = flat_names(mine), config.alpha / config.lora_rank
+    for flat, keys in lora_layers(tensors).items():
+        if not (layer := known.get(flat)):
+            continue  # one that nobody reads
+        held = {side: tensors[key].float().to(models.device) for side, key in keys.items()}
+        if not all(each.isfinite().all() for each in held.values()):
+            code, found = ErrorCode.MODEL_DAMAGED, f"others in {layer}"
+            raise TrainError.at(code, path, "finite numbers", found)
+        rank = rank_of({side: tuple(each.shape) for side, each in held.items()})
+        alpha = float(held.get("alpha", alpha_said(said, layer, rank)))
+        held[kind.folded or "lora_B"] *= (alpha / rank if rank else 1.0) / own_strength
+        lay_down(held, mine[layer])
+        if kind.magnitudes:
+            folder, _, module = layer.partition(".")
+            place = networks[folder].get_submodule(module)
+            ByInput.measure(place, mine[layer], own_strength, held.get("lora_magnitude"))
+    if learner.average is not None:
+        learner.average.copy_(learner.learned)
+    learner.refresh()
+
+
+def lay_down(held: Tensors, own: Tensors) -> None:
+    """Put a file's numbers into the larger ones of an adapter, whose rest then adds nothing."""
+    for side in own.keys() & held.keys() - {"lora_magnitude"}:
+        if side.lower().endswith("_b"):
+            own[side].zero_()
+        given = held[side].reshape(*held[side].shape[:2], *own[side].shape[2:])
+        own[side][tuple(map(slice, given.shape))] = given
+
+
+def whole_lengths(models: Models, matrices: Tensors) -> Tensors:
+    """Put what DoRA learned of lengths, which is their change, together with what they were."""
+    whole = dict(matrices)
+    for part, network in learners_in(models):
+        for name, first in network.named_buffers():
+            if name.endswith(".lora_lengths"):
+                key = f"{part.folder}.{name.removesuffix('lengths')}magnitude"
+                whole[key] = first * (1 + matrices[key])
+    return whole
 
 
 def lora_tensors(matrices: Tensors, config: TrainingConfig, family: Family) -> Tensors:
     """Gather the adapter under its published names, with its strength beside every module."""
     kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    kind, strength = kinds[config.save_precision], config.alpha / config.lora_rank
     tensors: Tensors = {}
     if family.write_lora:
-        named = family.write_lora(matrices, config.lora_alpha / config.lora_rank)
-        kind = kinds[config.save_precision]
+        named = family.write_lora(matrices, strength)
         return {name: value.to("cpu", kind).contiguous() for name, value in named.items()}
+    folded = ADAPTERS[config.adapter].folded
     for name, value in matrices.items():
-        key = kohya_name(name, family)
-        tensors[key] = value.detach().to("cpu", kinds[config.save_precision]).contiguous()
+        module, _, own = kohya_name(name, family).partition(".")
+        held = value.detach() * (strength if own == folded else 1)
+        # Lengths are few, and in half precision coarser than what was learned of them.
+        exact = torch.float32 if own == "dora_scale" else kind
+        tensors[f"{module}.{own}"] = held.to("cpu", exact).contiguous()
         # One alpha for the whole file: diffusers applies unequal ones wrongly, without a word.
-        tensors[f"{key.partition('.')[0]}.alpha"] = torch.tensor(config.lora_alpha)
+        alpha = float(config.lora_rank) if folded else config.alpha
+        tensors[f"{module}.alpha"] = torch.tensor(alpha)
     return tensors
 
 
@@ -4224,6 +4710,8 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
     # What was taught otherwise than by default, in kohya's words.
     asked = [(knob, plain(vars(config)[name])) for name, knob in knobs().items()]
     taught = [each for each in asked if "x-header" in each[0] and each[1] != each[0]["default"]]
+    kind = ADAPTERS[config.adapter]
+    folded = kind.folded or family.write_lora
     return {
         **{knob["x-header"]: str(value) for knob, value in taught},
         **({"modelspec.prediction_type": prediction} if prediction != "flow" else {}),
@@ -4234,9 +4722,9 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         **family.headers[base.objective.prediction_type],
         **optimizer_header(config),
         # Where the matrices hold the strength, it is that of any other file without an alpha.
-        "ss_network_alpha": f"{config.lora_rank if family.write_lora else config.lora_alpha:.10g}",
+        "ss_network_alpha": f"{config.lora_rank if folded else config.alpha:.10g}",
         "ss_network_dim": str(config.lora_rank),
-        "ss_network_module": "networks.lora",
+        **kind.header,
         "ss_num_train_images": str(images),
         "ss_output_name": name,
         "ss_resolution": f"({size}, {size})",
@@ -4374,7 +4862,18 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         **({"regularization": mix} if others else {}),
         **({"repeats": f"fingerprint {digest_of(repeats, 12)}"} if max(repeats) > 1 else {}),
         **{name: str(plain(vars(config)[name])) for name in fixed},
+        **({"init_lora": fingerprint(config.init_lora)} if config.init_lora else {}),
     }
+
+
+def fingerprint(path: Path) -> str:
+    """Tell a LoRA file by its numbers and their names; what it says of itself may change."""
+    names = digest_of(read_entries(path))
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(length, os.SEEK_CUR)
+        numbers = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"a LoRA with fingerprint {digest_of([names, numbers], 12)}"
 
 
 def sampled_digest(path: Path) -> list[object]:
@@ -4952,8 +5451,9 @@ SLACK = 1.15  # a plan may be wrong by so much; a run is refused only beyond
 
 # A packed number comes with a share of its group's scale.
 NUMBER_BYTES = {"nf4": 0.5625, "int8": 1.0, "fp16": 2.0, "bf16": 2.0, "fp32": 4.0}
-# What more is kept: dropout's masks and products, and inputs that int8 layers hold on to.
-DROPOUT_KEEPS, INT8_KEEPS = 1.35, 1.2
+# What more is kept: dropout's masks and products, inputs that int8 layers hold on to, and those
+# of adapters in more layers than attention's.
+DROPOUT_KEEPS, INT8_KEEPS, WIDER_KEEPS = 1.35, 1.2, 1.2
 
 
 @dataclass
@@ -5057,12 +5557,18 @@ class MemoryPlan:
         kept = structure.kept(side**2, self.checkpointing)
         kept *= DROPOUT_KEEPS if config.lora_dropout else 1
         kept *= INT8_KEEPS if config.base_precision == "int8" else 1
+        kept *= WIDER_KEEPS if config.lora_targets != "attention" else 1
+        kept *= ADAPTERS[config.adapter].keeps
         if config.train_text_encoder:
             texts = (structure.parts[p].shapes.items() for p in structure.family.text_encoders)
             named = itertools.chain.from_iterable(texts)
             linear = [shape for name, shape in named if len(shape) == 2 and "embed" not in name]
             kept += structure.chunks * structure.tokens * sum(map(sum, linear))
-        return config.batch_size * kept
+        whole = 0
+        if ADAPTERS[config.adapter].folded:  # with checkpointing, those of one block
+            weights = sum(map(math.prod, adapted_layers(config, structure).values()))
+            whole = weights // 4 if self.checkpointing else weights
+        return config.batch_size * kept + whole
 
     @property
     def shortage(self) -> str | None:
@@ -5199,14 +5705,9 @@ def check_package(package: str, knob: str) -> None:
 
 def adapter_numbers(config: TrainingConfig, structure: BaseModel) -> int:
     """Count, from shapes alone, the numbers that will learn."""
-    adapted = re.compile(structure.family.denoiser.targets + r"\.weight")
-    numbers = sum(
-        config.lora_rank * (shape[0] + shape[1])
-        for name, shape in structure.shapes.items()
-        if adapted.fullmatch(name) and len(shape) >= 2
-    )
-    # At most: text encoders have fewer layers than the denoiser.
-    return 2 * numbers if config.train_text_encoder else numbers
+    shapes, rank = ADAPTERS[config.adapter].shapes, config.lora_rank
+    weights = adapted_layers(config, structure).values()
+    return sum(math.prod(own) for weight in weights for own in shapes(rank, weight).values())
 
 
 def state_bytes(config: TrainingConfig) -> int:
@@ -5941,6 +6442,8 @@ class LoRATrainer:
                 self.look_back({**told, aside: str(error)})
                 self.tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
                 self.events.emit(ResumeFacts(step=self.state.step, aimed_at=None, set_aside=None))
+        if self.config.init_lora and not self.saved:
+            begin_with(self.config.init_lora, self.learner, self.models, self.config)
         if self.saved:
             try:
                 self.state.recall(self.earlier.manifest["progress"])
@@ -6287,8 +6790,8 @@ class LoRATrainer:
     def write_lora(self, path: Path) -> Record:
         """Write the adapter as it is; return the file's size and checksum."""
         step, base = self.state.step, self.models.base
-        matrices = self.learner.named(self.learner.result())
-        tensors = lora_tensors(matrices, self.config, base.family)
+        whole = whole_lengths(self.models, self.learner.named(self.learner.result()))
+        tensors = lora_tensors(whole, self.config, base.family)
         said = save_lora(path, tensors, lora_header(self.config, base, step, self.order.own))
         self.written = step
         return said

@@ -372,6 +372,7 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.LEARNING_RATE_LOW: configured(learning_rate=5e-6),
     WarningCode.RESOLUTION_UNUSUAL: configured(resolution=2048),
     WarningCode.TRIGGER_WORDS_EMPTY: configured(trigger_words=[]),
+    WarningCode.ADAPTER_UNREAD: configured(adapter="lokr"),
     WarningCode.IMAGE_SKIPPED: prepared(write_text("data/x.png", "no image")),
     WarningCode.FOLDER_SKIPPED: prepared(name_folder_like_image),
     WarningCode.FILES_UNREAD: prepared(write_text("data/image1.caption", "a cat")),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from conftest import Recorder, load_config, write_config, write_image
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
 from processes import run_program
 from tiny_models import build_tiny, write_single_file
 from tiny_runs import Ready, fail_once, going_short_of_memory, prepare, tiny_config
@@ -55,11 +55,9 @@ def kept_by_torch(unet: Any, config: TrainingConfig, dtype: torch.dtype) -> int:
     Without what attention keeps only where no fast kernel is at hand, as on the meta device.
     """
     unet.requires_grad_(requires_grad=False)
-    with torch.device("meta"):
-        unet.add_adapter(
-            LoraConfig(r=16, target_modules=train_lora.ATTENTION, lora_dropout=config.lora_dropout)
-        )
-    unet.to(dtype)
+    alone = SimpleNamespace(base=structure_of(unet), denoiser=unet, text_encoders=[])
+    train_lora.add_adapters(cast("Any", alone), config)
+    unet.to("meta", dtype)
     ours = {value.untyped_storage()._cdata for value in unet.parameters()}
     kept: dict[int, torch.Tensor] = {}
     scores: list[torch.Tensor] = []
@@ -93,6 +91,15 @@ def void(_: object) -> None:
     """Leave what a hook sees as it is."""
 
 
+WIDE: list[dict[str, Any]] = [
+    {"resolution": 1024, "adapter": "dora"},
+    {"resolution": 1024, "adapter": "dora", "lora_targets": "all"},
+    {"resolution": 768, "adapter": "lokr"},
+    {"resolution": 1024, "adapter": "loha", "lora_targets": "attention-mlp"},
+    {"resolution": 768, "lora_targets": "attention-mlp"},
+]
+
+
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
@@ -102,6 +109,9 @@ def void(_: object) -> None:
         ("sdxl", {"resolution": 1024}),
         ("sdxl", {"resolution": 1024, "lora_dropout": 0.1}),
         ("sdxl", {"resolution": 1024, "base_precision": "int8"}),
+        *(("sd15", {"resolution": 512, "adapter": kind}) for kind in ("dora", "loha", "lokr")),
+        ("sd15", {"resolution": 512, "lora_targets": "all"}),
+        *(pytest.param("sdxl", each, marks=pytest.mark.slow) for each in WIDE),
     ],
 )
 def test_activations_are_what_torch_keeps_with_a_margin(

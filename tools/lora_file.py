@@ -112,16 +112,7 @@ PREFIXES = {
     for family in train_lora.FAMILIES.values()
     for part in (family.denoiser, *family.text_encoders)
 }
-# Inside a block of the original code, and outside of all blocks.
-INNER = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "emb_layers.1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-    "op": "conv",
-}
+# Outside of all blocks of the original code.
 OUTER = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -131,7 +122,6 @@ OUTER = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
 
 
 def dotted(name: str) -> str:
@@ -141,19 +131,7 @@ def dotted(name: str) -> str:
 
 def diffusers_name(name: str) -> str:
     """Name a module of the original denoiser as diffusers does; others keep their names."""
-    if name in OUTER:
-        return OUTER[name]
-    if found := re.fullmatch(r"middle_block\.(\d)\.(.+)", name):
-        return f"mid_block.{MIDDLE[int(found[1])]}.{INNER.get(found[2], found[2])}"
-    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", name)
-    if not found:
-        return name
-    side, inner = found[1], INNER.get(found[4], found[4])
-    level, index = divmod(int(found[2]) - (side == "input"), 3)
-    kind = "attentions" if found[3] == "1" else "resnets"
-    if found[4] in ("op", "conv"):
-        kind, index = ("downsamplers" if side == "input" else "upsamplers"), 0
-    return f"{'down' if side == 'input' else 'up'}_blocks.{level}.{kind}.{index}.{inner}"
+    return OUTER.get(name) or train_lora.diffusers_name(name)
 
 
 KOHYA = re.compile(r"(lora_(?:unet|te[12]?))_(.+?)\.(.+)")
@@ -301,18 +279,9 @@ def layer_of(module: Module, parts: Tensors, peft: Mapping[str, Any], path: Path
         raise refuse(path, "finite numbers", f"others at {name}")
     if module.network == "transformer" and (used := up.any(dim=0)).any():
         down, up = down[used], up[:, used]  # layers that a file joins share all directions
-    alpha = float(parts["alpha"]) if "alpha" in parts else alpha_of(module, peft, len(down))
+    alpha = train_lora.alpha_said(peft, name, len(down))
+    alpha = float(parts.get("alpha", alpha))
     return Layer(down, up, alpha / len(down))
-
-
-def alpha_of(module: Module, peft: Mapping[str, Any], rank: int) -> float:
-    """Take the strength from PEFT's config; without one, a LoRA acts as it is."""
-    own = {k.partition(".")[2]: v for k, v in peft.items() if k.startswith(f"{module.network}.")}
-    said = own or peft
-    patterns = said.get("alpha_pattern") or {}
-    named = next((v for k, v in patterns.items() if module.name.endswith(k)), None)
-    alpha = float(named or said.get("lora_alpha") or rank)
-    return alpha * rank**0.5 if said.get("use_rslora") else alpha
 
 
 # --- Sums and ranks ---
