@@ -176,6 +176,7 @@ class WarningCode(Code):
     LEARNING_RATE_HIGH = "The optimizer goes far at this rate.", "1e-5 to 3e-5 suits lion."
     RESOLUTION_UNUSUAL = "The base was made for another size.", "Use the model's own size."
     TRIGGER_WORDS_EMPTY = "Only captions call the concept.", "Give a word unless this is a style."
+    WORD_KNOWN = "The base model knows the word that is to be learned.", "Invent one, such as zkb."
     IMAGE_SKIPPED = "An image is not used.", "Convert or remove it."
     FOLDER_SKIPPED = "A folder in the dataset is not read.", "Copy its images into the dataset."
     FILES_UNREAD = "Files are of a kind that is not read.", "Convert to png; captions to image.txt."
@@ -202,7 +203,7 @@ class WarningCode(Code):
     CUDA_GRAPH_FAILED = "An update cannot be recorded for the card.", "Set cuda_graph to off."
     MEMORY_SPILLED = "The card is full and the driver swaps.", "Lower batch_size or resolution."
     CACHE_DAMAGED = "Things in cache_dir are not what was put there.", "Look at its disk."
-    COPY_FAILED = "The LoRA is not in loras_path.", "Copy lora_final.safetensors there."
+    COPY_FAILED = "What is finished is not where a copy should be.", "Copy final_path there."
     ADAPTER_UNREAD = "Some programs do not read this kind of adapter.", "All read adapter lora."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
@@ -513,9 +514,10 @@ class CheckpointEvent(Event, type="checkpoint"):
 
     says = "Checkpoint at step {step}"
     step: Annotated[int, "updates done"]
-    path: Annotated[str, "the usable LoRA file"]
+    path: Annotated[str, "the usable LoRA file; with `train_lora` false, the embedding"]
     bytes: Annotated[int, "its size"]
     reason: Annotated[CheckpointReason, "why it was written"]
+    embedding_path: Annotated[str | None, "the usable embedding, where a word is learned"] = None
 
 
 class CompleteEvent(Event, type="complete", ends_run=True):
@@ -524,10 +526,12 @@ class CompleteEvent(Event, type="complete", ends_run=True):
     says = "Complete: {step:step} in {total_time:duration}"
     step: Annotated[int, "updates done"]
     percent: Annotated[int, "100", {"const": 100}] = 100
-    final_path: Annotated[str, "lora_final.safetensors"]
+    final_path: Annotated[str, "lora_final.safetensors; with `train_lora` false, the embedding"]
     bytes: Annotated[int, "its size"]
     sha256: Annotated[str, "its checksum"]
-    copy_path: Annotated[str | None, "its copy in loras_path"]
+    copy_path: Annotated[str | None, "its copy in another program's folder"]
+    embedding_path: Annotated[str | None, "the embedding, where a word is learned"] = None
+    embedding_copy_path: Annotated[str | None, "its copy in embeddings_path"] = None
     total_time: Annotated[float, "seconds since the program started"]
     final_loss: Annotated[float | None, "mean of the last progress line"]
     images_per_second: Annotated[float | None, "over the whole run"]
@@ -1143,6 +1147,10 @@ class TrainingConfig:
     lora_targets: str | tuple[str, ...]
     use_rslora: bool
     init_lora: Path | None
+    train_lora: bool
+    embedding_tokens: int
+    embedding_init: str | None
+    embedding_learning_rate: float
     flip: bool
     regularization_path: Path | None
     regularization_share: float
@@ -1167,6 +1175,7 @@ class TrainingConfig:
     loras_path: Path | None
     save_precision: str
     keep_checkpoints: int
+    embeddings_path: Path | None
 
     # No knobs: what is to be told as soon as somebody listens, and who shares the run.
     remarks: tuple[WarningEvent, ...] = ()
@@ -1206,6 +1215,17 @@ class TrainingConfig:
     def alpha(self) -> float:
         """Tell what acts, divided by the rank, as strength: in PEFT's layers as in LoRA files."""
         return self.lora_alpha * math.sqrt(self.lora_rank) if self.use_rslora else self.lora_alpha
+
+    @property
+    def word(self) -> NewWord:
+        """Tell which word is learned, if one is: the first trigger word."""
+        words = self.trigger_words if self.embedding_tokens else ()
+        return NewWord(" ".join("".join(words[:1]).split()), self.embedding_tokens)
+
+    @property
+    def text_changes(self) -> bool:
+        """Tell whether what the text encoders say depends on what is learned."""
+        return self.train_text_encoder or self.embedding_tokens > 0
 
     @property
     def effective_batch(self) -> int:
@@ -1251,6 +1271,26 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
         yield Problem("gradient_checkpointing", expected, "true", "Set base_precision to nf4.")
     if (ending := config.caption_extension.lower()) in (*IMAGE_SUFFIXES, ".json", ".jsonl"):
         yield Problem("caption_extension", "how files of text end", ending, "Set it to .txt.")
+    yield from word_conflicts(config)
+
+
+# What one word is for CLIP's tokenizers, for file names and for the prompts of all programs.
+ONE_WORD = re.compile(r"[^\W_]([\w-]*[^\W_])?")
+
+
+def word_conflicts(config: TrainingConfig) -> Iterator[Problem]:
+    """List what keeps a word from being learned, or leaves nothing to learn."""
+    word, name = config.word, config.name
+    if not word.tokens and not config.train_lora:
+        hint = "Set embedding_tokens to 4, or train_lora to true."
+        yield Problem("train_lora", "true where no word is learned", "false", hint)
+    if word.tokens and not ONE_WORD.fullmatch(word.text):
+        expected = "first of all one word of letters, digits, - and _, which is to be learned"
+        hint = "Invent one, such as zkb, and leave all else to the captions."
+        yield Problem("trigger_words", expected, show(word.text) if word.text else "none", hint)
+    if word.tokens and len(name.encode()) > 200:  # file systems take 255, with what is added
+        hint = "Give a short one: a file is called so."
+        yield Problem("lora_name", "at most 200 bytes beside embedding_tokens", show(name), hint)
 
 
 def adapter_conflicts(config: TrainingConfig) -> Iterator[Problem]:
@@ -1272,7 +1312,8 @@ def optimizer_conflicts(config: TrainingConfig) -> Iterator[Problem]:
     """List what the optimizer does not go with."""
     name, kind = config.optimizer, OPTIMIZERS[config.optimizer]
     values, (least, most) = plain(config), kind.rates
-    for knob in ("learning_rate", "text_encoder_learning_rate"):
+    of_word = ("embedding_learning_rate",) if config.embedding_tokens else ()
+    for knob in ("learning_rate", "text_encoder_learning_rate", *of_word):
         if not least <= (values[knob] or least) <= most:
             expected = f"{least:g} … {most:g} with {name}"
             yield Problem(knob, expected, show(values[knob]), f"{kind.suits}.")
@@ -1326,6 +1367,9 @@ CLASHES = (  # of folders that would become part of each other
     ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
     ("init_lora", "output_path", is_written_by_run, "Copy the file to another folder."),
 )
+LORA_KNOBS = ("learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "train_text_encoder")
+LORA_KNOBS += ("adapter", "lora_targets", "use_rslora", "init_lora")
+WORD_KNOBS = ("embedding_init", "embedding_learning_rate", "embeddings_path")
 # Without effect while all others are set (True), or none is, or none is one of these.
 IDLE_KNOBS: dict[tuple[str, ...], bool | tuple[str, ...]] = {
     ("epochs", "steps"): True,
@@ -1342,6 +1386,8 @@ IDLE_KNOBS: dict[tuple[str, ...], bool | tuple[str, ...]] = {
     ("prior_prompt", "prior_preservation"): False,
     ("prior_images", "prior_preservation"): False,
     ("huber_delta", "loss"): ("huber",),
+    **{(knob, "train_lora"): False for knob in (*LORA_KNOBS, "save_precision", "loras_path")},
+    **{(knob, "embedding_tokens"): False for knob in WORD_KNOBS},
 }
 
 
@@ -1355,10 +1401,10 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
         data: Record = {"learning_rate": rate}
         yield WarningEvent(code=code, message=message, data=data)
     for (knob, *others), rule in IDLE_KNOBS.items():
-        value, *beside = (vars(config)[each] for each in (knob, *others))
+        value, *beside = (plain(vars(config)[each]) for each in (knob, *others))
         idle = [bool(b) is rule if isinstance(rule, bool) else b not in rule for b in beside]
         if all(idle) and value != knobs()[knob]["default"]:
-            other = f"{others[0]} {show(plain(beside[0]))}"
+            other = f"{others[0]} {show(beside[0])}"
             message = f"{knob} {show(value)} has no effect beside {other}"
             data = {"key": knob, "value": value, "because": others[0]}
             yield WarningEvent(code=WarningCode.KNOB_WITHOUT_EFFECT, message=message, data=data)
@@ -1708,9 +1754,9 @@ def explain_unusable(error: Exception) -> str:
     return f"damaged ({error})"
 
 
-def holds(text: str, word: str) -> bool:
-    """Tell whether a word stands in a text by itself, whatever its case."""
-    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+def standing(word: str) -> re.Pattern[str]:
+    """Find a word where it is no part of a longer one."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
 
 
 def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
@@ -1719,7 +1765,7 @@ def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
     front: list[str] = []
     # A word inside a longer one counts as present, so the longer ones are looked for first.
     for word in sorted(words, key=len, reverse=True):
-        if not any(holds(text, word) for text in (caption, *front)):
+        if not any(map(standing(word).search, (caption, *front))):
             front.append(word)
     return ", ".join(filter(None, [*sorted(front, key=words.index), caption]))
 
@@ -2176,6 +2222,7 @@ class Family:
     embedded_guidance: bool = False  # whether the denoiser is told it, and no opposite is asked
     # LoRA files.
     headers: dict[str, dict[str, str]]  # what they say about it, for each prediction type
+    embedding_keys: tuple[str, ...] = ()  # of a new word's vectors, by text encoders; none: no file
     original_names: bool = False  # of the denoiser's modules, instead of diffusers'
     # From matrices and strength, which goes into them; kohya's names where there is none.
     write_lora: Callable[[Tensors, float], Tensors] | None = None
@@ -2508,6 +2555,7 @@ SD1 = Family(
         "epsilon": called("stable-diffusion-v1", "sd_v1"),
         "v_prediction": called("stable-diffusion-v1", "sd_v1_v"),
     },
+    embedding_keys=("emb_params",),
 )
 SD2 = dataclasses.replace(
     SD1,
@@ -2538,6 +2586,7 @@ SDXL = dataclasses.replace(
     headers=dict.fromkeys(
         ("epsilon", "v_prediction"), called("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", SGM)
     ),
+    embedding_keys=("clip_l", "clip_g"),
     original_names=True,
 )
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
@@ -2968,6 +3017,8 @@ def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
         fit["adapter"] = (config.adapter == "lora", "lora")
         fit["lora_targets"] = (config.lora_targets == "attention", "attention")
         fit["init_lora"] = (config.init_lora is None, "null")
+    if not family.embedding_keys:
+        fit["embedding_tokens"] = (not config.embedding_tokens, "0")
     if family.embedded_guidance:
         fit["sample_negative_prompt"] = (not config.sample_negative_prompt, "no text")
     if base.objective.prediction_type != "flow":
@@ -3191,6 +3242,27 @@ def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class NewWord:
+    """A word of its own: in every text, tokens that no text has stand in its place."""
+
+    text: str = ""
+    tokens: int = 0  # none where no word is learned
+
+    @property
+    def names(self) -> list[str]:
+        """Name the tokens as no caption does."""
+        return [f"<|{self.text}_{number}|>" for number in range(self.tokens)]
+
+    def spell(self, text: str, names: Sequence[str]) -> str:
+        """Put as many other words in its place, wherever it stands."""
+        return standing(self.text).sub(" ".join(names), text) if self.tokens else text
+
+    def weigh(self, texts: Texts) -> Texts:
+        """Let texts be as long as with the new tokens: a letter that stands alone is one token."""
+        return [(name, self.spell(text, ["a"] * self.tokens)) for name, text in texts]
+
+
 @dataclass
 class Models:
     """The networks in use. What is no longer needed is dropped, which frees its memory."""
@@ -3200,6 +3272,7 @@ class Models:
     dtype: torch.dtype
     schedule: Any  # of noise, as the objective has it
     tokenizers: list[Any]
+    word: NewWord = NewWord()
     text_encoders: list[Any] = field(default_factory=list)
     denoiser: Any = None
     mixes: bool = False  # whether the denoiser lies in another precision than it computes in
@@ -3210,14 +3283,18 @@ class Models:
     base_precision: str = "auto"  # as it was asked for
 
     @classmethod
-    def prepare(cls, base: BaseModel, device: torch.device, dtype: torch.dtype) -> Self:
-        """Load what is small and always needed."""
+    def prepare(
+        cls, base: BaseModel, device: torch.device, dtype: torch.dtype, word: NewWord = NewWord()
+    ) -> Self:
+        """Load what is small and always needed; tokenizers know what stands for a new word."""
         pairs = zip(base.family.tokenizers, base.family.text_encoders, strict=True)
         tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
+        for tokenizer in tokenizers:
+            tokenizer.add_tokens(word.names, special_tokens=True)
         sampler = base.parts[base.family.sampler]
         with blaming(sampler.folder, "no noise schedule"):
             schedule = base.objective.load_schedule(base)
-        return cls(base, device, dtype, schedule, tokenizers)
+        return cls(base, device, dtype, schedule, tokenizers, word)
 
     @property
     def text_dtype(self) -> torch.dtype:
@@ -3496,7 +3573,9 @@ def word_anew(config: TrainingConfig, line: str, number: int) -> str:
     words = [part.strip() for word in config.trigger_words for part in word.split(",")]
     front, others = list[str](), list[str]()
     for place, tag in enumerate(filter(None, map(str.strip, line.split(",")))):
-        stays = place < config.keep_tokens or any(holds(tag, word) for word in words if word)
+        stays = place < config.keep_tokens or any(
+            standing(word).search(tag) for word in words if word
+        )
         (front if stays else others).append(tag)
     chance = seeded(config.seed, "wording", line, number)
     lots = torch.rand(len(others), generator=chance).tolist()
@@ -3508,9 +3587,21 @@ def word_anew(config: TrainingConfig, line: str, number: int) -> str:
 
 def tokenize(texts: Texts, models: Models, events: Emitter) -> dict[str, Conditioning]:
     """Turn texts into token ids; tell which ones are too long."""
-    texts, base = list(texts), models.base
-    report_long(texts, base, events)
-    return {text: base.family.tokenize(models.tokenizers, text, base) for _, text in texts}
+    texts = list(texts)
+    report_long(models.word.weigh(texts), models.base, events)
+    return {text: read_tokens(text, models) for _, text in texts}
+
+
+def read_tokens(text: str, models: Models) -> Conditioning:
+    """Turn a text into token ids; those of a new word count down from -1."""
+    base, word = models.base, models.word
+    found = base.family.tokenize(models.tokenizers, word.spell(text, word.names), base)
+    if word.tokens:
+        for name, tokenizer in zip(found, models.tokenizers, strict=True):
+            beyond = found[name] - tokenizer.convert_tokens_to_ids(word.names[0])
+            # CLIP takes the highest number there is for the end of a text.
+            found[name] = found[name].where(beyond < 0, -1 - beyond)
+    return found
 
 
 def read_texts(
@@ -3729,6 +3820,8 @@ def batch_losses(models: Models, batch: Batch) -> Tensor:
 
 
 # === Adapter and optimizer ===================================================
+
+EMBEDDING = "embedding."  # begins the names of a new word's vectors, among all that is learned
 
 
 def pair_shapes(rank: int, weight: Shape) -> Shapes:
@@ -3952,7 +4045,8 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     shape |= {"lora_dropout": config.lora_dropout} if not kind.folded else {}
     parameters: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
-        for part, network in learners_in(models):
+        learners = learners_in(models)[: None if config.train_text_encoder else 1]
+        for part, network in learners if config.train_lora else ():
             torch.manual_seed(seeded(config.seed, "adapter", part.folder).initial_seed())
             unread = None
             if part.unread_layers:  # nobody reads what these say: they get no gradient, ever
@@ -3966,6 +4060,32 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
             named = sorted(network.named_parameters())
             parameters |= {f"{part.folder}.{name}": p for name, p in named if p.requires_grad}
     return parameters
+
+
+def add_words(models: Models, config: TrainingConfig) -> tuple[dict[str, Any], Tensors]:
+    """Give text encoders vectors for the new word; tell how long each knows vectors to be."""
+    vectors, longest, count = dict[str, Any](), Tensors(), config.embedding_tokens
+    keys = models.base.family.embedding_keys if count else ()
+    for key, tokenizer, encoder in zip(keys, models.tokenizers, models.text_encoders, strict=False):
+        begin = config.embedding_init or config.word.text
+        known = tokenizer(begin, add_special_tokens=False).input_ids
+        # As A1111 does: spread over all of them, be they fewer or more.
+        rows = [known[number * len(known) // count] for number in range(count)]
+        table = encoder.get_input_embeddings()
+        table.new = torch.nn.Parameter(table.weight[rows].detach().clone())
+        table.forward = functools.partial(look_up_tokens, table)
+        lengths = torch.linalg.vector_norm(table.weight, dim=1, dtype=torch.float32)
+        vectors[EMBEDDING + key], longest[EMBEDDING + key] = table.new, lengths.max()
+    return vectors, longest
+
+
+def look_up_tokens(table: Any, ids: Tensor) -> Tensor:
+    """Read vectors of known tokens from the table; the new ones get all of the gradient."""
+    known = torch.nn.functional.embedding(ids.clamp(min=0), table.weight)
+    places = -1 - torch.arange(len(table.new), device=ids.device)
+    # By a product, whose way back is one too: exact, the same every time, and can be recorded.
+    new = (ids[..., None] == places).to(known.dtype) @ table.new
+    return torch.where(ids[..., None] < 0, new, known)
 
 
 # How the learning rate goes, by the updates done since it was full, of all that follow: to its end,
@@ -4025,7 +4145,9 @@ OPTIMIZERS = {
     "prodigy": OptimizerKind(
         *("prodigyopt", "Prodigy", 16),
         preset={"growth_rate": 1e9},  # its own is infinite, which JSON does not know
-        without={"text_encoder_learning_rate": ONE_SCALE, "lora_plus_ratio": ONE_SCALE},
+        without=dict.fromkeys(
+            ("text_encoder_learning_rate", "lora_plus_ratio", "embedding_tokens"), ONE_SCALE
+        ),
         rates=(HIGH_LEARNING_RATE, 1),
         suits="prodigy finds its scale by itself, and 1 lets it",
     ),
@@ -4061,8 +4183,10 @@ def build_optimizer(groups: list[Record], config: TrainingConfig, device: torch.
     return optimizer
 
 
-def full_rate(name: str, config: TrainingConfig, family: Family) -> tuple[bool, float]:
-    """Tell whether a matrix is a text encoder's, and its learning rate before any schedule."""
+def full_rate(name: str, config: TrainingConfig, family: Family) -> tuple[int, float]:
+    """Tell if a matrix is the denoiser's (0), a text encoder's or a new word's, and its rate."""
+    if name.startswith(EMBEDDING):
+        return 2, config.embedding_learning_rate
     in_text = not name.startswith(f"{family.denoiser.folder}.")
     full = (in_text and config.text_encoder_learning_rate) or config.learning_rate
     return in_text, full * (config.lora_plus_ratio if ".lora_B." in name else 1)
@@ -4079,7 +4203,9 @@ class Learner:
     def __init__(self, models: Models, config: TrainingConfig) -> None:
         """Adapt the networks and set the optimizer up."""
         rated = functools.partial(full_rate, config=config, family=models.base.family)
-        named = sorted(add_adapters(models, config).items(), key=lambda each: rated(each[0]))
+        adapter = add_adapters(models, config)
+        vectors, self.longest = add_words(models, config)
+        named = sorted((adapter | vectors).items(), key=lambda each: rated(each[0]))
         self.parameters = dict(named)  # the networks' own, parts of used
         self.max_grad_norm, self.ema_decay = config.max_grad_norm, config.ema_decay
         # In full precision: half of it loses updates as small as an adapter's.
@@ -4116,10 +4242,10 @@ class Learner:
         for name, part in self.named(whole).items():
             self.parameters[name].data = part
 
-    def _groups(self, rated: Callable[[str], tuple[bool, float]]) -> list[Record]:
+    def _groups(self, rated: Callable[[str], tuple[int, float]]) -> list[Record]:
         """Give the optimizer, for each rate, one part of what is learned, or all its matrices."""
         groups, begin = [], 0
-        for (_, full), names in itertools.groupby(self.parameters, rated):
+        for (place, full), names in itertools.groupby(self.parameters, rated):
             parts = [(self.matrices[name], self.gradients[name]) for name in names]
             end = begin + sum(numbers.numel() for numbers, _ in parts)
             if not self.kind.by_matrix:
@@ -4128,6 +4254,7 @@ class Learner:
             for parameter, (_, gradient) in zip(params, parts, strict=True):
                 parameter.grad = gradient
             groups.append({"params": params, "lr": full, "full_lr": full})
+            groups[-1] |= {"weight_decay": 0.0} if place == 2 else {}  # vectors have a length
             begin = end
         return groups
 
@@ -4159,6 +4286,7 @@ class Learner:
         elif finite:  # waits for the device; the other optimizers know no better
             self.optimizer.step()
         self.scaler.update()
+        self.shorten_words()
         self.forget()
         self.refresh()
         return told, learning_rate
@@ -4191,6 +4319,12 @@ class Learner:
         finally:
             self.use(self.used)
 
+    def shorten_words(self) -> None:
+        """Keep a new word from drowning all others: no vector is longer than any that is known."""
+        for name, longest in self.longest.items():
+            lengths = torch.linalg.vector_norm(self.matrices[name], dim=1, keepdim=True)
+            self.matrices[name].mul_((longest / lengths).clamp(max=1))
+
     def forget(self) -> None:
         """Drop all that was added up, also what a pass back that failed left half done."""
         self.sums.zero_()
@@ -4219,11 +4353,12 @@ class Learner:
 # === Output folder ===========================================================
 
 FINAL = "lora_final.safetensors"
+EMBEDDINGS = "embeddings"  # a folder: whoever takes a file from the output folder wants the LoRA
 # What a run writes. Only these are ever set aside, so that a shared folder stays as it is.
-OWN_FOLDERS = ("checkpoints", "samples", "state")
+OWN_FOLDERS = ("checkpoints", "samples", "state", EMBEDDINGS)
 OWN_FILES = (*OWN_FOLDERS, "events.jsonl", "loss_history.csv", "loss_curve.png", FINAL)
 # What nobody wants to lose.
-RESULTS = (FINAL, "checkpoints/*.safetensors", "state/step_*")
+RESULTS = (FINAL, "checkpoints/*.safetensors", f"{EMBEDDINGS}/*.safetensors", "state/step_*")
 # A link may lead out of the folder, and a pipe may never answer. Not every system has all three.
 OPEN_OWN = sum(vars(os).get(flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
@@ -4626,9 +4761,9 @@ def begin_with(path: Path, learner: Learner, models: Models, config: TrainingCon
     tensors, said = load_file(path), strengths_said(path)
     kind, networks = ADAPTERS[config.adapter], {p.folder: net for p, net in learners_in(models)}
     mine: dict[str, Tensors] = defaultdict(dict)
-    for name, matrix in learner.matrices.items():
+    for name in [n for n in learner.matrices if n not in learner.longest]:
         folder, module, side = taken_apart(name)
-        mine[f"{folder}.{module}"][side] = matrix
+        mine[f"{folder}.{module}"][side] = learner.matrices[name]
     known, own_strength = flat_names(mine), config.alpha / config.lora_rank
     for flat, keys in lora_layers(tensors).items():
         if not (layer := known.get(flat)):
@@ -4754,6 +4889,23 @@ def optimizer_header(config: TrainingConfig) -> dict[str, str]:
     return {f"ss_{knob}": said[knob] for knob in new}
 
 
+def embedding_header(header: Mapping[str, str], word: str) -> dict[str, str]:
+    """Say of a word what is said of the LoRA beside it, as far as it is true of both."""
+    kept = {name: said for name, said in header.items() if not name.startswith("ss_network")}
+    kind = header["modelspec.architecture"].replace("/lora", "/textual-inversion")
+    return {**kept, "modelspec.architecture": kind, "modelspec.trigger_phrase": word}
+
+
+def files_of(config: TrainingConfig, step: int | None = None) -> dict[str, Path]:
+    """Name what is written of a step, or in the end; what the run is for comes last."""
+    final, output = step is None, config.output_path
+    word = f"{config.name}_embedding" if final else f"embedding_step_{step}"
+    lora = FINAL if final else f"checkpoints/lora_step_{step}.safetensors"
+    files = {"embedding": output / EMBEDDINGS / f"{word}.safetensors", "lora": output / lora}
+    wanted = {"embedding": config.embedding_tokens > 0, "lora": config.train_lora}
+    return {kind: path for kind, path in files.items() if wanted[kind]}
+
+
 def safetensors_pieces(tensors: Tensors, header: Mapping[str, str] | None = None) -> Pieces:
     """Lay out a safetensors file without a copy; the library's headers differ every time."""
     fields: Record = {"__metadata__": dict(sorted(header.items()))} if header else {}
@@ -4783,10 +4935,15 @@ def save_lora(path: Path, tensors: Tensors, header: Mapping[str, str]) -> Record
     return write_whole(path, *safetensors_pieces(tensors, {**header, **hashes}))
 
 
-def copies_of(config: TrainingConfig) -> list[Path]:
-    """Name the files that a finished LoRA is in another program's folder, the LoRA itself first."""
-    endings = (".safetensors", ".preview.png", ".json") if config.loras_path else ()
-    return [Path(config.loras_path or "", config.name + ending) for ending in endings]
+def copies_of(config: TrainingConfig) -> dict[str, Path]:
+    """Name what other programs get: the LoRA with its picture and card, and the word by itself."""
+    copies = {}
+    if config.loras_path and config.train_lora:
+        endings = {"lora": ".safetensors", "picture": ".preview.png", "card": ".json"}
+        copies = {kind: config.loras_path / f"{config.name}{e}" for kind, e in endings.items()}
+    if config.embeddings_path and config.embedding_tokens:  # which prompts call by the file's name
+        copies["embedding"] = config.embeddings_path / f"{config.word.text}.safetensors"
+    return copies
 
 
 def known_copies(config: TrainingConfig) -> set[str]:
@@ -4798,19 +4955,23 @@ def known_copies(config: TrainingConfig) -> set[str]:
 
 def check_copies(config: TrainingConfig) -> list[Path]:
     """Refuse a folder or a name that cannot be used; list what is there and stays as it is."""
-    folder, known = config.loras_path, known_copies(config)
-    usable = folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)  # noqa: PTH112, takes long names
-    if folder and not usable:
-        expected = "a folder that this user may write"
-        raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, "loras_path", expected, str(folder))
-    there = [path for path in copies_of(config) if os.path.lexists(path)]
+    copies, known = copies_of(config), known_copies(config)
+    for knob in ("loras_path", "embeddings_path"):
+        folder = vars(config)[knob]
+        usable = folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)  # noqa: PTH112, takes long names
+        if folder and not usable:
+            expected = "a folder that this user may write"
+            raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, knob, expected, str(folder))
+    there = [path for path in copies.values() if os.path.lexists(path)]
     own = [p for p in there if p.is_file() and sha256(p.read_bytes()).hexdigest() in known]
     foreign = [path for path in there if path not in own]
     # Beside this run's own LoRA, they are what somebody edited.
-    if foreign and copies_of(config)[0] not in own:
-        expected, found = "a name that is free in loras_path", f"{foreign[0]}, of another run"
-        hint = "Give another lora_name, or move that file away."
-        raise TrainError.at(ErrorCode.RUN_EXISTS, "lora_name", expected, found, hint)
+    edited = [copies["picture"], copies["card"]] if copies.get("lora") in own else []
+    if taken := [path for path in foreign if path not in edited]:
+        knob = "trigger_words" if taken[0] == copies.get("embedding") else "lora_name"
+        expected, found = f"a name that is free in {taken[0].parent}", f"{taken[0]}, of another run"
+        hint = "Give another name, or move that file away."
+        raise TrainError.at(ErrorCode.RUN_EXISTS, knob, expected, found, hint)
     return foreign
 
 
@@ -4837,6 +4998,7 @@ KNOBS_BEHIND = {
     "effective_batch": ("batch_size", " per update"),
     "regularization": ("regularization_path", ""),
     "repeats": ("folder_repeats", ""),
+    "embedding_word": ("trigger_words", ""),
 }
 
 
@@ -4863,6 +5025,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         **({"repeats": f"fingerprint {digest_of(repeats, 12)}"} if max(repeats) > 1 else {}),
         **{name: str(plain(vars(config)[name])) for name in fixed},
         **({"init_lora": fingerprint(config.init_lora)} if config.init_lora else {}),
+        **({"embedding_word": config.word.text} if config.embedding_tokens else {}),
     }
 
 
@@ -5019,7 +5182,9 @@ def read_complete(output: Path, ignored: dict[Path, str]) -> Record:
     try:
         said = unseal(path)
         done = CompleteEvent(**said["event"])
-        return said if file_digest(output / "lora_final.safetensors") == done.sha256 else {}
+        name = Path(done.final_path).name  # the folder may have been moved
+        final = output / (name if name == FINAL else f"{EMBEDDINGS}/{name}")
+        return said if file_digest(final) == done.sha256 else {}
     except FileNotFoundError:
         pass  # it has to be written again, from the state
     except (OSError, LookupError, *NOT_JSON) as error:
@@ -5524,8 +5689,8 @@ class MemoryPlan:
         base = config.base_precision if self.on_card else "auto"
         mixes = base not in ("auto", run, *QUANTISED)  # autocast widens what norms see
         text = structure.numbers(*family.text_encoders)
-        learned_text = text if config.train_text_encoder else 0
-        readers = [p for p in family.text_encoders if not config.train_text_encoder]
+        learned_text = text if config.text_changes else 0
+        readers = [p for p in family.text_encoders if not config.text_changes]
         read = family.text_precision if self.on_card else "fp32"
         packing = base if read == "bf16" and base in QUANTISED else "auto"
         widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
@@ -5559,7 +5724,7 @@ class MemoryPlan:
         kept *= INT8_KEEPS if config.base_precision == "int8" else 1
         kept *= WIDER_KEEPS if config.lora_targets != "attention" else 1
         kept *= ADAPTERS[config.adapter].keeps
-        if config.train_text_encoder:
+        if config.text_changes:
             texts = (structure.parts[p].shapes.items() for p in structure.family.text_encoders)
             named = itertools.chain.from_iterable(texts)
             linear = [shape for name, shape in named if len(shape) == 2 and "embed" not in name]
@@ -5707,7 +5872,8 @@ def adapter_numbers(config: TrainingConfig, structure: BaseModel) -> int:
     """Count, from shapes alone, the numbers that will learn."""
     shapes, rank = ADAPTERS[config.adapter].shapes, config.lora_rank
     weights = adapted_layers(config, structure).values()
-    return sum(math.prod(own) for weight in weights for own in shapes(rank, weight).values())
+    learned = sum(math.prod(own) for weight in weights for own in shapes(rank, weight).values())
+    return learned * config.train_lora + config.embedding_tokens * structure.text_width
 
 
 def state_bytes(config: TrainingConfig) -> int:
@@ -5831,12 +5997,15 @@ def report_model(
         message = f"resolution {side} is far from the base model's {native}"
         told = {"resolution": side, "native_resolution": native}
         events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **told)
+    tokens_in = exact_counter(base) if config.embedding_tokens else None
+    if tokens_in and tokens_in(word := config.word.text) == 3:  # with both ends
+        message = f"The base model knows the word {word}, which is to be learned, as one token"
+        events.warn(WarningCode.WORD_KNOWN, message, word=word)
 
 
 def report_long(texts: Texts, base: BaseModel | None, events: Emitter, room: int = 0) -> None:
     """Tell whose texts are too long; without the tokenizer at hand, words are counted."""
-    here = base and not base.reference  # else its tokenizer is to be fetched
-    exact = token_counter(base.parts[base.family.tokenizers[-1]].folder) if base and here else None
+    exact = exact_counter(base)
     tokens_in = functools.cache(exact or (lambda text: 2 + len(WORDS.findall(text))))
     room = base.chunks * (base.tokens - 2) if base else room
     long = list(dict.fromkeys(name for name, text in texts if tokens_in(text) - 2 > room))
@@ -5846,6 +6015,12 @@ def report_long(texts: Texts, base: BaseModel | None, events: Emitter, room: int
         message += f"that of {long[0]}"
         told: Record = {"captions": len(long), "files": long[:10], "estimated": exact is None}
         events.warn(WarningCode.CAPTION_TRUNCATED, message, **told)
+
+
+def exact_counter(base: BaseModel | None) -> Callable[[str], int] | None:
+    """Count with a base model's tokenizer, unless that is to be fetched."""
+    here = base and not base.reference
+    return token_counter(base.parts[base.family.tokenizers[-1]].folder) if base and here else None
 
 
 def token_counter(folder: Path) -> Callable[[str], int] | None:
@@ -6152,7 +6327,7 @@ class LoRATrainer:
             if self.saved or self.earlier.complete:  # else nobody needs to read all images again
                 self.compare(plan, base)
             texts, room = texts_of(self.config, dataset.pictures), self.config.max_tokens
-            report_long(texts, base, self.events, room)
+            report_long(self.config.word.weigh(texts), base, self.events, room)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
             plan.on(device, self.events)
@@ -6345,21 +6520,21 @@ class LoRATrainer:
         if device.type == "cuda" and dtype != torch.float32:
             # TF32: exacter than the rest of such a run, and far faster than full precision.
             torch.set_float32_matmul_precision("high")
-        models = Models.prepare(base, device, dtype)
+        models = Models.prepare(base, device, dtype, self.config.word)
         models.base_precision = self.config.base_precision
         if memory := self.memory:
             models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
         return models
 
     def encode(self, pictures: Sequence[Picture]) -> Cache:
-        """Let VAE and text encoders work once; keep the latter only if they are to learn."""
+        """Let VAE and text encoders work once; keep the latter if what they say is to change."""
         config, models, self.phase = self.config, self.models, "encoding"
         self.shelf = Shelf(config.cache_dir, models.device, self.events)
         each = wordings_each(config, models.base, len(pictures))
         wordings = {p.caption: word_caption(config, p.caption, each) for p in pictures}
         anew = ((p.name, wording) for p in pictures for wording in wordings[p.caption])
         texts = self.encode_texts((*texts_of(config, pictures), *anew), self.team)
-        if config.train_text_encoder:
+        if config.text_changes:
             models.load_text_encoders(models.dtype)
         self.draw_class_images([p for p in pictures if p.missing], Cache((), texts))
         own = self.team.share(pictures)
@@ -6373,7 +6548,7 @@ class LoRATrainer:
     def encode_texts(self, texts: Texts, team: Team) -> dict[str, Conditioning]:
         """Let text encoders that do not learn read texts, and go; those that do get token ids."""
         tokens = tokenize(texts, self.models, self.events)
-        if self.config.train_text_encoder:
+        if self.config.text_changes:
             return tokens
         own = dict(team.share(list(tokens.items())))
         phase = Phase("encoding captions", len(own), self.events, self.stop)
@@ -6442,7 +6617,7 @@ class LoRATrainer:
                 self.look_back({**told, aside: str(error)})
                 self.tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
                 self.events.emit(ResumeFacts(step=self.state.step, aimed_at=None, set_aside=None))
-        if self.config.init_lora and not self.saved:
+        if self.config.init_lora and self.config.train_lora and not self.saved:
             begin_with(self.config.init_lora, self.learner, self.models, self.config)
         if self.saved:
             try:
@@ -6755,7 +6930,7 @@ class LoRATrainer:
                 self.save_state()
                 if reason == "interrupted":
                     write_history(self.config.output_path, self.state.history)
-                self.save_lora(reason)
+                self.save_files(reason)
         except Exception as error:
             if reason == "periodic" and not isinstance(error, OSError):
                 raise
@@ -6779,21 +6954,29 @@ class LoRATrainer:
             for folder in folders[self.config.keep_checkpoints :]:
                 discard(folder)
 
-    def save_lora(self, reason: CheckpointReason) -> None:
-        """Write the adapter of this moment as a file that can be used, unless it is there."""
-        step, folder = self.state.step, self.config.output_path / "checkpoints"
-        path = folder / f"lora_step_{step}.safetensors"
+    def save_files(self, reason: CheckpointReason) -> None:
+        """Write what is learned at this moment as files that can be used, unless they are there."""
+        step, files = self.state.step, files_of(self.config, self.state.step)
+        *_, path = files.values()
         if self.written != step and self.owes(path):
-            size = self.write_lora(path)["bytes"]
-            self.events.emit(CheckpointEvent(step=step, path=str(path), bytes=size, reason=reason))
+            said: Record = {"path": str(path), "bytes": self.write_files(files)["bytes"]}
+            said["embedding_path"] = plain(files.get("embedding"))
+            self.events.emit(CheckpointEvent(step=step, reason=reason, **said))
 
-    def write_lora(self, path: Path) -> Record:
-        """Write the adapter as it is; return the file's size and checksum."""
-        step, base = self.state.step, self.models.base
-        whole = whole_lengths(self.models, self.learner.named(self.learner.result()))
-        tensors = lora_tensors(whole, self.config, base.family)
-        said = save_lora(path, tensors, lora_header(self.config, base, step, self.order.own))
-        self.written = step
+    def write_files(self, files: Mapping[str, Path]) -> Record:
+        """Write what is learned as it is; return size and checksum of the last file."""
+        config, base, learner, said = self.config, self.models.base, self.learner, Record()
+        matrices = learner.named(learner.result())
+        vectors = {n.removeprefix(EMBEDDING): matrices.pop(n) for n in learner.longest}
+        header = lora_header(config, base, self.state.step, self.order.own)
+        for kind, path in files.items():
+            if kind == "lora":
+                whole = whole_lengths(self.models, matrices)
+                said = save_lora(path, lora_tensors(whole, config, base.family), header)
+            else:
+                own = embedding_header(header, config.word.text)
+                said = save_lora(path, vectors, own)  # in full precision, as they are few
+        self.written = self.state.step
         return said
 
     def preview(self) -> None:
@@ -6834,19 +7017,22 @@ class LoRATrainer:
 
     def finish(self) -> CompleteEvent:
         """Write the final file and the history, draw the last preview, and say so."""
-        config, state = self.config, self.state
-        path = config.output_path / "lora_final.safetensors"
+        config, state, files = self.config, self.state, files_of(self.config)
+        *_, (kind, path) = files.items()
         try:
             with self.lock:
                 self.save_state()  # should the rest fail, a restart has only to do that
-                written = self.write_lora(path)
+                written = self.write_files(files)
                 write_history(config.output_path, state.history)
             self.preview()  # nothing is lost if that fails, hangs or is stopped
+            copies = self.put_copies(files)
             done = CompleteEvent(
                 step=state.step,
                 final_path=str(path),
                 **written,
-                copy_path=self.put_copies(path) if config.loras_path else None,
+                copy_path=copies.get(kind),
+                embedding_path=plain(files.get("embedding")),
+                embedding_copy_path=copies.get("embedding"),
                 total_time=self.events.elapsed_seconds(),
                 final_loss=state.loss,
                 images_per_second=self.images_per_second(),
@@ -6860,30 +7046,34 @@ class LoRATrainer:
         self.events.emit(done)
         return done
 
-    def put_copies(self, final: Path) -> str | None:
-        """Put the LoRA where loras_path says; what goes wrong there does not end a run."""
-        config, drawn = self.config, self.sample_path(1)
-        lora, picture, card = copies_of(config)
+    def put_copies(self, files: Mapping[str, Path]) -> dict[str, str]:
+        """Put files where other programs look for them; what goes wrong there ends no run."""
+        config, copies = self.config, copies_of(self.config)
+        if not copies:
+            return {}
         # What A1111 reads about it.
         words, kind = ", ".join(config.trigger_words), self.models.base.family.name.upper()
         said = {"activation text": words, "preferred weight": 1.0, "sd version": kind}
+        sources = {**files, "picture": self.sample_path(1)}
         try:
-            contents = {lora: final.read_bytes(), card: json.dumps(said, indent=1).encode()}
-            if drawn.is_file():
-                contents[picture] = drawn.read_bytes()
+            contents = {
+                k: p.read_bytes() for k, p in sources.items() if k in copies and p.is_file()
+            }
+            if "card" in copies:
+                contents["card"] = json.dumps(said, indent=1).encode()
             # First of all, so that the run knows its own, whatever happens.
             known = known_copies(config) | {sha256(each).hexdigest() for each in contents.values()}
             record = seal({"checksums": sorted(known)})
             write_whole(config.output_path / "state" / "copies.json", record)
             foreign = check_copies(config)
-            for path, content in contents.items():
-                if path not in foreign:
-                    write_whole(path, content)
+            for name, content in contents.items():
+                if copies[name] not in foreign:
+                    write_whole(copies[name], content)
         except (OSError, TrainError) as error:
-            message, reason = f"No copy in loras_path: {error}", reason_of(error)
+            message, reason = f"No copy in another program's folder: {error}", reason_of(error)
             self.events.warn(WarningCode.COPY_FAILED, message, reason=reason)
-            return None
-        return str(lora)
+            return {}
+        return {name: str(path) for name, path in copies.items()}
 
 
 def check_gradients(

@@ -88,9 +88,10 @@ class Place:
         place.change(dataset_path=str(target / "data"), output_path=str(target / "out"))
         return place
 
-    def results(self) -> tuple[bytes, bytes]:
+    def results(self) -> tuple[bytes, ...]:
         """Return the bytes that have to be the same however often a run was stopped."""
-        return (self.out / LORA).read_bytes(), (self.out / TABLE).read_bytes()
+        words = sorted(self.out.glob("embeddings/*_embedding.safetensors"))
+        return tuple(path.read_bytes() for path in (self.out / LORA, self.out / TABLE, *words))
 
     def states(self) -> list[str]:
         """Name the states on disk, the newest first."""
@@ -354,6 +355,7 @@ TAUGHT |= {"timestep_range": [100, 900], "timestep_sampling": "sigmoid"}
 VARIATIONS: dict[str, Record] = {
     "another objective": TAUGHT,
     "text encoders learn": {"train_text_encoder": True, "text_encoder_learning_rate": 0.003},
+    "a word beside a LoRA": {"embedding_tokens": 2, "train_text_encoder": True},
     "full precision file": {"save_precision": "fp32"},
     "half precision": {"mixed_precision": "bf16", "lr_scheduler": "linear"},
     "recomputed activations": {"gradient_checkpointing": True},
@@ -389,6 +391,28 @@ def test_resuming_is_exact_for_every_family(family: str, ground: Path, tmp_path:
     start(parted, after=1, batches=2)
     start(parted)
     assert parted.results() == plain.results()
+
+
+def test_a_word_is_learned_exactly_over_a_stop(ground: Path, tmp_path: Path) -> None:
+    """Its vectors and their moments, and the checkpoint on the way, which a stop writes too."""
+    base = tiny_base("sdxl", ground / "bases")
+    changes = {"steps": 2, "embedding_tokens": 2, "train_lora": False, "checkpoint_steps": 1}
+    plain, parted = (write_place(tmp_path / part, base, **changes) for part in ("a", "b"))
+    start(plain)
+    start(parted, after=1, batches=1)
+    heard = start(parted)
+    assert [line["step"] for line in heard.of_type("checkpoint")] == [2]
+    found = [
+        {path.name: path.read_bytes() for path in place.out.glob("embeddings/*")}
+        for place in (plain, parted)
+    ]
+    assert found[0].keys() == {
+        "embedding_step_1.safetensors",
+        "embedding_step_2.safetensors",
+        "out_embedding.safetensors",
+    }
+    assert found[0] == found[1]
+    assert (plain.out / TABLE).read_bytes() == (parted.out / TABLE).read_bytes()
 
 
 def test_previews_and_cadences_leave_no_trace_in_what_is_learned(half: Place, whole: Place) -> None:
@@ -999,6 +1023,14 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "rank-stabilised": (knob(use_rslora=True), {"use_rslora"}),
     "flip": (knob(flip=False), {"flip"}),
     "text encoder": (knob(train_text_encoder=True), {"train_text_encoder"}),
+    "a word alone": (
+        knob(embedding_tokens=2, train_lora=False),
+        {"embedding_tokens", "train_lora", "trigger_words"},
+    ),
+    "a word's beginning": (
+        knob(embedding_tokens=2, embedding_init="cat"),
+        {"embedding_tokens", "embedding_init", "trigger_words"},
+    ),
     "optimizer": (knob(optimizer="lion"), {"optimizer"}),
     "betas": (knob(betas=[0.9, 0.99]), {"betas"}),
     "arguments": (knob(optimizer_arguments={"eps": 1e-6}), {"optimizer_arguments"}),

@@ -118,6 +118,23 @@ def test_two_processes_learn_what_one_learns(place: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["alone", "beside a LoRA"])
+def test_two_processes_learn_the_word_that_one_learns(
+    lora: bool, place: Path, tmp_path: Path
+) -> None:
+    """The sum of their gradients moves its vectors too."""
+    options: Record = {"family": "sdxl", "embedding_tokens": 2, "train_lora": lora}
+    alone(config_for(place, tmp_path / "one", gradient_accumulation_steps=2, **options))
+    launched(2, config_for(place, tmp_path / "two", **options))
+    one, two = (
+        load_file(tmp_path / name / "embeddings" / "team_embedding.safetensors")
+        for name in ("one", "two")
+    )
+    assert one.keys() == two.keys() == {"clip_l", "clip_g"}
+    assert max(differs(one[key], two[key]) for key in one) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "text"), [("sdxl", False), ("sd1", True), ("sdxl", True)])
 def test_three_processes_learn_what_one_learns(
     family: str, text: bool, place: Path, tmp_path: Path

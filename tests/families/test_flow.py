@@ -114,7 +114,7 @@ def test_a_loaded_file_acts_as_the_model_in_training(
         exact = {"lora_alpha": alpha, "save_precision": "fp32"}
         ready = prepare(config_of(place, family, tmp_path / str(alpha), **exact))
         ready.make_updates(2)
-        ready.write_lora(tmp_path / str(alpha) / "lora_final.safetensors")
+        ready.write_files({"lora": tmp_path / str(alpha) / "lora_final.safetensors"})
         pipe = pipeline_of(place / family)
         plain = answer(ready, pipe.transformer)
         pipe.load_lora_weights(str(tmp_path / str(alpha)), weight_name="lora_final.safetensors")
@@ -512,6 +512,7 @@ def test_a_distilled_base_is_told(
     ("knob", "value"),
     [
         ("train_text_encoder", True),
+        ("embedding_tokens", 2),
         ("resolution", 264),
         ("mixed_precision", "fp16"),
         ("base_precision", "int8"),
