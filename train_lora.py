@@ -195,6 +195,12 @@ class WarningCode(Code):
     PRECISION_CHANGED = "The device is not good at this precision.", "Use mixed_precision auto."
     UPDATE_RETRIED = "An update is made again in less memory.", "Set gradient_checkpointing: true."
     UPDATE_SKIPPED = "An update had no finite loss.", "Look at the images in data."
+    NOTHING_LEARNED = "The loss hardly fell.", "Give more steps or a higher learning_rate."
+    OVERFITTED = "Images held back are met worse again.", "Take best_path; give fewer steps."
+    MEASURE_FAILED = (
+        "What was learned was not measured; its file is whole.",
+        "Look at the previews.",
+    )
     SAMPLE_FAILED = "A preview was not drawn; training goes on.", "See the message."
     CHECKPOINT_FAILED = "A checkpoint was not written.", "Look at the disk behind output_path."
     STEPS_DONE = "More updates are done than asked for.", "Take a checkpoint, or use --fresh."
@@ -250,7 +256,7 @@ class TrainError(Exception):
 
 
 StopReason = Literal["SIGINT", "SIGTERM", "SIGHUP", "stop_file", "host_gone", "output_full"]
-CheckpointReason = Literal["periodic", "interrupted", "requested"]
+CheckpointReason = Literal["periodic", "interrupted", "requested", "best"]
 
 
 class TrainingInterrupted(BaseException):
@@ -398,13 +404,14 @@ class DatasetFacts(Facts, topic="dataset"):
     """The training images and their captions."""
 
     says = "Dataset: {images:image}, {captions_found:caption}, {skipped} skipped"
-    images: Annotated[int, "usable images in dataset_path"]
-    skipped: Annotated[int, "images left out in both folders, each named in a warning"]
+    images: Annotated[int, "usable images in dataset_path that are trained on"]
+    skipped: Annotated[int, "images left out in all folders, each named in a warning"]
     captions_found: Annotated[int, "images of dataset_path with a caption of their own"]
     captions_missing: Annotated[int, "images of dataset_path described by the trigger words alone"]
     resolutions: Annotated[dict[str, int], "images of dataset_path per size, the ten most frequent"]
-    cropped: Annotated[int, "images of both folders that lose more than a fifth by cropping"]
+    cropped: Annotated[int, "images of all folders that lose more than a fifth by cropping"]
     regularization_images: Annotated[int, "those of regularization_path, also if yet to be drawn"]
+    validation_images: Annotated[int, "images held back, which nothing is learned from"] = 0
 
 
 class PriorFacts(Facts, topic="prior"):
@@ -499,6 +506,16 @@ class ProgressEvent(Event, type="progress"):
     memory_bytes: Annotated[int | None, "memory held, also what is kept for later use"]
 
 
+class ValidationEvent(Event, type="validation"):
+    """Loss on images held back: before the first update, every `validation_steps`, at the end."""
+
+    says = "Loss {loss} on images held back at step {step}, best at step {best_step}"
+    step: Annotated[int, "updates done"]
+    loss: Annotated[float | None, "mean at fixed noise and times, unweighted"]
+    by_time: Annotated[tuple[float | None, ...], "the same in bands, the least noise first"]
+    best_step: Annotated[int | None, "where it was least so far"]
+
+
 class SampleEvent(Event, type="sample"):
     """A preview image is complete on disk."""
 
@@ -523,19 +540,27 @@ class CheckpointEvent(Event, type="checkpoint"):
 class CompleteEvent(Event, type="complete", ends_run=True):
     """Last line of a finished run."""
 
-    says = "Complete: {step:step} in {total_time:duration}"
+    says = "Complete: {step:step} in {total_time:duration}, best at step {best_step}"
     step: Annotated[int, "updates done"]
     percent: Annotated[int, "100", {"const": 100}] = 100
     final_path: Annotated[str, "lora_final.safetensors; with `train_lora` false, the embedding"]
     bytes: Annotated[int, "its size"]
     sha256: Annotated[str, "its checksum"]
-    copy_path: Annotated[str | None, "its copy in another program's folder"]
+    copy_path: Annotated[str | None, "copy of it, or else of best_path, in loras_path"]
     embedding_path: Annotated[str | None, "the embedding, where a word is learned"] = None
     embedding_copy_path: Annotated[str | None, "its copy in embeddings_path"] = None
     total_time: Annotated[float, "seconds since the program started"]
     final_loss: Annotated[float | None, "mean of the last progress line"]
     images_per_second: Annotated[float | None, "over the whole run"]
     peak_memory_bytes: Annotated[int | None, "most memory that was ever held"]
+    best_step: Annotated[int | None, "of least loss on images held back; null without any"] = None
+    best_path: Annotated[str | None, "the LoRA of that step; null without images held back"] = None
+    loss_before: Annotated[float | None, "without the LoRA, on images held back or else all"] = None
+    loss_after: Annotated[float | None, "the same with it: at fixed noise and times"] = None
+    loss_spread: Annotated[float | None, "standard error of the difference of these two"] = None
+    moved: Annotated[float | None, "way of predictions by the LoRA, as a share of them"] = None
+    moved_without_trigger: Annotated[float | None, "the same without the trigger words"] = None
+    weight_change: Annotated[dict[str, float] | None, "by block, as a share of weights"] = None
 
 
 class InterruptedEvent(Event, type="interrupted", ends_run=True):
@@ -1142,6 +1167,7 @@ class TrainingConfig:
     huber_delta: float
     snr_gamma: float | None
     noise_offset: float
+    early_stopping_patience: int | None
     lora_dropout: float
     adapter: str
     lora_targets: str | tuple[str, ...]
@@ -1166,6 +1192,8 @@ class TrainingConfig:
     prior_preservation: bool
     prior_prompt: str | None
     prior_images: int
+    validation_split: float
+    validation_path: Path | None
     sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
     sample_at_start: bool
@@ -1204,6 +1232,16 @@ class TrainingConfig:
     def may_checkpoint(self) -> bool:
         """Tell whether activations may be dropped; bitsandbytes' int8 layers hold on to theirs."""
         return self.gradient_checkpointing is not False and self.base_precision != "int8"
+
+    @property
+    def holds_back(self) -> bool:
+        """Tell whether there are images that nothing is learned from."""
+        return bool(self.validation_split or self.validation_path)
+
+    @property
+    def asked(self) -> list[int | None]:
+        """List what decides when the run ends."""
+        return [self.steps, self.epochs, *filter(None, [self.early_stopping_patience])]
 
     @property
     def name(self) -> str:
@@ -1249,7 +1287,7 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
     yield from optimizer_conflicts(config)
     yield from adapter_conflicts(config)
     for knob, other, clash, hint in CLASHES:
-        if (path := values[knob]) and clash(path, values[other]):
+        if (path := values[knob]) and values[other] and clash(path, values[other]):
             yield Problem(knob, f"a place other than {other}", show(str(path)), hint)
     if (size := len(json.dumps(config.as_record()))) > CONFIG_BYTES_ECHOED:
         expected = f"values that fit into the line `start`, {CONFIG_BYTES_ECHOED} bytes as ASCII"
@@ -1266,6 +1304,13 @@ def conflicts_in(config: TrainingConfig) -> Iterator[Problem]:
         expected = "fp32, auto or a packed one where mixed_precision is no"
         hint = "Set mixed_precision to auto, or base_precision to auto."
         yield Problem("base_precision", expected, show(precision), hint)
+    if config.validation_split and config.validation_path:
+        expected, hint = "null where validation_split holds images back", "Give one of the two."
+        yield Problem("validation_path", expected, show(str(config.validation_path)), hint)
+    if config.early_stopping_patience and not config.holds_back:
+        expected, found = "null without images held back", show(config.early_stopping_patience)
+        hint = "Give validation_split or validation_path too."
+        yield Problem("early_stopping_patience", expected, found, hint)
     if config.gradient_checkpointing is True and not config.may_checkpoint:
         expected = "auto or false with base_precision int8, which keeps activations all the same"
         yield Problem("gradient_checkpointing", expected, "true", "Set base_precision to nf4.")
@@ -1357,12 +1402,17 @@ def is_written_by_run(path: Path, output: Path) -> bool:
 
 
 SPOILED, FOREIGN = "Samples would become training images.", "It is for images of other things."
+UNSEEN = "It is for images that are not trained on."
 CLASHES = (  # of folders that would become part of each other
     ("output_path", "dataset_path", same_folder, SPOILED),
     ("dataset_path", "output_path", is_written_by_run, SPOILED),
     ("regularization_path", "dataset_path", same_folder, FOREIGN),
     ("regularization_path", "output_path", same_folder, SPOILED),
     ("regularization_path", "output_path", is_written_by_run, SPOILED),
+    ("validation_path", "dataset_path", same_folder, UNSEEN),
+    ("validation_path", "regularization_path", same_folder, UNSEEN),
+    ("validation_path", "output_path", same_folder, SPOILED),
+    ("validation_path", "output_path", is_written_by_run, SPOILED),
     ("loras_path", "dataset_path", same_folder, SPOILED),
     ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
     ("init_lora", "output_path", is_written_by_run, "Copy the file to another folder."),
@@ -1635,6 +1685,9 @@ PIXELS_AT_ONCE = 2**26  # decoded by all threads together; a WebP takes 16 bytes
 QUICK_PIXELS = 2**20  # unpacked for doubt alone where no run follows: a twentieth of a second
 
 
+IMAGE_FOLDERS = ("dataset_path", "regularization_path", "validation_path")
+
+
 class Unusable(Exception):
     """A file in the dataset cannot be used; the text is the reason."""
 
@@ -1675,6 +1728,12 @@ class Dataset:
 
     pictures: tuple[Picture, ...]  # those of regularization_path last
     facts: DatasetFacts
+    held: tuple[Picture, ...] = ()  # back, for validation
+
+    @property
+    def shown(self) -> tuple[Picture, ...]:
+        """List all that the encoders see."""
+        return *self.pictures, *self.held
 
     @property
     def missing(self) -> list[Picture]:
@@ -1776,14 +1835,15 @@ class ImageFolder:
     def __init__(
         self, folder: Path, config: TrainingConfig, events: Emitter, stop: StopRequest
     ) -> None:
-        """Begin with nothing found; images for regularization are named after their folder."""
+        """Begin with nothing found; images beside dataset_path are named after their folder."""
         self.folder, self.root = folder, folder.resolve()
         self.config, self.events, self.stop = config, events, stop
         self.ending = config.caption_extension.lower()
         self.joint = LINE_JOINTS[config.caption_lines]
         own = folder == config.dataset_path
-        self.label, self.trigger_words = ("", config.trigger_words) if own else (self.root.name, ())
-        self.weight = 1.0 if own else config.prior_weight
+        self.label = "" if own else self.root.name
+        self.trigger_words = () if folder == config.regularization_path else config.trigger_words
+        self.weight = config.prior_weight if folder == config.regularization_path else 1.0
         self.files: dict[str, Path] = {}  # by label and path inside
         self.images: dict[str, Picture | None] = {}  # in natural order; None for unusable ones
         self.captions: dict[str, str] = {}
@@ -1813,7 +1873,7 @@ class ImageFolder:
     def find_files(self) -> None:
         """List the files, but for those of the other folders of this run."""
         config, waiting = self.config, [self.root] if self.root.exists() else []
-        places = (config.dataset_path, config.regularization_path, config.output_path)
+        places = {vars(config)[knob] for knob in IMAGE_FOLDERS} | {config.output_path}
         apart = {place_of(os.path.realpath(place)) for place in places if place}
         apart.discard(place_of(str(self.root)))
         while waiting:  # os.walk would call itself, and a thousand folders deep end in an error
@@ -2055,12 +2115,16 @@ def scan_dataset(
     config: TrainingConfig, events: Emitter, stop: StopRequest, *, thorough: bool = False
 ) -> Dataset:
     """Find the usable images and their captions; `thorough` leaves no pixel undecoded."""
-    places = filter(None, (config.dataset_path, config.regularization_path))
-    folders = [ImageFolder(place, config, events, stop) for place in places]
+    places = {knob: vars(config)[knob] for knob in IMAGE_FOLDERS}
+    found = {
+        knob: ImageFolder(place, config, events, stop) for knob, place in places.items() if place
+    }
+    folders = list(found.values())
     for folder in folders:
         folder.scan(thorough=thorough)
         folder.check()
-    own, *others = (folder.pictures for folder in folders)
+    own, others, held = (found[k].pictures if k in found else [] for k in IMAGE_FOLDERS)
+    own, held = hold_back(own, held, config) if config.holds_back else (own, held)
     captions = sum(picture.name in folders[0].captions for picture in own)
     counts = Counter(f"{picture.width}x{picture.height}" for picture in own)
     facts = DatasetFacts(
@@ -2070,10 +2134,33 @@ def scan_dataset(
         captions_missing=len(own) - captions,
         resolutions=dict(counts.most_common(10)),
         cropped=sum(len(folder.cropped) for folder in folders),
-        regularization_images=sum(map(len, others)),
+        regularization_images=len(others),
+        validation_images=len(held),
     )
     events.emit(facts)
-    return Dataset(pictures=tuple(itertools.chain(own, *others)), facts=facts)
+    return Dataset(pictures=(*own, *others), held=tuple(held), facts=facts)
+
+
+def hold_back(
+    own: list[Picture], held: list[Picture], config: TrainingConfig
+) -> tuple[list[Picture], list[Picture]]:
+    """Part what is trained on from what is held back: no file is on both sides, under any name."""
+    kinds = {picture.path: digest_of(picture.digest) for picture in (*own, *held)}
+    known = {kinds[picture.path] for picture in own}
+    share = config.validation_split
+    count = round(share if share >= 1 else max(1, share * len(known)))
+    if share and count >= len(known):
+        expected, code = f"fewer than the {len(known)} different images", ErrorCode.CONFIG_CONFLICT
+        raise TrainError.at(code, "validation_split", expected, show(share), "Hold fewer back.")
+    if both := [picture.name for picture in held if kinds[picture.path] in known]:
+        expected, code = "images that are not trained on", ErrorCode.CONFIG_CONFLICT
+        raise TrainError.at(code, "validation_path", expected, both[0], "Keep one of the two.")
+    if not share:
+        return own, held
+    ranked = sorted(known, key=lambda kind: digest_of([config.seed, "validation", kind]))
+    chosen = set(ranked[:count])
+    kept = [picture for picture in own if kinds[picture.path] not in chosen]
+    return kept, [picture for picture in own if kinds[picture.path] in chosen]
 
 
 # === Model families ==========================================================
@@ -2138,6 +2225,8 @@ class Objective:
     zero_terminal_snr: bool = False  # whether nothing of a picture is left at the last time
     load_schedule: Callable[[BaseModel], Any]
     draw_time: Callable[[Objective, Any, Tensor, torch.Generator], Tensor]  # for some latents
+    # The time that a share of the times that are drawn has less noise than.
+    time_at: Callable[[Objective, Any, Tensor, Tensor], Tensor]
     mix: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     target: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     solver: Callable[[Any, int, Tensor], Any]  # has `timesteps` and `step`, from pure noise
@@ -2245,24 +2334,36 @@ def load_ddpm(base: BaseModel) -> Any:
     return diffusers.DDPMScheduler.from_config(config, **taught, rescale_betas_zero_snr=zero)
 
 
-# How a time from 0 to 1, where all is noise, is drawn.
-TIMES: dict[str, Callable[[torch.Generator], Tensor]] = {
-    "uniform": lambda chance: torch.rand((), generator=chance),
-    "sigmoid": lambda chance: torch.randn((), generator=chance).sigmoid(),
-    "cosmap": lambda chance: 1 - 1 / ((math.pi / 2 * torch.rand((), generator=chance)).tan() + 1),
-    "cubic": lambda chance: 1 - torch.rand((), generator=chance) ** 3,
+# The time from 0 to 1, where all is noise, that a share of those that are drawn lies below.
+TIMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda share: share,
+    "sigmoid": lambda share: torch.special.ndtri(share).sigmoid(),
+    "cosmap": lambda share: 1 - 1 / ((math.pi / 2 * share).tan() + 1),
+    "cubic": lambda share: 1 - (1 - share) ** 3,
 }
 
 
-def draw_step(objective: Objective, schedule: Any, _: Tensor, chance: torch.Generator) -> Tensor:
-    """Draw one of the schedule's time steps."""
+def step_at(objective: Objective, schedule: Any, _: Tensor, share: Tensor) -> Tensor:
+    """Give the time step that a share of those that are drawn lies below."""
+    low, high = steps_trained(objective, schedule)
+    drawn: Tensor = low + (high - low) * TIMES[objective.timestep_sampling](share)
+    return drawn.long().clamp(low, high - 1)
+
+
+def steps_trained(objective: Objective, schedule: Any) -> tuple[int, int]:
+    """Tell which of the schedule's time steps are trained, from where to before where."""
     steps = schedule.config.num_train_timesteps
     low, high = (steps * end // 1000 for end in objective.timestep_range)
-    high = max(high, low + 1)  # of a schedule of few
+    return low, max(high, low + 1)  # of a schedule of few
+
+
+def draw_step(
+    objective: Objective, schedule: Any, latents: Tensor, chance: torch.Generator
+) -> Tensor:
+    """Draw one of the schedule's time steps."""
     if objective.timestep_sampling == "uniform":
-        return torch.randint(low, high, (), generator=chance)
-    drawn: Tensor = low + (high - low) * TIMES[objective.timestep_sampling](chance)
-    return drawn.long().clamp(low, high - 1)
+        return torch.randint(*steps_trained(objective, schedule), (), generator=chance)
+    return step_at(objective, schedule, latents, torch.rand((), generator=chance))
 
 
 def ddpm_snr(schedule: Any, times: Tensor) -> Tensor:
@@ -2285,6 +2386,7 @@ DDPM_EPSILON = Objective(
     prediction_type="epsilon",
     load_schedule=load_ddpm,
     draw_time=draw_step,
+    time_at=step_at,
     mix=lambda schedule, *numbers: schedule.add_noise(*numbers),
     target=lambda _, __, noise, ___: noise,
     solver=multistep_solver,
@@ -3275,6 +3377,7 @@ class Models:
     word: NewWord = NewWord()
     text_encoders: list[Any] = field(default_factory=list)
     denoiser: Any = None
+    adapted: list[tuple[Part, Any]] = field(default_factory=list)  # those that have adapters
     mixes: bool = False  # whether the denoiser lies in another precision than it computes in
     vae: Any = None  # it waits for pictures in main memory
     checkpointing: bool = False  # whether activations are computed anew on the way back
@@ -3339,6 +3442,35 @@ class Models:
         for encoder in self.text_encoders:
             encoder.activation_checkpointing_enable()
 
+    @property
+    def learning(self) -> list[tuple[Part, Any]]:
+        """List the networks that learn; text encoders are kept only if they do."""
+        texts = zip(self.base.family.text_encoders, self.text_encoders, strict=False)
+        return [(self.base.family.denoiser, self.denoiser), *texts]
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Let nothing learn, nothing be dropped, and no chance be used up."""
+        for _, network in self.learning:
+            network.eval()
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                yield
+        finally:
+            for _, network in self.learning:
+                network.train()
+
+    @contextlib.contextmanager
+    def unadapted(self) -> Iterator[None]:
+        """Let the networks answer as the base model does."""
+        for _, network in self.adapted:
+            network.disable_adapters()
+        try:
+            yield
+        finally:
+            for _, network in self.adapted:
+                network.enable_adapters()
+
     def read_text(self, text: Conditioning) -> Conditioning:
         """Let the text encoders read token ids; where none are kept, all has been read."""
         if not self.text_encoders:
@@ -3383,6 +3515,7 @@ class Cache:
     images: tuple[CachedImage, ...]  # those of regularization_path last
     texts: dict[str, Conditioning]  # read by the text encoders; token ids while these learn
     wordings: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what captions may become
+    held: tuple[CachedImage, ...] = ()  # back, for validation
 
     def draw_text(self, caption: str, dropout: float, *key: object) -> str:
         """Draw what an update is told of an image, by a key alone."""
@@ -3540,10 +3673,20 @@ def to_pixels(picture: Image.Image) -> Tensor:
 Texts = Iterable[tuple[str, str]]  # whose they are, and what they say
 
 
-def texts_of(config: TrainingConfig, pictures: Iterable[Picture]) -> Texts:
+def without_words(caption: str, trigger_words: Iterable[str]) -> str:
+    """Leave the trigger words out of a caption."""
+    for word in sorted(trigger_words, key=len, reverse=True):
+        spelled = r"\s+".join(map(re.escape, word.split()))
+        caption = re.sub(rf"(?<!\w){spelled}(?!\w)", "", caption, flags=re.IGNORECASE)
+    return " ".join(caption.split()).strip(", ")
+
+
+def texts_of(config: TrainingConfig, dataset: Dataset) -> Texts:
     """List all that the text encoders will read, but for what is worded anew."""
-    for picture in pictures:
+    for picture in dataset.shown:
         yield from ((picture.name, line) for line in picture.caption.split("\n"))
+    for picture in measured(dataset.held or dataset.pictures[: dataset.facts.images], config.seed):
+        yield picture.name, without_words(picture.caption, config.trigger_words)
     yield from (("sample_prompts", prompt) for prompt in preview_prompts(config))
     yield "sample_negative_prompt", config.sample_negative_prompt
     yield from [("caption_dropout", "")] * (config.caption_dropout > 0)
@@ -3803,20 +3946,74 @@ def min_snr(snr: Tensor, gamma: float, offset: float) -> Tensor:
     return snr.clamp(max=gamma) / (snr + offset).clamp(min=1e-8)  # no ratio of two zeros
 
 
-def batch_losses(models: Models, batch: Batch) -> Tensor:
-    """Compare the denoiser's answer with what it should be; one loss per image, [batch]."""
+def ask(models: Models, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Ask the denoiser about noisy pictures; return its answer, and what that should be."""
     base, objective, schedule = models.base, models.base.objective, models.schedule
-    text, latents, noise, timesteps, time_ids, weights = batch
+    text, latents, noise, timesteps, time_ids, _ = batch
     latents = base.family.scale(latents, base.parts[base.family.vae].config)
     noisy = objective.mix(schedule, latents, noise, timesteps)
     answer = models.predict(noisy, timesteps, models.read_text(text), time_ids)
-    wanted = objective.target(schedule, latents, noise, timesteps)
-    snr = functools.partial(objective.snr, schedule, timesteps)
-    each = LOSSES[objective.loss](answer.float() - wanted, snr, objective.huber_delta)
-    losses = each.mean(dim=(1, 2, 3))
+    return answer.float(), objective.target(schedule, latents, noise, timesteps)
+
+
+def batch_losses(models: Models, batch: Batch) -> Tensor:
+    """Compare the denoiser's answer with what it should be; one loss per image, [batch]."""
+    answer, wanted = ask(models, batch)
+    objective = models.base.objective
+    snr = functools.partial(objective.snr, models.schedule, batch.timesteps)
+    losses = LOSSES[objective.loss](answer - wanted, snr, objective.huber_delta)
+    losses = losses.mean(dim=(1, 2, 3))
     if objective.snr_gamma and objective.snr_offset is not None:
         losses = losses * min_snr(snr(), objective.snr_gamma, objective.snr_offset)
-    return losses if weights is None else losses * weights
+    return losses if batch.weights is None else losses * batch.weights
+
+
+# === Measure =================================================================
+
+# A measure asks so often, one image at a time: as much work as to train on half as many. A preview
+# takes fifty, so that a validation costs a third of one, in the same cadence.
+QUESTIONS = 16
+BANDS = 4  # of times, each with the same number of questions
+LEAST_GAIN = 0.01  # of the loss; who learned less has learned nothing
+MOST_RISE = 0.02  # of the least loss; more is no chance
+
+
+def measured(items: Sequence[T], seed: int) -> list[T]:
+    """Choose what is measured: all where there are few."""
+    return [items[n] for n in shuffled(seed, 0, len(items), "measured")[:QUESTIONS]]
+
+
+def contrast(models: Models, batches: Iterable[Batch]) -> dict[str, float]:
+    """Ask with and without the adapter; tell of the losses, and how far it moves the answers."""
+    rows = []
+    for batch in batches:
+        after, wanted = ask(models, batch)
+        with models.unadapted():
+            before, _ = ask(models, batch)
+        columns = before - wanted, after - wanted, after - before, before
+        rows.append(torch.stack([each.square().mean() for each in columns]).cpu())
+    table = torch.stack(rows)  # [questions, 4]
+    before, after, way, length = table.mean(dim=0).tolist()
+    told = {"loss_before": before, "loss_after": after, "moved": math.sqrt(way / length)}
+    return told | {"loss_spread": float((table[:, 0] - table[:, 1]).std()) / math.sqrt(len(rows))}
+
+
+def weight_change(models: Models) -> dict[str, float]:
+    """Compare what the adapter adds with the weights it adds to, a block at a time."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    lengths: dict[str, list[Tensor]] = defaultdict(list)
+    with torch.no_grad():
+        for part, network in models.adapted:
+            for name, layer in network.named_modules():
+                if isinstance(layer, BaseTunerLayer):
+                    weight = dequantize_module_weight(layer.get_base_layer()).float()
+                    added = ByInput.whole(layer, weight)
+                    pair = [torch.linalg.vector_norm(each) for each in (added, weight)]
+                    lengths[f"{part.folder}.{name.partition('.')[0]}"].append(torch.stack(pair))
+        totals = {n: torch.stack(pairs).norm(dim=0).tolist() for n, pairs in lengths.items()}
+    return {name: added / weight for name, (added, weight) in totals.items() if weight}
 
 
 # === Adapter and optimizer ===================================================
@@ -4007,6 +4204,16 @@ class ByInput:
             return change
 
     @classmethod
+    def whole(cls, layer: Any, weight: Tensor) -> Tensor:
+        """Multiply out what an adapter of any kind adds to a weight."""
+        (name,) = layer.active_adapters
+        added: Tensor = layer.get_delta_weight(name).float()
+        if "lora_lengths" not in dict(layer.named_buffers(recurse=False)):
+            return added
+        factor = (1 + layer.lora_magnitude.float()) / cls.change(layer, name)
+        return (weight + added) * factor - weight
+
+    @classmethod
     def measure(cls, layer: Any, own: Tensors, strength: float, given: Tensor | None) -> None:
         """Begin with the lengths of a file, or with those that its pair makes."""
         if given is None:
@@ -4029,13 +4236,6 @@ class ByInput:
         return result + convolve(more, base.weight, None) + pair
 
 
-def learners_in(models: Models) -> list[tuple[Part, Any]]:
-    """List the networks that learn, the denoiser first."""
-    family = models.base.family
-    texts = zip(family.text_encoders, models.text_encoders, strict=False)  # kept if they learn
-    return [(family.denoiser, models.denoiser), *texts]
-
-
 def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     """Put adapters into what is trained; name their numbers, the denoiser's first."""
     import peft
@@ -4045,8 +4245,9 @@ def add_adapters(models: Models, config: TrainingConfig) -> dict[str, Any]:
     shape |= {"lora_dropout": config.lora_dropout} if not kind.folded else {}
     parameters: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
-        learners = learners_in(models)[: None if config.train_text_encoder else 1]
+        learners = models.learning[: None if config.train_text_encoder else 1]
         for part, network in learners if config.train_lora else ():
+            models.adapted.append((part, network))
             torch.manual_seed(seeded(config.seed, "adapter", part.folder).initial_seed())
             unread = None
             if part.unread_layers:  # nobody reads what these say: they get no gradient, ever
@@ -4759,7 +4960,7 @@ def begin_with(path: Path, learner: Learner, models: Models, config: TrainingCon
     from safetensors.torch import load_file
 
     tensors, said = load_file(path), strengths_said(path)
-    kind, networks = ADAPTERS[config.adapter], {p.folder: net for p, net in learners_in(models)}
+    kind, networks = ADAPTERS[config.adapter], {p.folder: net for p, net in models.learning}
     mine: dict[str, Tensors] = defaultdict(dict)
     for name in [n for n in learner.matrices if n not in learner.longest]:
         folder, module, side = taken_apart(name)
@@ -4797,7 +4998,7 @@ def lay_down(held: Tensors, own: Tensors) -> None:
 def whole_lengths(models: Models, matrices: Tensors) -> Tensors:
     """Put what DoRA learned of lengths, which is their change, together with what they were."""
     whole = dict(matrices)
-    for part, network in learners_in(models):
+    for part, network in models.learning:
         for name, first in network.named_buffers():
             if name.endswith(".lora_lengths"):
                 key = f"{part.folder}.{name.removesuffix('lengths')}magnitude"
@@ -4999,17 +5200,19 @@ KNOBS_BEHIND = {
     "regularization": ("regularization_path", ""),
     "repeats": ("folder_repeats", ""),
     "embedding_word": ("trigger_words", ""),
+    "validation": ("validation_path", ""),
 }
 
 
 def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str | None]:
     """Sum up what makes a run this run, in words; None is not known before all images are drawn."""
-    pictures, missing = plan.dataset.pictures, plan.dataset.missing
+    pictures, missing, held = plan.dataset.pictures, plan.dataset.missing, plan.dataset.held
     files = dict.fromkeys(file for each in base.parts.values() for file in each.files)
     weights = digest_of([sampled_digest(file) for file in files], 12)
     images = None if missing else digest_of([picture.digest for picture in pictures], 12)
     captions = digest_of([picture.caption for picture in pictures], 12)
     others = plan.order.others
+    shown = digest_of([[picture.digest, picture.caption] for picture in held], 12)
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     repeats = [picture.repeats for picture in pictures]
     mix += f", each counting {config.prior_weight}" if config.prior_weight != 1 else ""
@@ -5023,6 +5226,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         "effective_batch": str(config.effective_batch),
         **({"regularization": mix} if others else {}),
         **({"repeats": f"fingerprint {digest_of(repeats, 12)}"} if max(repeats) > 1 else {}),
+        **({"validation": f"{len(held)} images with fingerprint {shown}"} if held else {}),
         **{name: str(plain(vars(config)[name])) for name in fixed},
         **({"init_lora": fingerprint(config.init_lora)} if config.init_lora else {}),
         **({"embedding_word": config.word.text} if config.embedding_tokens else {}),
@@ -5341,22 +5545,17 @@ def draw_previews(
     models: Models, cache: Cache, wanted: Wanted, config: TrainingConfig, stop: StopRequest
 ) -> list[Image.Image]:
     """Draw pictures together, and touch nothing that training depends on."""
-    networks = (models.denoiser, *models.text_encoders)
     prompts, seeds = zip(*wanted, strict=True)
     sketch = Sketch.of(config, models.base)
-    for network in networks:
-        network.eval()
-    try:
-        with torch.no_grad():
+    with models.at_rest():
+        try:
             pairs = read_pairs(models, cache, prompts, sketch)
             latents = sample_latents(models, pairs, sketch, seeds, stop)
             models.load_vae().to(models.device)  # it leaves main memory for that long
             return [decode_picture(models, each[None]) for each in latents]
-    finally:
-        if models.vae:
-            models.vae.to("cpu")
-        for network in networks:
-            network.train()
+        finally:
+            if models.vae:
+                models.vae.to("cpu")
 
 
 def put_class_images(
@@ -5556,7 +5755,11 @@ class LossPoint(NamedTuple):
     grad_norm: float | None
 
 
-def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
+VALIDATION_COLOUR = "#c8641e"
+Held = Sequence[tuple[int, float | None]]  # steps with the loss on images held back
+
+
+def draw_curve(history: Sequence[LossPoint], held: Held = ()) -> Image.Image:
     """Draw the loss over the steps: values pale, their mean over a tenth of the run strong."""
     from PIL import ImageDraw, ImageFont
 
@@ -5565,9 +5768,11 @@ def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
     image = Image.new("RGB", (2400, 1200), "white")  # reduced in the end: the lines get smooth
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=32)
     draw.text((180, 28), "Training loss over steps", "black", font)
+    known = [(step, loss) for step, loss in held if loss is not None]
     # The highest hundredth may leave the picture: a few outliers would flatten all the rest.
     across = round_ticks(steps[-1], smallest=1)
-    up = round_ticks(sorted(losses)[int(0.99 * len(losses))] * 1.05)
+    highest = max([sorted(losses)[int(0.99 * len(losses))], *(loss for _, loss in known)])
+    up = round_ticks(highest * 1.05)
 
     def place(step: float, loss: float) -> tuple[float, float]:
         return 180 + 2160 * step / across[-1], 1080 - 980 * min(loss, up[-1]) / up[-1]
@@ -5585,6 +5790,12 @@ def draw_curve(history: Sequence[LossPoint]) -> Image.Image:
         smooth = list(map(place, steps, means))
         draw.line(smooth, "#2457a6", 8, joint="curve")
         draw.circle(smooth[-1], 8, "#2457a6")
+    if known:
+        draw.text((600, 28), "Validation loss", VALIDATION_COLOUR, font)
+        dots = [place(*point) for point in known]
+        draw.line(dots, VALIDATION_COLOUR, 6, joint="curve")
+        for dot in dots:
+            draw.circle(dot, 9, VALIDATION_COLOUR)
     return image.resize((1200, 600), Image.Resampling.LANCZOS)
 
 
@@ -5596,13 +5807,18 @@ def round_ticks(high: float, smallest: float = 0.0) -> list[float]:
     return [width * n for n in range(max(1, math.ceil(high / width)) + 1)]
 
 
-def write_history(output: Path, history: Sequence[LossPoint]) -> None:
+def write_history(output: Path, history: Sequence[LossPoint], held: Held = ()) -> None:
     """Write loss_history.csv and loss_curve.png."""
-    points = plain(history)  # with None for what is no number
-    rows = [f"{step},{'' if loss is None else loss},{lr:.10g}" for step, loss, lr, _ in points]
-    table = "\n".join(["step,loss,learning_rate", *rows, ""])
+
+    def cell(number: float | None) -> str:
+        return "" if number is None else f"{number}"
+
+    points, found = plain(history), dict(held)  # with None for what is no number
+    rows = [f"0,,,{cell(found[0])}"] if 0 in found else []
+    rows += [f"{n},{cell(loss)},{lr:.10g},{cell(found.get(n))}" for n, loss, lr, _ in points]
+    table = "\n".join(["step,loss,learning_rate,validation_loss", *rows, ""])
     write_whole(output / "loss_history.csv", table.encode())
-    write_whole(output / "loss_curve.png", encode_png(draw_curve(history)))
+    write_whole(output / "loss_curve.png", encode_png(draw_curve(history, held)))
 
 
 # === Memory plan =============================================================
@@ -5812,10 +6028,12 @@ WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNOREC
 
 def check_paths(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]:
     """Look at the places the config names and list all that is wrong with them at once."""
-    drawn = config.prior_preservation
+    drawn = "regularization_path" if config.prior_preservation else ""
     checks: tuple[Callable[[], Any], ...] = (
-        lambda: check_images(config.dataset_path, "dataset_path"),
-        lambda: check_images(config.regularization_path, "regularization_path", drawn=drawn),
+        *(
+            functools.partial(check_images, vars(config)[knob], knob, drawn=drawn == knob)
+            for knob in IMAGE_FOLDERS
+        ),
         lambda: check_output(config.output_path),
         lambda: check_extras(config),
         lambda: inspect_model(config),
@@ -5887,9 +6105,10 @@ def disk_needed(config: TrainingConfig, structure: BaseModel, steps: int) -> int
     lora = numbers * (4 if config.save_precision == "fp32" else 2)
     state = state_bytes(config) * numbers
     rounds = 1 + config.sample_at_start + steps // config.validation_steps
+    best = rounds if config.holds_back else 0
     pictures = rounds * len(preview_prompts(config))
     return (
-        lora * (1 + steps // config.checkpoint_steps)
+        lora * (1 + steps // config.checkpoint_steps + best)
         + state * (config.keep_checkpoints + 1)  # the next is written before the oldest goes
         + pictures * 3 * config.resolution**2  # a PNG is never larger than its pixels by much
     )
@@ -5926,12 +6145,12 @@ class Preflight:
             self.foresee_class_images(events)
         plan, needed, free = None, self.disk_needed_bytes, self.disk_free_bytes
         if self.structure:
-            images = len(self.dataset.pictures)
-            each = wordings_each(self.config, self.structure, images)
-            texts = sum(max(p.caption.count("\n") + 1, each) for p in self.dataset.pictures)
+            shown = self.dataset.shown
+            each = wordings_each(self.config, self.structure, len(shown))
+            texts = sum(max(p.caption.count("\n") + 1, each) for p in shown)
             drawing = bool(self.dataset.missing)
             config = dataclasses.replace(self.config, prior_preservation=drawing)
-            plan = MemoryPlan.make(config, self.structure, images, device, texts)
+            plan = MemoryPlan.make(config, self.structure, len(shown), device, texts)
             events.emit(plan.facts())
         if needed is not None and needed > free:
             expected, found = f"{size_of(needed)} free", size_of(free)
@@ -6182,6 +6401,7 @@ class TrainState:
 
     step: int = 0
     history: list[LossPoint] = field(default_factory=list)
+    held: list[tuple[int, float | None]] = field(default_factory=list)  # validated steps, losses
     # Loss and norm of each update since, on the device until somebody wants to know; its rate.
     unread: list[tuple[Tensor, float]] = field(default_factory=list)
     reported: int = 0  # rows of the history that progress lines have summed up
@@ -6200,9 +6420,16 @@ class TrainState:
         timed = self.step - self.first_step
         return self.busy_seconds / timed if timed > 0 else None
 
+    @property
+    def best_step(self) -> int | None:
+        """Tell where the loss on images held back was least."""
+        known = [(loss, step) for step, loss in self.held if loss is not None]
+        return min(known)[1] if known else None
+
     def to_json(self) -> Record:
         """Write down what a later start goes on with; speed is no part of it."""
-        return {"reported": self.reported, "loss": self.loss, "history": plain(self.history)}
+        rows = {"history": plain(self.history), "held": plain(self.held)}
+        return {"reported": self.reported, "loss": self.loss, **rows}
 
     def recall(self, record: Record) -> None:
         """Go on with what an earlier start wrote down; nonsense raises what converting raises."""
@@ -6214,6 +6441,7 @@ class TrainState:
             LossPoint(int(step), number(loss), float(learning_rate), number(norm))
             for step, loss, learning_rate, norm in record["history"]
         ]
+        self.held = [(int(step), number(loss)) for step, loss in record.get("held", ())]
         self.reported, self.loss = int(record["reported"]), number(record["loss"])
 
 
@@ -6326,7 +6554,7 @@ class LoRATrainer:
             plan = Preflight(self.config, facts, base, dataset, self.state.step)
             if self.saved or self.earlier.complete:  # else nobody needs to read all images again
                 self.compare(plan, base)
-            texts, room = texts_of(self.config, dataset.pictures), self.config.max_tokens
+            texts, room = texts_of(self.config, dataset), self.config.max_tokens
             report_long(self.config.word.weigh(texts), base, self.events, room)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
@@ -6364,7 +6592,7 @@ class LoRATrainer:
             events.emit(PhaseFacts(name="importing libraries", done=0, total=None))
             self.stop.wait_for(imports)
             self.models = self.load(base, plan)
-            self.cache = self.encode(dataset.pictures)
+            self.cache = self.encode(dataset)
             if None in self.origin["identity"].values():  # until the class images were drawn
                 self.compare(plan, base)
 
@@ -6409,7 +6637,7 @@ class LoRATrainer:
             self.check_results()
             self.run_id = (earlier.manifest or earlier.complete).get("run_id", self.run_id)
             # A finished run that is asked for what it has done is left as it is, to the last byte.
-            again = earlier.complete.get("asked") == [config.steps, config.epochs]
+            again = earlier.complete.get("asked") == config.asked
             again = again and mirror_ends_with(output, earlier.complete)
             mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
             watching = self.stop.watching(causes)
@@ -6451,7 +6679,8 @@ class LoRATrainer:
         """Recall how an earlier start completed the run, if it did all that is asked for."""
         said = self.earlier.complete
         done = CompleteEvent(**said["event"]) if said else None
-        return done if done and self.total_steps <= done.step else None
+        same = said.get("asked") == self.config.asked  # it may have been stopped early
+        return done if done and (same or self.total_steps <= done.step) else None
 
     def start(self, aside: Path | None = None) -> None:
         """Send the first line, also of a run that is to stop, and what happened before."""
@@ -6526,14 +6755,15 @@ class LoRATrainer:
             models.tiling, models.previews_at_once = memory.tiling, memory.previews_at_once
         return models
 
-    def encode(self, pictures: Sequence[Picture]) -> Cache:
+    def encode(self, dataset: Dataset) -> Cache:
         """Let VAE and text encoders work once; keep the latter if what they say is to change."""
         config, models, self.phase = self.config, self.models, "encoding"
         self.shelf = Shelf(config.cache_dir, models.device, self.events)
+        pictures = dataset.shown
         each = wordings_each(config, models.base, len(pictures))
         wordings = {p.caption: word_caption(config, p.caption, each) for p in pictures}
         anew = ((p.name, wording) for p in pictures for wording in wordings[p.caption])
-        texts = self.encode_texts((*texts_of(config, pictures), *anew), self.team)
+        texts = self.encode_texts((*texts_of(config, dataset), *anew), self.team)
         if config.text_changes:
             models.load_text_encoders(models.dtype)
         self.draw_class_images([p for p in pictures if p.missing], Cache((), texts))
@@ -6543,7 +6773,8 @@ class LoRATrainer:
         if models.vae:
             models.vae.to("cpu")
         self.tell_memory()
-        return Cache(images, texts, wordings)
+        trained = len(dataset.pictures)
+        return Cache(images[:trained], texts, wordings, images[trained:])
 
     def encode_texts(self, texts: Texts, team: Team) -> dict[str, Conditioning]:
         """Let text encoders that do not learn read texts, and go; those that do get token ids."""
@@ -6595,7 +6826,7 @@ class LoRATrainer:
         learner = Learner(models, self.config)
         if models.device.type == "cpu":
             keep_freed_memory()
-        for network in (models.denoiser, *models.text_encoders):
+        for _, network in models.learning:
             network.train()
         self.tell_memory()
         precision, numbers = str(models.dtype).removeprefix("torch."), learner.learned.numel()
@@ -6721,10 +6952,12 @@ class LoRATrainer:
     def go(self) -> None:
         """Step until done."""
         with torch.random.fork_rng():  # dropout sets torch's global source of chance
+            self.check_held()
             self.make_due()
             while self.state.step < self.total_steps:
                 self.update()
                 self.report()
+                self.check_held()
                 self.make_due()
         self.check_loss()  # of a run that was given up at its last update
 
@@ -6877,6 +7110,49 @@ class LoRATrainer:
             expected, found = "a finite loss", f"none in {most} updates"
             raise TrainError.at(ErrorCode.LOSS_NOT_FINITE, "learning_rate", expected, found)
 
+    def check_held(self) -> None:
+        """Measure what is held back, where that is due; end where it was best too long ago."""
+        state, step, patience = self.state, self.state.step, self.config.early_stopping_patience
+        asked = due(self.config.validation_steps, step) or step == self.total_steps
+        if not (self.cache.held and asked):
+            return
+        if step not in dict(state.held):  # a restart may have it
+            self.validate_held()
+        if state.best_step == step and step and self.team.leads:
+            self.checkpoint("best")
+        if patience and sum(at > (state.best_step or 0) for at, _ in state.held) >= patience:
+            self.total_steps = step
+            self.report()  # of the last step, which it is now
+
+    def validate_held(self) -> None:
+        """Measure the loss on what is held back, and say so; all of a team take part."""
+        state, mine, width = self.state, [], QUESTIONS // BANDS
+        with self.models.at_rest(), self.learner.showing():  # what files and previews hold
+            every = self.questions(self.cache.held)
+            for batch in itertools.islice(every, self.team.rank, None, self.team.size):
+                answer, wanted = ask(self.models, batch)
+                mine.append(float((answer - wanted).square().mean()))
+        losses = self.team.gather(mine)
+        bands = [losses[begin : begin + width] for begin in range(0, QUESTIONS, width)]
+        loss, *by_time = plain([math.fsum(each) / len(each) for each in (losses, *bands)])
+        state.held.append((state.step, loss))
+        told: Record = {"step": state.step, "loss": loss, "by_time": tuple(by_time)}
+        self.events.emit(ValidationEvent(**told, best_step=state.best_step))
+
+    def questions(self, images: Sequence[CachedImage]) -> Iterator[Batch]:
+        """Put the same questions as ever: images in turn, at all times, the least noise first."""
+        config, models = dataclasses.replace(self.config, caption_dropout=0.0), self.models
+        cache = dataclasses.replace(self.cache, images=tuple(measured(images, config.seed)))
+        objective = models.base.objective
+        for number, turn in enumerate(shuffled(config.seed, 0, QUESTIONS, "turns")):
+            if self.team.size == 1:  # else the others would wait for what does not come
+                self.stop.check()
+            # Update 0 is never made, and has chance of its own.
+            share = torch.tensor((number + 0.5) / QUESTIONS)
+            batch = draw_batch(models, cache, config, 0, [(number, turn % len(cache.images))])
+            time_ = objective.time_at(objective, models.schedule, batch.latents, share)
+            yield batch._replace(timesteps=time_[None].to(models.device))
+
     def make_due(self) -> None:
         """Write and draw what this step asks for."""
         config, step = self.config, self.state.step
@@ -6927,9 +7203,10 @@ class LoRATrainer:
         step = self.state.step
         try:
             with self.lock:
-                self.save_state()
+                if reason != "best":
+                    self.save_state()
                 if reason == "interrupted":
-                    write_history(self.config.output_path, self.state.history)
+                    write_history(self.config.output_path, self.state.history, self.state.held)
                 self.save_files(reason)
         except Exception as error:
             if reason == "periodic" and not isinstance(error, OSError):
@@ -7023,9 +7300,12 @@ class LoRATrainer:
             with self.lock:
                 self.save_state()  # should the rest fail, a restart has only to do that
                 written = self.write_files(files)
-                write_history(config.output_path, state.history)
+                write_history(config.output_path, state.history, state.held)
             self.preview()  # nothing is lost if that fails, hangs or is stopped
-            copies = self.put_copies(files)
+            learned = self.judge() if config.train_lora else Record()
+            best = files_of(config, state.best_step)[kind] if state.best_step else None
+            best = best if best and best.is_file() else None
+            copies = self.put_copies(files, best)
             done = CompleteEvent(
                 step=state.step,
                 final_path=str(path),
@@ -7037,8 +7317,11 @@ class LoRATrainer:
                 final_loss=state.loss,
                 images_per_second=self.images_per_second(),
                 peak_memory_bytes=memory_held(self.models.device)[1],
+                best_step=state.best_step,
+                best_path=plain(best),
+                **learned,
             )
-            said = {**self.origin, "asked": [config.steps, config.epochs], "event": plain(done)}
+            said = {**self.origin, "asked": config.asked, "event": plain(done)}
             write_whole(config.output_path / "state" / "complete.json", seal(said))
         except OSError as error:
             expected, found = "a final file on disk", str(error)
@@ -7046,15 +7329,55 @@ class LoRATrainer:
         self.events.emit(done)
         return done
 
-    def put_copies(self, files: Mapping[str, Path]) -> dict[str, str]:
+    def judge(self) -> Record:
+        """Measure what was learned; warn where that is nothing, or by heart."""
+        own, held, quiet = self.cache.images[: self.order.own], self.cache.held, []
+        for image in held or own:
+            caption = without_words(image.caption, self.config.trigger_words)
+            quiet.append(dataclasses.replace(image, caption=caption))
+        try:
+            with self.models.at_rest(), self.learner.showing():
+                change = weight_change(self.models)
+                elsewhere, trained = (
+                    contrast(self.models, self.questions(images)) for images in (quiet, own)
+                )
+                found = contrast(self.models, self.questions(held)) if held else trained
+        except Exception as error:  # noqa: BLE001, whatever it is, the files are whole
+            message, reason = f"What was learned is not known: {error}", type(error).__name__
+            self.events.warn(WarningCode.MEASURE_FAILED, message, reason=reason)
+            return {}
+        self.warn_of(trained)
+        return {**found, "moved_without_trigger": elsewhere["moved"], "weight_change": change}
+
+    def warn_of(self, trained: Mapping[str, float]) -> None:
+        """Tell whoever would find out by looking: nothing was learned, or too much by heart."""
+        before, after = trained["loss_before"], trained["loss_after"]
+        losses, best = dict(self.state.held), self.state.best_step or 0
+        least, last = (losses.get(step) or math.nan for step in (best, self.state.step))
+        if not before - after > max(LEAST_GAIN * before, trained["loss_spread"]):
+            code, said = WarningCode.NOTHING_LEARNED, "Nothing was learned: of images trained on,"
+        elif last > (1 + MOST_RISE) * least:
+            code, before, after = WarningCode.OVERFITTED, least, last
+            said = f"Overfitted since step {best}: of images held back,"
+        else:
+            return
+        message = f"{said} the loss went from {before:.4g} to {after:.4g}"
+        self.events.warn(code, message, before=before, after=after)
+
+    def put_copies(self, files: Mapping[str, Path], best: Path | None) -> dict[str, str]:
         """Put files where other programs look for them; what goes wrong there ends no run."""
-        config, copies = self.config, copies_of(self.config)
+        config, copies, drawn = self.config, copies_of(self.config), self.sample_path(1)
         if not copies:
             return {}
+        if best and config.train_lora:  # people want what drew best, not what came last
+            files, drawn = (
+                {**files, "lora": best},
+                drawn.with_name(f"step_{self.state.best_step}.png"),
+            )
         # What A1111 reads about it.
         words, kind = ", ".join(config.trigger_words), self.models.base.family.name.upper()
         said = {"activation text": words, "preferred weight": 1.0, "sd version": kind}
-        sources = {**files, "picture": self.sample_path(1)}
+        sources = {**files, "picture": drawn}
         try:
             contents = {
                 k: p.read_bytes() for k, p in sources.items() if k in copies and p.is_file()

@@ -43,13 +43,18 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def sigma_at(objective: Objective, flow: Flow, latents: Tensor, share: Tensor) -> Tensor:
+    """Give the time that a share of those that are drawn lies below, shifted and fitted."""
+    sigma = TIMES[objective.timestep_sampling](share)
+    low, high = (end / 1000 for end in objective.timestep_range)
+    return low + (high - low) * shifted(sigma, flow.shift(flow.tokens(latents)))
+
+
 def draw_sigma(
     objective: Objective, flow: Flow, latents: Tensor, chance: torch.Generator
 ) -> Tensor:
-    """Draw a time, shift it, and fit it into what is trained."""
-    sigma = TIMES[objective.timestep_sampling](chance)
-    low, high = (end / 1000 for end in objective.timestep_range)
-    return low + (high - low) * shifted(sigma, flow.shift(flow.tokens(latents)))
+    """Draw a time."""
+    return sigma_at(objective, flow, latents, torch.rand((), generator=chance))
 
 
 def mix(_: Flow, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -91,6 +96,7 @@ def flow_matching(
         prediction_type="flow",
         load_schedule=load,
         draw_time=draw_sigma,
+        time_at=sigma_at,
         mix=mix,
         target=lambda _, latents, noise, __: noise - latents,
         solver=Ladder,

@@ -193,7 +193,7 @@ def test_knobs_that_hold_a_path_say_so() -> None:
     paths = {name for name, knob in KNOBS.items() if knob.get("format") == "path"}
     required = {"dataset_path", "base_model", "output_path"}
     optional = {"model_config_path", "vae", "cache_dir", "regularization_path", "loras_path"}
-    optional |= {"init_lora", "embeddings_path"}
+    optional |= {"init_lora", "embeddings_path", "validation_path"}
     assert paths == required | optional
 
 

@@ -328,11 +328,24 @@ def compile_without_compiler(folder: Path) -> list[Record]:
         return start(folder)
 
 
+def have_weights_that_cannot_be_read(folder: Path) -> list[Record]:
+    """Let PEFT fail to unpack a layer, after all has been learned."""
+
+    def fail(_: object) -> None:
+        raise NotImplementedError("packed in another way")
+
+    write_tiny_run(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft.utils.integrations.dequantize_module_weight", fail)
+        return start(folder)
+
+
 # These take a card; tests/test_speed.py reaches them by their parts.
 BY_HARDWARE = {WarningCode.MEMORY_SPILLED, WarningCode.CUDA_GRAPH_FAILED}
-# tests/test_several_processes.py, tests/families and tests/test_optimizers.py reach these, with
-# what they need for it.
-ELSEWHERE = {*(ErrorCode.PROCESS_LOST, WarningCode.BASE_DISTILLED, WarningCode.LEARNING_RATE_HIGH)}
+# tests/test_several_processes.py, tests/families, tests/test_optimizers.py and
+# tests/test_validation.py reach these, with what they need for it.
+ELSEWHERE = {ErrorCode.PROCESS_LOST, WarningCode.BASE_DISTILLED}
+ELSEWHERE |= {WarningCode.LEARNING_RATE_HIGH, WarningCode.OVERFITTED}
 
 ERRORS: dict[ErrorCode, Scene] = {
     ErrorCode.CONFIG_NOT_FOUND: lambda folder: play_it(folder, "--config", "gone.json"),
@@ -386,6 +399,8 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.PRECISION_CHANGED: trained(mixed_precision="fp16"),
     WarningCode.UPDATE_RETRIED: run_short_of_memory,
     WarningCode.UPDATE_SKIPPED: trained(poison_a_word, steps=3),
+    WarningCode.NOTHING_LEARNED: trained(learning_rate=1e-5),
+    WarningCode.MEASURE_FAILED: have_weights_that_cannot_be_read,
     WarningCode.SAMPLE_FAILED: trained(obstruct("samples/step_1.png", by_folder=True)),
     WarningCode.PREDICTION_ASSUMED: prepared(write_sd2_file, base_model="sd2.safetensors"),
     WarningCode.CHECKPOINT_FAILED: obstruct_a_checkpoint_meanwhile,

@@ -55,6 +55,7 @@ from train_lora import (
     ResumeFacts,
     SampleEvent,
     StartEvent,
+    ValidationEvent,
     ValidFacts,
     WarningCode,
     WarningEvent,
@@ -101,6 +102,7 @@ def start(config: Record) -> StartEvent:
     )
 
 
+VALIDATION = ValidationEvent(step=2, loss=0.25, by_time=(0.1, 0.2, None, 0.4), best_step=1)
 COMPLETE = CompleteEvent(
     step=10,
     percent=100,
@@ -143,7 +145,7 @@ FACTS: list[Facts] = [
     VALID,
 ]
 EXAMPLES: list[Event] = [
-    *(start({"seed": 0}), warning(file="a.png"), progress(), SAMPLE, CHECKPOINT),
+    *(start({"seed": 0}), warning(file="a.png"), progress(), VALIDATION, SAMPLE, CHECKPOINT),
     *(COMPLETE, INTERRUPTED, error(problems=(Problem(path="$", expected="", found="", hint=""),))),
 ]
 
@@ -169,7 +171,7 @@ def parse(line: bytes) -> Record:
 
 def test_every_class_and_topic_of_the_contract_exists() -> None:
     """The types are those of the contract, and the examples below cover them and all topics."""
-    types = ["start", "info", "warning", "progress", "sample", "checkpoint"]
+    types = ["start", "info", "warning", "progress", "validation", "sample", "checkpoint"]
 
     assert [cls.wire["type"] for cls in train_lora.EVENTS] == [
         *types,

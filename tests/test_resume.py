@@ -1042,6 +1042,10 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "objective": (knob(**TAUGHT), {*TAUGHT}),
     "regularization": (regularize, {"regularization_path", "dataset_path"}),
     "global batch": (knob(gradient_accumulation_steps=4), {"batch_size"}),
+    "images held back": (
+        knob(validation_split=1),
+        {"validation_split", "validation_path", "dataset_path"},
+    ),
     "two at once": (knob(seed=1, lora_rank=4), {"seed", "lora_rank"}),
 }
 

@@ -225,7 +225,7 @@ def test_the_trainable_numbers_are_counted(trained: Trained) -> None:
 def test_the_history_has_a_row_for_every_step(trained: Trained) -> None:
     """And its mean over a progress line's steps is that line's loss."""
     rows = trained.history
-    assert [list(row) for row in rows] == [["step", "loss", "learning_rate"]] * 4
+    assert [list(row) for row in rows] == [["step", "loss", "learning_rate", "validation_loss"]] * 4
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
     assert {float(row["learning_rate"]) for row in rows} == {0.01}
     told = 0

@@ -80,7 +80,7 @@ def prepare(config: TrainingConfig) -> Ready:
     assert base is not None
     ready.models = ready.load(base)
     dataset = train_lora.scan_dataset(config, ready.events, ready.stop)
-    images = ready.encode(dataset.pictures)
+    images = ready.encode(dataset)
     corners = (replace(i, latent_dist=i.latent_dist[..., :8, :8].clone()) for i in images.images)
     ready.cache = replace(images, images=tuple(corners))
     ready.learner = ready.adapt(facts)

@@ -27,6 +27,7 @@ figcaption{font-size:12px;line-height:1.3;color:var(--text);overflow-wrap:anywhe
 img{display:block;max-width:12rem}svg{width:100%;height:auto}
 svg text{font-size:11px;fill:var(--text)}
 polyline{fill:none}.raw{stroke:var(--pale);stroke-width:1}.mean{stroke:var(--strong);stroke-width:2.5}
+.held{stroke:#c8641e;stroke-width:2.5;stroke-dasharray:3 4}
 .checkpoint{stroke:var(--line)}.seam{stroke:#c60;stroke-dasharray:4 3}
 .steep{display:none}.steep:target{display:block}.steep:target+.flat{display:none}
 @media print{body{margin:0;max-width:none}details>*{display:block}}

@@ -317,14 +317,22 @@ class Plan:
         follows = {"output_path": str(self.out / "run")}
         if "data" in self.document:
             follows["dataset_path"] = str(self.dataset)
+            follows |= self.held_back(self.heldout)
         for key in follows.keys() & said.keys():
             raise refuse(f"training.{key}", "nothing: it follows from the rest", said[key])
         return said | follows
 
+    def held_back(self, place: Path | None) -> dict[str, str]:
+        """Hand on what data holds back, unless the training says itself what it validates by."""
+        own = {"validation_path", "validation_split"} & self.document["training"].keys()
+        return {"validation_path": str(place)} if place and not own else {}
+
     def config(self) -> TrainingConfig:
         """Check the knobs of the training by the trainer's own rules."""
+        # What data has yet to hold back counts as there: some knobs go with it alone.
+        coming = self.out / "dataset" / "validation" if "data" in self.document else None
         try:
-            return TrainingConfig.from_record(self.training())
+            return TrainingConfig.from_record(self.training() | self.held_back(coming))
         except TrainError as error:
             problems = [
                 dataclasses.replace(problem, path=f"training.{problem.path}")
@@ -385,7 +393,10 @@ class Plan:
         reads = {
             "data": [section.get("source"), *given],
             "caption": [section.get("model"), *given],
-            "training": [self.dataset, *base, knobs.get("regularization_path")],
+            "training": [
+                *(self.dataset, *base, knobs.get("regularization_path")),
+                knobs.get("validation_path") or self.heldout,
+            ],
             "generate": [out / "run/checkpoints", out / "run/lora_final.safetensors", *base],
             "evaluate": [
                 *(out / "grid", self.dataset, section.get("heldout") or self.heldout),

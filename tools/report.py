@@ -41,6 +41,7 @@ class Story:
     progress: dict[int, Record] = field(default_factory=dict)
     samples: dict[tuple[int, str], Record] = field(default_factory=dict)
     checkpoints: dict[int, Record] = field(default_factory=dict)
+    validation: dict[int, Record] = field(default_factory=dict)
     warnings: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)  # a message for each code of a warning
     last: Record | None = None  # of the latest start, if it has ended
@@ -61,6 +62,8 @@ class Story:
             self.examples.setdefault(str(event.get("code")), str(event.get("message")))
         elif kind == "progress" and isinstance(step, int):
             self.progress[step] = event
+        elif kind == "validation" and isinstance(step, int):
+            self.validation[step] = event
         elif kind == "checkpoint" and isinstance(step, int):
             self.checkpoints[step] = event
         elif kind == "sample" and isinstance(step, int):
@@ -214,7 +217,10 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def curve(points: Sequence[tuple[float, float]], story: Story, *, logarithmic: bool) -> str:
     """Draw the loss over the steps, with what happened on the way."""
     across = max(step for step, _ in points) or 1.0
-    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
+    told = ((float(step), number(event.get("loss"))) for step, event in story.validation.items())
+    held = sorted((step, loss) for step, loss in told if loss is not None and step <= across)
+    losses = [loss for _, loss in (*points, *held)]
+    low, high = min(losses), max(losses)
     floor = math.log(max(low, 1e-9)) if logarithmic else 0.0
     height = (math.log(max(high, 1e-9)) if logarithmic else high) - floor or 1.0
 
@@ -246,7 +252,7 @@ def curve(points: Sequence[tuple[float, float]], story: Story, *, logarithmic: b
     return (
         '<svg viewBox="0 0 800 285" role="img" aria-label="Training loss over steps">'
         f"{''.join(labels)}{''.join(drawn)}{line('raw', thin(points))}"
-        f"{line('mean', thin(smooth(points)))}</svg>"
+        f"{line('mean', thin(smooth(points)))}{line('held', held)}</svg>"
     )
 
 
@@ -259,8 +265,9 @@ def curves(points: Sequence[tuple[float, float]], story: Story) -> str:
         '<p><a href="#linear">linear</a> <a href="#logarithmic">logarithmic</a></p>'
         f'<div id="logarithmic" class="steep">{steep}</div>'
         f'<div id="linear" class="flat">{flat}</div>'
-        '<p class="told">Pale: as told. Strong: the mean of a twentieth of the run. Upright: '
-        "checkpoints; dashed where the run was resumed.</p>"
+        '<p class="told">Pale: as told. Strong: the mean of a twentieth of the run. Dotted: the '
+        "loss on images held back, where there are any. Upright: checkpoints; dashed where the run "
+        "was resumed.</p>"
     )
 
 
