@@ -39,9 +39,16 @@ ENV HOME=/cache \
 USER 1000:1000
 STOPSIGNAL SIGTERM
 
-# A job is healthy while it runs, and its exit code and last line tell the rest. A probe knows
-# no more, and costs a process each time.
-HEALTHCHECK NONE
+# A job is healthy while it runs, and its exit code and last line tell the rest. Where it serves
+# this port, by http_port, it also has to answer there.
+ENV HEALTH_PORT=8765
+HEALTHCHECK --interval=60s --timeout=10s --start-period=60s CMD ["python", "-S", "-c", \
+  "import os, socket; \
+   caller = socket.socket(); \
+   caller.settimeout(5); \
+   off = caller.connect_ex(('127.0.0.1', int(os.environ['HEALTH_PORT']))); \
+   off or caller.sendall(b'GET /healthz HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n'); \
+   raise SystemExit(not off and b' 200 ' not in caller.recv(100))"]
 
 # Options are the trainer's; anything else is a command of its own, as some hosts write
 # `python train_lora.py --config …`. exec leaves no shell between the program and its signals.

@@ -213,6 +213,7 @@ class WarningCode(Code):
     ADAPTER_UNREAD = "Some programs do not read this kind of adapter.", "All read adapter lora."
     CACHE_FAILED = "cache_dir cannot be written; all is kept in memory.", "Look at its disk."
     MIRROR_FAILED = "events.jsonl cannot be written.", "Look at the disk behind output_path."
+    WATCHER_FAILED = "Who watches the run is told no more.", "Mend the knob that data names."
     REQUEST_REFUSED = "request.json asks for what cannot be done.", "README says what it may hold."
     OUTPUT_REMOVED = "output_path was removed under the run.", "Leave it alone until the last line."
 
@@ -786,22 +787,17 @@ def encode_line(record: Record) -> bytes:
         short, limit = shorten(record, limit), limit // 2
 
 
-@dataclass(eq=False)
-class LineWriter:
-    """Write lines to a file from a thread of its own, which alone holds the descriptor.
+class Follower:
+    """Pass each line on in a thread of its own, so that whoever is slow slows nobody.
 
-    Whoever reads slowly slows nobody: while the backlog is long, progress lines are dropped and
-    all others wait here. They also wait for a full disk, which is tried again now and then.
+    While the backlog is long, progress lines are dropped and all others wait here.
     """
 
-    descriptor: int
-    on_failure: Callable[[OSError], None]
-    encode: Callable[[Record], bytes] = encode_line
-    reopen: Callable[[int], int | None] = lambda _: None  # may give another descriptor
+    encode: Callable[[Record], Any]
 
     def __post_init__(self) -> None:
         """Start the thread."""
-        self._lines: SimpleQueue[bytes] = SimpleQueue()
+        self._lines: SimpleQueue[Any] = SimpleQueue()
         self._closing = threading.Event()
         self._ended = beside(self._drain)
 
@@ -812,17 +808,56 @@ class LineWriter:
             self._lines.put(self.encode(record))
 
     def close(self, patient: Callable[[], bool]) -> None:
-        """Take no more lines; wait until all are written, or leave a thread that hangs behind."""
+        """Take no more lines; wait until all are passed on, or leave a thread that hangs behind."""
         self._closing.set()
-        self._lines.put(b"")
+        self._lines.put(None)
         while not self._ended.done() and patient():
             wait([self._ended], timeout=0.05)
 
     def _drain(self) -> None:
-        """Write line after line until the empty one, or until nobody can receive them."""
-        while (line := self._lines.get()) and self._deliver(line):
-            pass
+        """Pass on line after line to the last, or until nobody can receive them."""
+        self.pass_on(iter(self._lines.get, None))
         self._closing.set()
+
+    def pass_on(self, lines: Iterator[Any]) -> None:
+        """Do it, each as it comes."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Watcher(Follower):
+    """Tell those who watch a run beside its host; what fails there is told, and ends no run."""
+
+    knob: str
+    watch: Callable[[Iterator[Record]], None]
+    events: Emitter
+    encode: Callable[[Record], Record] = dict
+
+    def pass_on(self, lines: Iterator[Record]) -> None:
+        """Let it watch until it fails."""
+        try:
+            self.watch(lines)
+        except Exception as error:  # noqa: BLE001, whatever it is, training goes on
+            reason = reason_of(error)
+            message = f"{self.knob} fails, and training goes on: {reason}"
+            self.events.warn(WarningCode.WATCHER_FAILED, message, knob=self.knob, reason=reason)
+
+
+@dataclass(eq=False)
+class LineWriter(Follower):
+    """Write lines to a file, whose descriptor the thread alone holds.
+
+    They also wait for a full disk, which is tried again now and then.
+    """
+
+    descriptor: int
+    on_failure: Callable[[OSError], None]
+    encode: Callable[[Record], bytes] = encode_line
+    reopen: Callable[[int], int | None] = lambda _: None  # may give another descriptor
+
+    def pass_on(self, lines: Iterator[bytes]) -> None:
+        """Write line after line."""
+        all(map(self._deliver, lines))  # until one fails
         if self.descriptor != NOT_OPEN:
             os.close(self.descriptor)
 
@@ -1000,8 +1035,8 @@ def describe_values(knob: Record) -> str:
         return " or ".join(kinds) + ", or null" * ("null" in knob["type"])
     if knob["type"] == "array":
         item = re.sub("^(text|a number) ", "", describe_values(knob["items"]))
-        items = "texts" if knob["items"]["type"] == "string" else "numbers"
-        return f"a list of at most {knob['maxItems']} {items}, {item} each"
+        unit = "text" if knob["items"]["type"] == "string" else "number"
+        return f"a list of at most {counted(knob['maxItems'], unit)}, {item} each"
     if knob["type"] == "string":
         least = knob.get("minLength", 0)
         longest = f" of {least} … {knob['maxLength']} characters" if "maxLength" in knob else ""
@@ -1204,6 +1239,9 @@ class TrainingConfig:
     save_precision: str
     keep_checkpoints: int
     embeddings_path: Path | None
+    report_to: tuple[str, ...]
+    metrics_file: Path | None
+    http_port: int | None
 
     # No knobs: what is to be told as soon as somebody listens, and who shares the run.
     remarks: tuple[WarningEvent, ...] = ()
@@ -4556,7 +4594,7 @@ class Learner:
 FINAL = "lora_final.safetensors"
 EMBEDDINGS = "embeddings"  # a folder: whoever takes a file from the output folder wants the LoRA
 # What a run writes. Only these are ever set aside, so that a shared folder stays as it is.
-OWN_FOLDERS = ("checkpoints", "samples", "state", EMBEDDINGS)
+OWN_FOLDERS = ("checkpoints", "samples", "state", "tensorboard", EMBEDDINGS)
 OWN_FILES = (*OWN_FOLDERS, "events.jsonl", "loss_history.csv", "loss_curve.png", FINAL)
 # What nobody wants to lose.
 RESULTS = (FINAL, "checkpoints/*.safetensors", f"{EMBEDDINGS}/*.safetensors", "state/step_*")
@@ -6067,6 +6105,8 @@ def check_images(folder: Path | None, knob: str, *, drawn: bool = False) -> None
 
 def check_extras(config: TrainingConfig) -> None:
     """Look for what only some configs need: another VAE, configs for a file, a package."""
+    for package in config.report_to:
+        check_package(package, "report_to")
     package, _, _ = OPTIMIZERS[config.optimizer].module.partition(".")
     if package not in ("torch", "transformers"):  # which preflight does without
         check_package(package, "optimizer")
@@ -6382,6 +6422,180 @@ class Team:
         return TrainError(ErrorCode[words["code"]], words["message"], problems)
 
 
+# === Watchers ================================================================
+
+WATCHER_SECONDS = 2.0  # that the end of a run waits for whoever watches
+ANSWERS, STREAMS = 32, 16  # at once, so that short ones find room beside readers of lines
+ANSWER_SECONDS, REQUEST_BYTES = 5.0, 8192
+EVENT_STREAM = "text/event-stream"
+ASKED = re.compile(rb"GET (/[^ ?]*)(?:[?](?:from=(\d{1,9}))?[^ ]*)? HTTP/1[.][01]\r\n")
+HOST = re.compile(rb"(?i)\r\nhost:[ \t]*([^\r]*?)(?::\d+)?[ \t]*(?=\r\n)")
+SEEN = re.compile(rb"(?i)\r\nlast-event-id:[ \t]*(\d{1,9})[ \t]*\r\n")
+
+
+def numbers_in(record: Record) -> dict[str, float]:
+    """List the numbers of a line by the names of its fields; what is unknown is left out."""
+    own = ((name, value) for name, value in record.items() if name not in ENVELOPE)
+    return {name: value for name, value in own if type(value) in (int, float)}
+
+
+def draw_board(folder: Path, records: Iterator[Record]) -> None:
+    """Draw numbers and previews for TensorBoard, which hides what a lost start drew of them."""
+    resumed_step = next(records)["resumed_step"]
+    drawn = (record for record in records if record["type"] in ("progress", "validation", "sample"))
+    for first in drawn:  # by now, torch is imported
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder), purge_step=resumed_step + 1, flush_secs=10) as board:
+            for record in itertools.chain([first], drawn):
+                draw_line(board, record)
+
+
+def draw_line(board: Any, record: Record) -> None:
+    """Draw a picture, or a point for each number."""
+    kind, step = record["type"], record["step"]
+    if kind == "sample":
+        with Image.open(record["image_path"]) as image:
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        name = f"samples/{record['prompt']} (seed {record['seed']})"
+        shaped = pixels.view(image.height, image.width, 3)
+        board.add_image(name, shaped, step, dataformats="HWC")
+    else:
+        for name, number in numbers_in(record).items():
+            board.add_scalar(f"{kind}/{name}", number, step)
+
+
+REPORTS = {"tensorboard": draw_board}  # each with a folder of its name in output_path
+
+
+def exposition(newest: Mapping[str, Record]) -> bytes:
+    """Write the numbers of the newest line of each type in Prometheus' text format."""
+    start, text = newest["start"], ""
+    run = f'lora="{start["config"]["lora_name"] or ""}",run_id="{start["run_id"]}"'
+    for kind, record in newest.items():
+        told = datetime.fromisoformat(record["timestamp"]).timestamp()
+        for name, number in {**numbers_in(record), "timestamp_seconds": told}.items():
+            metric = f"train_lora_{kind}_{name}"
+            text += f"# TYPE {metric} gauge\n{metric}{{{run}}} {number}\n"
+    return text.encode()
+
+
+def keep_metrics(path: Path, records: Iterator[Record]) -> None:
+    """Keep a file with the newest numbers; once it could be written, it is tried again."""
+    newest, written = {}, False
+    for record in records:
+        newest[record["type"]] = record
+        try:
+            write_whole(path, exposition(newest))
+            written = True
+        except OSError:
+            if not written:
+                raise
+
+
+@dataclass
+class Server:
+    """Tell callers from this machine how the run goes, and change nothing.
+
+    Each reader of lines has them from events.jsonl, so that nobody waits for the slowest.
+    """
+
+    lines: Path
+    newest: dict[str, Record] = field(default_factory=dict)
+    answers: list[Future[Any]] = field(default_factory=list)
+    closing: bool = False
+
+    def follow(self, port: int, records: Iterator[Record]) -> None:
+        """Be open from the first line to the last; a port that is taken stays closed."""
+        self.newest = {"start": next(records)}
+        with socket.create_server(("127.0.0.1", port)) as door:
+            accepting = beside(functools.partial(self.accept, door))
+            for record in records:
+                self.newest = {**self.newest, record["type"]: record}
+            self.closing = True  # events.jsonl is whole
+            wait([accepting, *self.answers], timeout=WATCHER_SECONDS)
+
+    def accept(self, door: socket.socket) -> None:
+        """Answer each in a thread of its own; where there are too many, nobody more."""
+        door.settimeout(0.2)
+        while not self.closing:
+            with contextlib.suppress(OSError):
+                caller, _ = door.accept()
+                self.answers = [answer for answer in self.answers if not answer.done()]
+                if len(self.answers) < ANSWERS:
+                    self.answers.append(beside(functools.partial(self.answer, caller)))
+                else:
+                    caller.close()
+
+    def answer(self, caller: socket.socket) -> None:
+        """Hear what is asked, which has to be short and soon said, and answer it."""
+        with caller:
+            caller.settimeout(ANSWER_SECONDS)
+            head, in_time = b"", deadline_in(ANSWER_SECONDS)
+            while b"\r\n\r\n" not in head and len(head) < REQUEST_BYTES and in_time():
+                head += caller.recv(REQUEST_BYTES) or b"\r\n\r\n"
+            status, kind, body = self.choose(head)
+            fields = f"Content-Type: {kind}\r\nCache-Control: no-store\r\nConnection: close"
+            caller.sendall(f"HTTP/1.1 {status}\r\n{fields}\r\n\r\n".encode() + body)
+            if kind == EVENT_STREAM:
+                asked, seen = ASKED.match(head), SEEN.search(head)
+                self.stream(caller, int(seen[1]) if seen else int((asked and asked[2]) or 1) - 1)
+
+    def choose(self, head: bytes) -> tuple[str, str, bytes]:
+        """Give the status, kind and text of an answer."""
+        asked, hosts = ASKED.match(head), [host.lower() for host in HOST.findall(head)]
+        if hosts not in ([b"127.0.0.1"], [b"localhost"]):  # a foreign page's name may lead here
+            return "421 Misdirected Request", "text/plain", b"Ask 127.0.0.1 or localhost.\n"
+        if not asked:
+            return "405 Method Not Allowed", "text/plain", b"GET alone.\n"
+        if asked[1] == b"/metrics":
+            return "200 OK", "text/plain; version=0.0.4", exposition(self.newest)
+        if asked[1] == b"/healthz":
+            status = "503 Service Unavailable" if "error" in self.newest else "200 OK"
+            last = max(self.newest.values(), key=lambda record: record["seq"])
+            return status, "application/json", encode_line(last)
+        if asked[1] == b"/events" and len(self.answers) <= STREAMS:
+            return "200 OK", EVENT_STREAM, b""
+        return "404 Not Found", "text/plain", b"/healthz, /metrics, /events for a few readers.\n"
+
+    def stream(self, reader: socket.socket, after: int) -> None:
+        """Send the lines after one, and each that comes, until the reader or the run ends."""
+        with self.lines.open("rb") as file:
+            # Who has seen more lines than there are has seen another run.
+            after *= after <= sum(1 for _ in file)
+            number, ended = file.seek(0), False
+            while not ended:
+                ended = self.closing
+                while (line := file.readline()).endswith(b"\n"):
+                    number += 1
+                    if number > after:
+                        reader.sendall(b"id: %d\ndata: %s\n" % (number, line))
+                file.seek(-len(line), os.SEEK_CUR)  # of one that is being written
+                reader.settimeout(0.2)
+                with contextlib.suppress(TimeoutError):
+                    ended = ended or not reader.recv(REQUEST_BYTES)
+                reader.settimeout(ANSWER_SECONDS)
+
+
+@contextlib.contextmanager
+def watched(config: TrainingConfig, events: Emitter) -> Iterator[None]:
+    """Tell those who watch of every line; none of them can slow or end the run."""
+    output, watch = config.output_path, functools.partial
+    told = [("report_to", watch(REPORTS[name], output / name)) for name in config.report_to]
+    if config.metrics_file:
+        told.append(("metrics_file", watch(keep_metrics, config.metrics_file)))
+    if config.http_port:
+        told.append(("http_port", watch(Server(output / "events.jsonl").follow, config.http_port)))
+    followers = [Watcher(knob, watch, events) for knob, watch in told]
+    events.listeners += followers
+    try:
+        yield
+    finally:
+        patient = deadline_in(WATCHER_SECONDS)
+        for each in followers:
+            each.close(patient)
+
+
 # === Training ================================================================
 
 MOST_BAD_STEPS = 10  # updates in a row without a finite loss
@@ -6639,11 +6853,13 @@ class LoRATrainer:
             # A finished run that is asked for what it has done is left as it is, to the last byte.
             again = earlier.complete.get("asked") == config.asked
             again = again and mirror_ends_with(output, earlier.complete)
-            mirroring = contextlib.nullcontext() if again else mirrored(self.events, output, claim)
-            watching = self.stop.watching(causes)
-            with mirroring, watching, reporting(self.events, self.rescue):
-                self.start(aside)
-                yield
+            with contextlib.ExitStack() as listeners:
+                if not again:
+                    listeners.enter_context(watched(config, self.events))
+                    listeners.enter_context(mirrored(self.events, output, claim))
+                with self.stop.watching(causes), reporting(self.events, self.rescue):
+                    self.start(aside)
+                    yield
 
     def look_back(self, refused: Mapping[Path, str] | None = None) -> None:
         """Find what earlier starts left behind, to go on from there."""

@@ -20,6 +20,7 @@ Form = Sequence[tuple[str, str]]
 NO_KNOBS = ("$schema", "$comment", "training_params")
 SET_BY_STUDIO = ("output_path",)
 FIRST_GROUPS = ("Required", "First of all")
+KINDS = {"boolean": "check", "integer": "integer", "number": "number", "object": "object"}
 MOST_RADIOS = 4
 LONG_TEXT = 500  # letters from which on a text gets several lines
 
@@ -29,7 +30,7 @@ class Control:
     """How a knob is asked for."""
 
     knob: str
-    kind: str  # check, choice, select, integer, number, lines, json, long, path, text
+    kind: str  # check, checks, choice, select, integer, number, numbers, lines, long, object, …
     label: str
     group: str
     help: str
@@ -38,6 +39,7 @@ class Control:
     required: bool
     fixed: bool  # for a run once it is begun
     options: tuple[tuple[str, Any], ...]  # text in the form, value in the config
+    single: str | None  # of a list: what one value looks like that may stand for it
     examples: tuple[str, ...]
     also: tuple[str, ...]  # what other trainers call it, for the search
 
@@ -77,7 +79,7 @@ def resolve(schema: Schema, rule: Schema) -> Schema:
 def control(knob: str, rule: Schema, required: bool) -> Control:
     """Make the control of one knob."""
     kind = kind_of(rule)
-    values = rule.get("enum", ())
+    values = rule.get("enum", items_of(rule).get("enum", ()))
     return Control(
         knob=knob,
         kind=kind,
@@ -89,30 +91,46 @@ def control(knob: str, rule: Schema, required: bool) -> Control:
         required=required,
         fixed=rule.get("x-fixed", False),
         options=tuple((plain(value), value) for value in values),
-        examples=examples_of(rule),
+        single=rule.get("pattern", "") if types_of(rule) - {"array", "null"} else None,
+        examples=examples_of(rule, kind),
         also=tuple(rule.get("x-also", ())),
     )
 
 
 def kind_of(rule: Schema) -> str:
-    """Choose how a value is asked for, by its type."""
-    types = rule.get("type", "string")
-    types = [types] if isinstance(types, str) else types
+    """Choose how a value is asked for, by its types."""
+    types = types_of(rule)
     if "enum" in rule:
         return "choice" if len(rule["enum"]) <= MOST_RADIOS else "select"
     if rule.get("format") == "path":
         return "path"
-    if "object" in types or rule.get("items", {}).get("type", "string") != "string":
-        return "json"
-    for name, kind in (
-        ("boolean", "check"),
-        ("array", "lines"),
-        ("integer", "integer"),
-        ("number", "number"),
-    ):
+    if "array" in types:
+        items = items_of(rule)
+        numbers = types_of(items) & {"integer", "number"}
+        return "checks" if "enum" in items else "numbers" if numbers else "lines"
+    for name, kind in KINDS.items():
         if name in types:
             return kind
     return "long" if rule.get("maxLength", 0) >= LONG_TEXT else "text"
+
+
+def types_of(rule: Schema) -> set[str]:
+    """Name all types that a value may have."""
+    own = rule.get("type", [])
+    others = (types_of(each) for each in alternatives(rule))
+    return {own} if isinstance(own, str) else set(own).union(*others)
+
+
+def items_of(rule: Schema) -> Schema:
+    """Find what the items of a list have to be."""
+    own = (each["items"] for each in (rule, *alternatives(rule)) if "items" in each)
+    return next(own, {})
+
+
+def alternatives(rule: Schema) -> Sequence[Schema]:
+    """List the rules of which a value has to meet one."""
+    found: Sequence[Schema] = rule.get("anyOf") or rule.get("oneOf") or ()
+    return found
 
 
 def plain(value: Any) -> str:
@@ -120,29 +138,31 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def examples_of(rule: Schema) -> tuple[str, ...]:
+def examples_of(rule: Schema, kind: str) -> tuple[str, ...]:
     """Take the examples that fit into one line."""
-    found = (each for each in rule.get("examples", ()) if not isinstance(each, list))
-    return tuple(plain(each) for each in found if each is not None)
+    found = [each for each in rule.get("examples", ()) if each is not None]
+    if kind == "numbers":
+        found = [", ".join(map(plain, each)) if isinstance(each, list) else each for each in found]
+    return tuple(plain(each) for each in found if not isinstance(each, list))
 
 
 # --- Values to text, and back ---
 
 
 def to_text(made: Control, value: Any) -> str:
-    """Show a value in its control; what the lines of a list cannot hold, as JSON."""
-    if value is None:
+    """Show a value in its control; what the words of a list cannot hold, as JSON."""
+    if value is None or (made.kind == "object" and value == {}):
         return ""
     if made.kind == "check":
         return "true" if value else "false"
-    if not isinstance(value, list) or made.kind == "json":
+    if not isinstance(value, list):
         return plain(value)
-    lines = "\n".join(map(plain, value))
-    return lines if read_lines(lines) == value else json.dumps(value, ensure_ascii=False)
+    words = (", " if made.kind == "numbers" else "\n").join(map(plain, value))
+    return words if read_list(made, words) == value else json.dumps(value, ensure_ascii=False)
 
 
-def read_lines(text: str) -> list[Any]:
-    """Read a list: a text per line, or JSON."""
+def read_list(made: Control, text: str) -> Any:
+    """Read a list: a text per line, numbers between commas, or JSON; or the one value for it."""
     if text.lstrip().startswith("["):
         try:
             found = json.loads(text)
@@ -150,15 +170,12 @@ def read_lines(text: str) -> list[Any]:
             pass  # a prompt may well begin with a bracket
         else:
             return list(found)
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def read_json(text: str) -> Any:
-    """Read an object or a list of numbers, or leave what is none to the trainer."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text.strip()
+    if made.kind == "numbers":
+        values = [read_number(word) for word in re.split(r"[,;\s]+", text) if word]
+        return values[0] if len(values) == 1 and made.single is not None else values
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    one = len(lines) == 1 and made.single is not None and re.search(made.single, lines[0])
+    return lines[0] if one else lines
 
 
 def read_number(text: str) -> int | float | str:
@@ -173,15 +190,23 @@ def read_number(text: str) -> int | float | str:
     return number if math.isfinite(number) else cleaned
 
 
+def read_object(text: str) -> Any:
+    """Read an object, or leave what is none to the trainer."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
 def from_text(made: Control, text: str) -> Any:
     """Read what a control holds; None where that is nothing of its own."""
     text = text.replace("\r\n", "\n")
-    if made.kind == "json":
-        value = read_json(text)
-        return None if value in ("", made.default) else value
-    if made.kind == "lines":
-        lines = read_lines(text)
-        return lines if lines or made.required else None
+    if made.kind == "checks":
+        value = [dict(made.options).get(line, line) for line in text.split("\n") if line]
+        return None if value == made.default else value
+    if made.kind in ("lines", "numbers"):
+        value = read_list(made, text)
+        return value if value != [] or made.required else None
     if made.options:
         value = dict(made.options).get(text, text)
         return None if value == made.default else value
@@ -192,13 +217,25 @@ def from_text(made: Control, text: str) -> Any:
         return None
     if made.kind in ("integer", "number"):
         return read_number(text)
+    if made.kind == "object":
+        value = read_object(text)
+        return None if value == made.default else value
     return text.strip() if made.kind == "path" else text
+
+
+def read_form(made: Mapping[str, Control], form: Form) -> dict[str, str]:
+    """Read what the controls hold: of several boxes all that are ticked, else what comes last."""
+    found = {name: text for name, text in form if name in made}  # a box stands behind an empty one
+    for knob in found:
+        if made[knob].kind == "checks":
+            found[knob] = "\n".join(text for name, text in form if name == knob and text)
+    return found
 
 
 def config_of(made: Mapping[str, Control], form: Form) -> dict[str, Any]:
     """Read a whole form: what is left empty, or as it was, is left out."""
-    last = dict(form)  # a check box stands behind the field that says it is empty
-    values = {knob: from_text(each, last[knob]) for knob, each in made.items() if knob in last}
+    texts = read_form(made, form)
+    values = {knob: from_text(made[knob], text) for knob, text in texts.items()}
     return {knob: value for knob, value in values.items() if value is not None}
 
 

@@ -380,6 +380,8 @@ def plan_drawing(studio: State, wanted: Drawing, folder: Path) -> Order:
     write_json(folder / "prompts.json", wanted.prompts)
     said = {
         "base": parent.config["base_model"],
+        "vae": knob(studio.settings, parent.config, "vae"),
+        "model-config": knob(studio.settings, parent.config, "model_config_path"),
         "prompts": folder / "prompts.json",
         "seeds": ",".join(map(str, seeds)),
         "strengths": ",".join(map(str, scales)),

@@ -48,7 +48,7 @@ def draft_of_form(studio: State, form: forms.Form) -> Draft:
     knobs = knobs_of(studio)
     last = dict(form)
     config = forms.config_of(knobs, form)
-    texts = {knob: last[knob] for knob in knobs if knob in last}
+    texts = forms.read_form(knobs, form)
     engine = last.get("engine", "local")
     return Draft(last.get("name", "").strip(), last.get("dataset", ""), texts, config, engine)
 

@@ -83,6 +83,8 @@ class Guard:
         if scope["type"] != "http":  # there are no web sockets here
             return
         answer = Answer(scope, send, self.settings)
+        if answer.only_head:
+            scope = {**scope, "method": "GET"}
         intake = Intake(scope, receive)
         try:
             response = await self.admit(scope)
@@ -205,6 +207,7 @@ class Answer:
     def __init__(self, scope: Scope, send: Send, settings: Settings) -> None:
         """Take where it goes."""
         self.pass_on, self.begun = send, False
+        self.only_head = scope["method"] == "HEAD"  # what GET would answer, without its body
         self.origin = allowed_origin(Headers(scope=scope), settings)
 
     async def send(self, message: Message) -> None:
@@ -217,6 +220,11 @@ class Answer:
             if self.origin:
                 headers["access-control-allow-origin"] = self.origin
                 headers["cross-origin-resource-policy"] = "cross-origin"
+        elif self.only_head:
+            goes_on, message = message.get("more_body"), {"type": "http.response.body"}
+            if goes_on:  # maybe for ever
+                await self.pass_on(message)
+                raise ClientDisconnect
         await self.pass_on(message)
 
 
@@ -372,11 +380,15 @@ MODEL, PICTURES, WRITTEN, OWN = "model", "pictures", "written", "own"
 KNOBS = {
     "dataset_path": PICTURES,
     "regularization_path": PICTURES,
+    "validation_path": PICTURES,
     "base_model": MODEL,
     "model_config_path": MODEL,
     "vae": MODEL,
+    "init_lora": MODEL,
     "cache_dir": WRITTEN,
     "loras_path": WRITTEN,
+    "embeddings_path": WRITTEN,
+    "metrics_file": WRITTEN,
     "output_path": OWN,
 }
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)

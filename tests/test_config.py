@@ -193,7 +193,7 @@ def test_knobs_that_hold_a_path_say_so() -> None:
     paths = {name for name, knob in KNOBS.items() if knob.get("format") == "path"}
     required = {"dataset_path", "base_model", "output_path"}
     optional = {"model_config_path", "vae", "cache_dir", "regularization_path", "loras_path"}
-    optional |= {"init_lora", "embeddings_path", "validation_path"}
+    optional |= {"init_lora", "embeddings_path", "validation_path", "metrics_file"}
     assert paths == required | optional
 
 
@@ -930,13 +930,13 @@ def test_what_is_seldom_meant_is_remarked_on(changes: Record, codes: list[str]) 
 def test_a_path_longer_than_any_ends_in_an_error_that_has_a_name(
     in_workspace: Path, events: train_lora.Emitter, recorder: Recorder, knob: str, place: str
 ) -> None:
-    """The file system refuses even to look; the cache alone may fail later, with a warning."""
-    config = load_config(**{knob: place})
+    """The file system refuses even to look; cache and metrics may fail later, with a warning."""
+    config = load_config(**{knob: place + ".prom" * (knob == "metrics_file")})
     with contextlib.suppress(TrainError):
         train_lora.LoRATrainer(config, events).validate()
     last = recorder.records[-1]
     assert last.get("code") != "internal_error"
-    assert (last["type"] == "error") == (knob != "cache_dir")
+    assert (last["type"] == "error") == (knob not in ("cache_dir", "metrics_file"))
 
 
 # --- Two forms ----------------------------------------------------------------

@@ -413,6 +413,7 @@ WARNINGS: dict[WarningCode, Scene] = {
     WarningCode.COMPILE_FAILED: compile_without_compiler,
     WarningCode.REQUEST_REFUSED: ask_for_nonsense,
     WarningCode.MIRROR_FAILED: prepared(obstruct_mirror, "--debug"),
+    WarningCode.WATCHER_FAILED: trained(metrics_file="/dev/null/zkb.prom"),
     WarningCode.OUTPUT_REMOVED: remove_output,
 }
 

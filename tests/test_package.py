@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -119,6 +120,34 @@ def test_the_program_does_not_run_as_root() -> None:
     for stage in re.split(r"(?m)^FROM ", read("Dockerfile")):
         if users := re.findall(r"(?m)^USER (.*)$", stage):
             assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
+
+
+def probe(answer: bytes | None) -> int:
+    """Check a container's health where nobody listens, or somebody who answers so."""
+    command = json.loads(arguments("HEALTHCHECK")[0].partition("CMD ")[2])
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        environment = {**os.environ, "HEALTH_PORT": str(door.getsockname()[1])}
+        door.settimeout(20)
+        if answer is None:
+            door.close()
+        probing = subprocess.Popen([sys.executable, *command[1:]], env=environment)
+        if answer is not None:
+            with door.accept()[0] as caller:
+                assert caller.recv(1000).startswith(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+                caller.sendall(answer)
+        return probing.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [(None, 0), (b"HTTP/1.1 200 OK\r\n", 0), (b"HTTP/1.1 503 \r\n", 1), (b"", 1)],
+    ids=["off", "well", "failed", "mute"],
+)
+def test_a_container_that_serves_its_state_is_as_healthy_as_that(
+    answer: bytes | None, status: int
+) -> None:
+    """One that serves nothing is healthy while it runs."""
+    assert probe(answer) == status
 
 
 def test_the_image_is_the_trainer_unless_the_tools_are_asked_for() -> None:

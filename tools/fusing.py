@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from tools.lora_file import LoRA
+    from train_lora import TrainingConfig
 
 FORMAT, VERSION = "fused-model", 1
 NOTE = "fused.json"  # stands in the folder, and says what was made of what
@@ -30,7 +31,7 @@ VISIBLE = 1.0  # of 255: two pictures nearer to each other are one to the eye
 class Wish:
     """What is put together, and the picture by which it is checked; None checks nothing."""
 
-    base_model: str
+    config: TrainingConfig  # which names the model
     base: Record  # what it is
     lora: LoRA
     digest: str | None  # of the LoRA's file
@@ -54,7 +55,7 @@ def fuse(wish: Wish, out: Path, events: Emitter, stop: StopRequest) -> str:
     staging = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)  # of a start that was killed
     try:
-        models = load_models(ask_for(wish.base_model), events, stop, exact=True)
+        models = load_models(wish.config, events, stop, exact=True)
         views = views_of(models, wish, stop) if wish.sketch else None
         stop.check()
         changed, unknown = add_to_weights(models, wish.lora, wish.strength)

@@ -214,7 +214,8 @@ def without(text: str, words: Sequence[str]) -> str:
 
 def config_of(arguments: argparse.Namespace) -> TrainingConfig:
     """Say which model is meant, and where it is to work."""
-    return ask_for(arguments.base, device=arguments.device)
+    parts = {"vae": arguments.vae, "model_config_path": arguments.model_config}
+    return ask_for(arguments.base, device=arguments.device, **parts)
 
 
 def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch, Record]:
@@ -231,7 +232,8 @@ def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch
     steps = steps if arguments.steps is None else arguments.steps
     guidance = guidance if arguments.guidance is None else arguments.guidance
     sketch = Sketch(width, height, steps, guidance, arguments.negative)
-    return sketch, {"id": title_of(config), "family": base.family.name}
+    own = {"vae": Path(config.vae).name} if config.vae else {}
+    return sketch, {"id": title_of(config), "family": base.family.name, **own}
 
 
 # --- Drawing ---
@@ -416,6 +418,8 @@ def parser() -> argparse.ArgumentParser:
     whole = command_line(__doc__)
     add = whole.add_argument
     add("--base", required=True, help="the model: a folder, a file or an id")
+    add("--vae", help="another VAE, as for a training")
+    add("--model-config", help="folder with a single file's configs, as model_config_path")
     add("--lora", type=Path, action="append", default=[], metavar="RUN_DIR|FILE")
     add(
         "--prompts", action="append", default=[], metavar="FILE|TEXT", help=".txt, .json, or a text"
@@ -520,7 +524,7 @@ def fuse_into_base(
         return f"{told}, and save the model", []
     prompts = read_prompts(arguments.prompts or [trigger_of(lora.header)], arguments.trigger)
     wish = Wish(
-        base_model=arguments.base,
+        config=config_of(arguments),
         base=base,
         lora=lora,
         digest=sources[0].digest,

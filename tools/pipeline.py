@@ -98,7 +98,7 @@ CAPTION = Step(
 TRAINING = Step("training", "train_lora.py")
 GENERATE = Step(
     *("generate", "tools/generate.py", generate.parser, generate.parser),
-    follows=("base", "lora", "out", "fuse"),
+    follows=("base", "vae", "model_config", "lora", "out", "fuse"),
     needs="training",
 )
 EVALUATE = Step(
@@ -365,7 +365,9 @@ class Plan:
         if step is CAPTION:
             return ["caption", dataset, *options, *triggers]
         if step is GENERATE:
-            base = [f"--base={self.document['training']['base_model']}"]
+            knobs = {"base": "base_model", "vae": "vae", "model-config": "model_config_path"}
+            said = {option: self.document["training"].get(knob) for option, knob in knobs.items()}
+            base = [f"--{option}={value}" for option, value in said.items() if value]
             places = [f"--lora={out / 'run'}", f"--out={out / 'grid'}"]
             prompts = f"--prompts={out / 'prompts.json'}"
             if {"resolution", "width", "height"} & set(section):

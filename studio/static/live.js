@@ -79,6 +79,8 @@ export function listen(job, after, handlers) {
     if (document.hidden) hiding = setTimeout(close, HIDDEN);
     else if (!source) open();
   });
+  // A connection over a network that is gone says nothing for long: a new one fails, or works, at once.
+  for (const change of ["offline", "online"]) addEventListener(change, () => source && open());
   addEventListener("pagehide", close);
   addEventListener("pageshow", (event) => event.persisted && open());
   if (!document.hidden) open();

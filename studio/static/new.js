@@ -115,11 +115,12 @@ function keep() {
 function restore() {
   const kept = key && !document.querySelector(".wrong") && localStorage.getItem(key);
   if (!kept) return;
-  const values = new Map(JSON.parse(kept));
+  const entries = JSON.parse(kept);
   for (const control of form.elements) {
-    if (!values.has(control.name) || control.type === "hidden" || control.type === "submit") continue;
-    const value = values.get(control.name);
-    if (control.type === "radio" || control.type === "checkbox") control.checked = control.value === value;
+    const values = entries.filter(([name]) => name === control.name).map(([, text]) => text);
+    if (!values.length || control.type === "hidden" || control.type === "submit") continue;
+    const value = values.at(-1);
+    if (control.type === "radio" || control.type === "checkbox") control.checked = values.includes(control.value);
     else if (control.tagName !== "SELECT" || [...control.options].some((each) => each.value === value)) control.value = value;
   }
 }

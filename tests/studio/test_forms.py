@@ -59,14 +59,17 @@ def test_a_knob_of_a_new_kind_and_group_appears_without_code() -> None:
         ("flip", "check"),
         ("mixed_precision", "choice"),
         ("optimizer", "select"),
-        ("optimizer_arguments", "json"),
-        ("betas", "json"),
+        ("optimizer_arguments", "object"),
+        ("betas", "numbers"),
         ("base_precision", "select"),
         ("sample_prompts", "lines"),
         ("sample_negative_prompt", "long"),
         ("vae", "path"),
         ("device", "text"),
         ("text_encoder_learning_rate", "number"),
+        ("report_to", "checks"),
+        ("metrics_file", "path"),
+        ("http_port", "integer"),
     ],
 )
 def test_the_type_of_a_knob_decides_how_it_is_asked_for(knob: str, kind: str) -> None:
@@ -76,8 +79,9 @@ def test_the_type_of_a_knob_decides_how_it_is_asked_for(knob: str, kind: str) ->
 
 def test_a_form_that_nobody_touched_gives_an_empty_config() -> None:
     """But for the trigger words, which may be none and have to be said."""
+    chosen = ("choice", "select", "checks")
     untouched = [
-        (each.knob, each.default_text if each.options else "") for each in CONTROLS.values()
+        (each.knob, each.default_text if each.kind in chosen else "") for each in CONTROLS.values()
     ]
     assert config_of(CONTROLS, untouched) == {"trigger_words": []}
 
@@ -99,11 +103,25 @@ def value_of(rule: forms.Schema, chance: Random) -> Any:
         return chance.randrange(low, high + 1, step)
     if name == "number":
         return chance.uniform(low, high)
-    if "pattern" in rule and "number" in types:
-        return rule["default"]  # the one word beside numbers
+    if "pattern" in rule and {"number", "array"} & set(types) and name == "string":
+        return rule["default"]  # one of few words beside numbers or lists
     if name == "array":
-        return [text_of(chance) for _ in range(chance.randrange(4))]
+        items = rule["items"]
+        if "enum" in items:
+            return [value for value in items["enum"] if chance.random() < 0.5]
+        texts = items["type"] == "string"
+        return [
+            text_of(chance) if texts else value_of(items, chance)
+            for _ in range(how_many(rule, chance))
+        ]
+    if name == "object":
+        return {text_of(chance): chance.random() for _ in range(chance.randrange(3))}
     return text_of(chance)
+
+
+def how_many(rule: forms.Schema, chance: Random) -> int:
+    """Choose how long a list is to be."""
+    return chance.randint(rule.get("minItems", 0), min(rule.get("maxItems", 3), 3))
 
 
 def text_of(chance: Random) -> str:
@@ -158,24 +176,6 @@ def test_lines_may_be_a_list_in_json_and_brackets_are_no_json() -> None:
     assert config_of(CONTROLS, [(knob, '["two\\nlines"]')]) == {knob: ["two\nlines"]}
 
 
-@pytest.mark.parametrize(
-    ("knob", "typed", "value"),
-    [
-        ("betas", "[0.9, 0.99]", [0.9, 0.99]),
-        ("betas", "", None),
-        ("betas", "0.9, 0.99", "0.9, 0.99"),
-        ("optimizer_arguments", '{"d_coef": 2}', {"d_coef": 2}),
-        ("optimizer_arguments", "{}", None),
-        ("optimizer_arguments", "d_coef=2", "d_coef=2"),
-    ],
-)
-def test_numbers_and_objects_are_asked_for_as_json(knob: str, typed: str, value: object) -> None:
-    """What is none goes to the trainer as typed; what is comes back as it was."""
-    assert forms.from_text(CONTROLS[knob], typed) == value
-    if value is not None and value != typed:
-        assert forms.to_text(CONTROLS[knob], value) == typed
-
-
 def test_a_box_that_is_not_ticked_says_no() -> None:
     """The field behind it comes first, and counts where the box is silent."""
     assert config_of(CONTROLS, [("flip", "false"), ("flip", "true")]) == {"flip": True}
@@ -221,3 +221,56 @@ def test_a_problem_reads_as_a_sentence() -> None:
     problem = {"path": "resolution", "expected": "a multiple of 8", "found": "500", "hint": "496."}
     assert forms.say(problem) == "Expected a multiple of 8, got 500. 496."
     assert forms.say({"path": "x"}) == "This is not accepted."
+
+
+# Shapes of rules that a schema may have, with what is typed and what it means.
+SIDES = {"type": ["integer", "array"], "items": {"type": "integer"}, "default": 512}
+PARTS = {"type": ["string", "array"], "pattern": "^all$", "items": {"type": "string"}}
+EITHER = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}}]}
+PAIR = {"type": ["array", "null"], "items": {"type": "number"}, "default": None}
+TICKED = {"type": "array", "items": {"enum": ["color", "rotate"]}, "default": ["color"]}
+MORE = {"type": "object", "default": {}}
+
+TYPED: list[tuple[Any, str, Any]] = [
+    (SIDES, "768", 768),
+    (SIDES, "512, 768 1024", [512, 768, 1024]),
+    (SIDES, "[768]", [768]),
+    (SIDES, "", None),
+    (SIDES, "512, x", [512, "x"]),
+    (PARTS, "all", "all"),
+    (PARTS, "attn2", ["attn2"]),
+    (PARTS, "attn2\nff.net", ["attn2", "ff.net"]),
+    (EITHER, "0.5", 0.5),
+    (EITHER, "0.5; 1", [0.5, 1]),
+    (PAIR, "0.9, 0.99", [0.9, 0.99]),
+    (PAIR, "0.9", [0.9]),
+    (PAIR, " ", None),
+    (TICKED, "", []),
+    (TICKED, "color", None),
+    (TICKED, "color\nrotate", ["color", "rotate"]),
+    (MORE, '{"d0": 1e-5}', {"d0": 1e-5}),
+    (MORE, "d0 = 1", "d0 = 1"),
+    (MORE, "{}", None),
+    (MORE, "", None),
+]
+
+
+@pytest.mark.parametrize(("rule", "text", "value"), TYPED)
+def test_lists_and_what_may_stand_for_them_are_read_as_people_write_them(
+    rule: forms.Schema, text: str, value: Any
+) -> None:
+    """What cannot be read goes to the trainer as it is; what is as it was is left out."""
+    made = forms.control("knob", rule, required=False)
+    assert forms.from_text(made, text) == value
+    if value not in (None, "d0 = 1"):
+        assert forms.from_text(made, forms.to_text(made, value)) == value
+
+
+def test_all_boxes_that_are_ticked_count() -> None:
+    """The empty field before them tells that none is."""
+    made = {"augment": forms.control("augment", TICKED, required=False)}
+    form = [("augment", ""), ("augment", "color"), ("augment", "rotate")]
+    assert config_of(made, form) == {"augment": ["color", "rotate"]}
+    assert config_of(made, form[:1]) == {"augment": []}
+    assert config_of(made, form[:2]) == {}
+    assert config_of(made, []) == {}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
-from acting import acting, is_in, status_when, submitted, wanted
+from acting import MODEL, acting, is_in, status_when, submitted, wanted
 from conftest import EVENT_VALIDATOR, ROOT
 
 from studio import chain, jobs, webhook
@@ -43,7 +43,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def trained(studio: Served) -> str:
     """Provide a training that is complete."""
-    job = submitted(studio, **wanted(sample_prompts=["zkb"]), name="My imp")
+    job = submitted(studio, **wanted(sample_prompts=["zkb"], vae=str(MODEL / "vae")), name="My imp")
     status_when(studio, job, is_in("completed"))
     return job
 
@@ -237,6 +237,7 @@ def test_pictures_are_asked_for_as_the_tool_takes_it(studio: Served, trained: st
     assert json.loads((folder / "prompts.json").read_bytes()) == body["prompts"]
     assert (told["seeds"], told["strengths"], told["steps"]) == ([3, 1], [0.5, 1.0], 2)
     assert (told["resolution"], told["trigger"]) == (256, ["zkb"])
+    assert (told["vae"], told["model_config"]) == (str(MODEL / "vae"), None)
     assert told["out"] == folder / "output"
     told_of = studio.client.get(f"/status/{job}").json()
     assert (told_of["parent"], told_of["kind"]) == (trained, "generate")

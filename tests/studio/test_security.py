@@ -331,6 +331,26 @@ def test_nothing_is_told_to_strangers(studio: Served, stranger: httpx.Client) ->
             jsonschema.validate(answer.json(), PROBLEM_SCHEMA)
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/", 200),
+        ("/healthz", 200),
+        ("/openapi.json", 200),
+        ("/static/style.css", 200),
+        ("/events", 200),  # a stream without an end
+        ("/train", 405),
+        ("/nowhere", 404),
+    ],
+)
+def test_head_answers_as_get_without_a_body(studio: Served, path: str, status: int) -> None:
+    """Also where GET would not come to an end; what GET may not ask, HEAD may not."""
+    answer = studio.client.head(path, timeout=10)
+    assert (answer.status_code, answer.content) == (status, b"")
+    if path not in ("/", "/events"):
+        assert answer.headers["content-type"] == studio.client.get(path).headers["content-type"]
+
+
 def test_people_are_sent_to_the_login(stranger: httpx.Client) -> None:
     """A page that needs a login leads there, and from there back."""
     answer = stranger.get("/runs/x?y=1", headers={"Accept": "text/html"})

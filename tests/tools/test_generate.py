@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -169,7 +170,7 @@ def test_a_model_that_draws_something_else_is_refused(built: Path, tmp_path: Pat
     """As one would that was saved wrongly."""
     models, lora = load(built / "sd1"), LoRA({}, {}, source="x")
     wish = Wish(
-        base_model=str(built / "sd1"),
+        config=ask_for(str(built / "sd1")),
         base={},
         lora=lora,
         digest=None,
@@ -387,6 +388,24 @@ def test_a_single_file_draws_what_its_folder_does(
     bases, sketch = (built / family, built / f"{family}.safetensors"), Sketch(64, 64, 2, 4.0, "")
     folder, single = (ask(load(base), "a cat", sketch).tobytes() for base in bases)
     assert folder == single
+
+
+def test_the_parts_that_a_training_names_are_taken(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configs of a single file from a folder, and another VAE, which draws all anew."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "nowhere"))
+    asked = ("--prompts", "zkb", "--seeds", "1", "--model-config", built / "sd1")
+    single = built / "sd1.safetensors"
+    (plain,) = (p.read_bytes() for p in draw_grid(single, tmp_path / "single", *asked).values())
+    (folder,) = draw_grid(built / "sd1", tmp_path / "folder", *asked[:-2]).values()
+    with Image.open(io.BytesIO(plain)) as one, Image.open(folder) as other:
+        assert one.tobytes() == other.tobytes()
+    (drawn,) = draw_grid(
+        single, tmp_path / "single", *asked, "--vae", built / "sd2" / "vae"
+    ).values()
+    assert drawn.read_bytes() != plain
+    assert grid_of(tmp_path / "single")["base"]["vae"] == "vae"
 
 
 @pytest.mark.parametrize(

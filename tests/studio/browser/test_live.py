@@ -297,7 +297,78 @@ def test_a_page_recovers_when_the_service_was_restarted(browser: Browser, servic
             assert page.evaluate("window.unchanged")
 
 
+# --- The network goes away ---
+
+KEPT_PLOT = """
+  Object.defineProperty(window, "uPlot", {
+    configurable: true,
+    get: () => window.plotClass,
+    set: (plain) => {
+      window.plotClass = class extends plain {
+        constructor(...all) {
+          super(...all);
+          window.plot = this;
+        }
+      };
+    },
+  });
+"""
+
+
+def test_a_page_that_was_offline_catches_up_without_a_gap(
+    desk: BrowserContext, studio: Served
+) -> None:
+    """It says that it is, and then has every checkpoint and every point once (B4)."""
+    job_id = submitted(studio, **wanted(steps=200, checkpoint_steps=20, validation_steps=200))
+    desk.add_init_script(KEPT_PLOT)
+    with looking(desk, studio, f"/runs/{job_id}") as page:
+        page.evaluate("window.unchanged = true")
+        until(page, lambda: step_of(page) > 5)
+        desk.set_offline(True)
+        page.wait_for_timeout(5_000)
+        expect(page.locator("#banner")).to_be_visible()
+        desk.set_offline(False)
+        expect(page.locator("#banner")).to_be_hidden()
+        expect(page.locator("#state")).to_contain_text("completed")
+        expect(page.locator("#messages li").last).to_contain_text("Complete")
+        assert checkpoints_told(page) == 10
+        until(page, lambda: page.evaluate("plot.data[0].at(-1)") == 200)
+        drawn = page.evaluate("plot.data[0]")
+        told = studio.client.get(f"/jobs/{job_id}/metrics?points=800").json()["steps"]
+        assert drawn == told
+        assert page.evaluate("window.unchanged")
+
+
 # --- Much of everything ---
+
+
+def held(page: Page) -> tuple[float, float]:
+    """Tell how many MiB of objects and how many nodes a page holds, what is dropped apart."""
+    session = page.context.new_cdp_session(page)
+    session.send("HeapProfiler.collectGarbage")
+    session.send("Performance.enable")
+    found = {
+        each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]
+    }
+    session.detach()
+    return found["JSHeapUsedSize"] / 2**20, found["Nodes"]
+
+
+def test_a_page_that_is_left_open_does_not_grow(browser: Browser, tmp_path: Path) -> None:
+    """From its first third to the end of a run of three thousand steps (B22, shortened)."""
+    with (
+        acting(tmp_path, switches={"step-seconds": 0.004}) as studio,
+        logged_in(browser, studio) as desk,
+    ):
+        asked = wanted(steps=3000, checkpoint_steps=100, validation_steps=3000)
+        job_id = submitted(studio, **asked)
+        with looking(desk, studio, f"/runs/{job_id}") as page:
+            until(page, lambda: step_of(page) >= 1000)
+            early, few = held(page)
+            expect(page.locator("#state")).to_contain_text("completed")
+            late, many = held(page)
+            assert late - early < 4
+            assert many - few < 1_000
 
 
 def test_ten_thousand_messages_leave_the_page_quick(desk: BrowserContext, studio: Served) -> None:
