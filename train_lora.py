@@ -113,6 +113,7 @@ PROTOCOL = "1.1"
 SCHEMA_PATH = Path(__file__).resolve().parent / "config_schema.json"
 
 Record = dict[str, Any]  # one JSON object, coming in or going out
+Size = tuple[int, int]  # width and height of a picture, in pixels
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -181,7 +182,7 @@ class WarningCode(Code):
     FOLDER_SKIPPED = "A folder in the dataset is not read.", "Copy its images into the dataset."
     FILES_UNREAD = "Files are of a kind that is not read.", "Convert to png; captions to image.txt."
     REPEATS_IGNORED = "Repeats, as in 10_zkb, do not count.", "Set folder_repeats to true."
-    IMAGES_SMALL = "Images will be enlarged.", "Use larger images or a lower resolution."
+    IMAGES_SMALL = "Images have too few pixels.", "Use larger images or a lower resolution."
     IMAGES_CROPPED = "Images lose over a fifth at their edges.", "Crop them: tools/prepare.py."
     CAPTION_UNUSABLE = "A caption file is empty or unreadable.", "Save it as UTF-8 text."
     METADATA_LINE_REFUSED = "A line of metadata.jsonl is not used.", "Give file_name and text."
@@ -412,6 +413,10 @@ class DatasetFacts(Facts, topic="dataset"):
     resolutions: Annotated[dict[str, int], "images of dataset_path per size, the ten most frequent"]
     cropped: Annotated[int, "images of all folders that lose more than a fifth by cropping"]
     regularization_images: Annotated[int, "those of regularization_path, also if yet to be drawn"]
+    masks: Annotated[int, "images of all folders with a mask that is heeded"]
+    buckets: Annotated[
+        dict[str, Any], "per size of training, forty at most: images, shares lost by cropping"
+    ]
     validation_images: Annotated[int, "images held back, which nothing is learned from"] = 0
 
 
@@ -1229,11 +1234,18 @@ class TrainingConfig:
     prior_images: int
     validation_split: float
     validation_path: Path | None
+    buckets: bool
+    bucket_step: int
+    bucket_upscale: bool
+    crop: str
+    masked_loss: bool
     sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
     sample_at_start: bool
     sample_steps: int | None
     sample_guidance: float | None
+    sample_width: int | None
+    sample_height: int | None
     lora_name: str | None
     loras_path: Path | None
     save_precision: str
@@ -1312,6 +1324,11 @@ class TrainingConfig:
     def rewords(self) -> bool:
         """Tell whether captions are told in several wordings."""
         return self.shuffle_tags or self.tag_dropout > 0
+
+    @property
+    def preview_size(self) -> Size:
+        """Give width and height of sample images."""
+        return self.sample_width or self.resolution, self.sample_height or self.resolution
 
     def as_record(self) -> Record:
         """Show every knob as JSON."""
@@ -1476,6 +1493,8 @@ IDLE_KNOBS: dict[tuple[str, ...], bool | tuple[str, ...]] = {
     ("huber_delta", "loss"): ("huber",),
     **{(knob, "train_lora"): False for knob in (*LORA_KNOBS, "save_precision", "loras_path")},
     **{(knob, "embedding_tokens"): False for knob in WORD_KNOBS},
+    ("bucket_step", "buckets"): False,
+    ("bucket_upscale", "buckets"): False,
 }
 
 
@@ -1707,6 +1726,7 @@ def reader_gone(descriptor: int) -> bool:
 # === Dataset =================================================================
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp")
+MASK_SUFFIX = ".mask.png"  # in place of that of the image to which it belongs
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP")  # no other decoder sees a user's bytes
 # What people have beside them, and expect to be read.
 UNREAD_SUFFIXES: Set[str] = {".gif", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".psd", ".svg"}
@@ -1715,6 +1735,9 @@ REPEATS = re.compile(r"(\d+)_\S")  # how kohya's trainer has a folder named
 MOST_REPEATS, MOST_LINES = 1000, 64  # of an image; of a caption, where each is read by itself
 LINE_JOINTS = {"all": " ", "random": "\n"}  # a caption of several lines is drawn from
 CROP_LOSS = 0.2  # of an image; who loses more may lose a head
+MOST_SLENDER = 4  # times as long as wide
+LEAST_SIDE = 64  # which denoisers halve three times, as a VAE does before
+MOST_BUCKETS = 40  # in a report; their names and numbers have to fit into a line
 EXIF_ORIENTATION = 0x0112
 CAPTION_BYTES = 64 * 1024  # a text encoder reads a few hundred of them
 METADATA_BYTES = 64 * 2**20
@@ -1743,21 +1766,71 @@ class Picture:
     repeats: int = 1  # in an epoch
     weight: float = 1.0  # of its loss
     seed: int | None = None  # of one that the base is to draw
+    mask: Path | None = None  # where it is to be heeded; its own path stands for its alpha channel
 
     @property
     def missing(self) -> bool:
         """Tell whether it is yet to be drawn."""
         return self.seed is not None and not self.path.exists()
 
-    @property
-    def crop_loss(self) -> float:
-        """Tell which part of it a square leaves out."""
-        return 1 - min(self.width, self.height) / max(self.width, self.height)
+    def bucket(self, config: TrainingConfig) -> Size:
+        """Choose the size at which it is trained."""
+        return bucket_of((self.width, self.height), config)
+
+    def crop_loss(self, config: TrainingConfig) -> float:
+        """Tell which part of it is cropped."""
+        return 1 - kept((self.width, self.height), self.bucket(config))
 
     @functools.cached_property
     def digest(self) -> list[object]:
-        """Tell the file from others."""
-        return sampled_digest(self.path)
+        """Tell the file from others, and its mask."""
+        return [*sampled_digest(self.path), *(sampled_digest(self.mask) if self.mask else ())]
+
+
+def bucket_of(picture: Size, config: TrainingConfig) -> Size:
+    """Choose a size of about a picture's shape: as many pixels as can be, of all but a step of it.
+
+    It has at most the area of the square of `resolution`. Nothing is enlarged to it, but for what
+    is narrower than any, unless that was asked for.
+    """
+    most, step, (width, height) = config.resolution**2, config.bucket_step, picture
+    if not config.buckets:
+        return config.resolution, config.resolution
+    shown = min(width, MOST_SLENDER * height), min(height, MOST_SLENDER * width)
+    least = config.resolution - (config.resolution - LEAST_SIDE) // step * step
+    scale = math.sqrt(most / math.prod(shown))
+    scale = max(scale if config.bucket_upscale else min(1.0, scale), least / min(shown))
+    # Counted from the side of the square, so that squares stay as they are.
+    steps = [max(0.0, scale * length - least) / step for length in shown]
+    wide, high = ({least + step * whole for whole in (math.floor(n), math.ceil(n))} for n in steps)
+    enlarged = math.inf if config.bucket_upscale else max(1.0, scale)
+    fitting = [
+        size
+        for size in itertools.product(wide, high)
+        if math.prod(size) <= most
+        and cropped(shown, size) < step
+        and covering(shown, size) <= enlarged
+    ]
+    # Wide steps may have no size for what is narrow and long.
+    default = (least, least)
+    return max(fitting, default=default, key=lambda s: math.prod(s) * kept(shown, s) ** 2)
+
+
+def cropped(picture: Size, size: Size) -> float:
+    """Tell how many pixels go beside a size, once a picture is resized to cover it."""
+    scale = covering(picture, size)
+    return max(length * scale - side for length, side in zip(picture, size, strict=True))
+
+
+def covering(picture: Size, size: Size) -> float:
+    """Tell by how much a picture is resized to cover a size."""
+    return max(side / length for length, side in zip(picture, size, strict=True))
+
+
+def kept(picture: Size, size: Size) -> float:
+    """Tell which share of a picture a size shows."""
+    across, down = (length / side for length, side in zip(picture, size, strict=True))
+    return min(across, down) / max(across, down)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1884,6 +1957,7 @@ class ImageFolder:
         self.weight = config.prior_weight if folder == config.regularization_path else 1.0
         self.files: dict[str, Path] = {}  # by label and path inside
         self.images: dict[str, Picture | None] = {}  # in natural order; None for unusable ones
+        self.masks: dict[str, Path] = {}  # by the name of their image
         self.captions: dict[str, str] = {}
         self.repeats: dict[str, int] = {}  # by folder
         self._free_pixels = PIXELS_AT_ONCE
@@ -1897,7 +1971,10 @@ class ImageFolder:
     def scan(self, *, thorough: bool) -> None:
         """Find the images and their captions, and look which ones can be used."""
         self.find_files()
-        images = (name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES))
+        images = {name for name in self.files if name.lower().endswith(IMAGE_SUFFIXES)}
+        named = {name: name.rpartition(".")[0] + MASK_SUFFIX for name in images}
+        self.masks = {name: self.files[mask] for name, mask in named.items() if mask in images}
+        images -= {named[name] for name in self.masks}
         self.images = dict.fromkeys(sorted(images, key=natural_key))
         self.name_unread()
         self.read_repeats()
@@ -2071,6 +2148,7 @@ class ImageFolder:
             # Single pictures of some formats do not have the attribute at all.
             if image.format not in ("JPEG", "MPO") and getattr(image, "n_frames", 1) > 1:
                 raise Unusable("an animation")
+            clear = image.has_transparency_data
             # A PNG's orientation may stand behind the pixels; looking there would decode them.
             packed = image.format == "PNG"
             early = not packed or "exif" in image.info
@@ -2086,7 +2164,29 @@ class ImageFolder:
         lines = self.captions.get(name, "").split("\n")
         caption = "\n".join(compose_caption(line, self.trigger_words) for line in lines)
         told: Record = {"repeats": self.repeats_of(name), "weight": self.weight}
+        if self.config.masked_loss:
+            told["mask"] = self.mask_of(name, (width, height), clear)
         return Picture(name, path, width, height, caption, packed_bytes, **told)
+
+    def mask_of(self, name: str, size: Size, clear: bool) -> Path | None:
+        """Tell where an image has its mask; it is not used beside one that is no good."""
+        if not (path := self.masks.get(name)):
+            return self.files[name] if clear else None
+        try:
+            self.check_mask(path, size)
+        except Exception as error:  # hostile bytes make decoders raise anything
+            raise Unusable(f"its mask: {explain_unusable(error)}") from error
+        return path
+
+    def check_mask(self, path: Path, size: Size) -> None:
+        """Refuse a mask that does not fit its image, or leaves nothing of it."""
+        check_plain_file(path, self.root)
+        with Image.open(path, formats=IMAGE_FORMATS) as mask:
+            if mask.size != size:
+                raise Unusable(f"{mask.width}x{mask.height} pixels, not those of the image")
+        with self.room_for(math.prod(size)):
+            if load_picture(path).convert("L").getextrema() == (0, 0):
+                raise Unusable("it is black")
 
     def repeats_of(self, name: str) -> int:
         """Tell how often an image counts, by the folder nearest to it that says so."""
@@ -2131,22 +2231,27 @@ class ImageFolder:
         bare = [Problem(p.name, "a caption", "none", hint) for p in pictures if not p.caption]
         if bare:
             raise TrainError.listing(ErrorCode.CAPTIONS_MISSING, bare)
-        small = [p.name for p in pictures if min(p.width, p.height) < resolution]
-        if small:
+        if small := [p.name for p in pictures if self.is_small(p)]:
             few = counted(len(small), "image")
             message = f"Smaller than {resolution} pixels: {few}, such as {small[0]}"
             self.events.warn(WarningCode.IMAGES_SMALL, message, images=len(small), file=small[0])
         if worst := self.cropped:
-            lost = [{"file": p.name, "share": round(p.crop_loss, 2)} for p in worst[:10]]
-            message = f"A square takes less than four fifths of {counted(len(worst), 'image')}: "
-            message += f"{worst[0].name} loses {worst[0].crop_loss:.0%}"
+            lost = [{"file": p.name, "share": round(loss, 2)} for p, loss in worst[:10]]
+            (first, most), many = worst[0], counted(len(worst), "image")
+            message = f"Cropping takes over a fifth of {many}: {first.name} loses {most:.0%}"
             self.events.warn(WarningCode.IMAGES_CROPPED, message, images=len(worst), lost=lost)
 
+    def is_small(self, picture: Picture) -> bool:
+        """Tell whether a picture has to be enlarged, or is trained with fewer pixels than asked."""
+        side, size = self.config.resolution, (picture.width, picture.height)
+        return math.prod(size) < side**2 if self.config.buckets else min(size) < side
+
     @property
-    def cropped(self) -> list[Picture]:
-        """List the images that lose much of themselves, those that lose most first."""
-        losing = [picture for picture in self.pictures if picture.crop_loss > CROP_LOSS]
-        return sorted(losing, key=lambda picture: picture.crop_loss, reverse=True)
+    def cropped(self) -> list[tuple[Picture, float]]:
+        """List the images that lose much of themselves, and how much; the worst comes first."""
+        losses = [(picture, picture.crop_loss(self.config)) for picture in self.pictures]
+        losing = [each for each in losses if each[1] > CROP_LOSS]
+        return sorted(losing, key=lambda each: each[1], reverse=True)
 
 
 def scan_dataset(
@@ -2165,6 +2270,7 @@ def scan_dataset(
     own, held = hold_back(own, held, config) if config.holds_back else (own, held)
     captions = sum(picture.name in folders[0].captions for picture in own)
     counts = Counter(f"{picture.width}x{picture.height}" for picture in own)
+    pictures = (*own, *others)
     facts = DatasetFacts(
         images=len(own),
         skipped=sum(len(folder.images) - len(folder.pictures) for folder in folders),
@@ -2173,10 +2279,16 @@ def scan_dataset(
         resolutions=dict(counts.most_common(10)),
         cropped=sum(len(folder.cropped) for folder in folders),
         regularization_images=len(others),
+        masks=sum(picture.mask is not None for picture in pictures),
+        buckets=count_buckets(pictures, config),
         validation_images=len(held),
     )
     events.emit(facts)
-    return Dataset(pictures=(*own, *others), held=tuple(held), facts=facts)
+    if config.masked_loss and not facts.masks:
+        told = {"key": "masked_loss", "value": True, "because": "dataset_path"}
+        message = "masked_loss has no effect: no image has a mask or an alpha channel"
+        events.warn(WarningCode.KNOB_WITHOUT_EFFECT, message, **told)
+    return Dataset(pictures=pictures, held=tuple(held), facts=facts)
 
 
 def hold_back(
@@ -2199,6 +2311,21 @@ def hold_back(
     chosen = set(ranked[:count])
     kept = [picture for picture in own if kinds[picture.path] not in chosen]
     return kept, [picture for picture in own if kinds[picture.path] in chosen]
+
+
+def count_buckets(pictures: Iterable[Picture], config: TrainingConfig) -> dict[str, Any]:
+    """Sum up per size of training how many pictures it has, and what cropping takes of them."""
+    losses = defaultdict[Size, list[float]](list)
+    for picture in pictures:
+        losses[picture.bucket(config)].append(picture.crop_loss(config))
+    frequent = sorted(losses, key=lambda size: (-len(losses[size]), size))[:MOST_BUCKETS]
+    table: Record = {}
+    for size in frequent:
+        found = losses[size]
+        mean, most = (round(loss, 3) for loss in (sum(found) / len(found), max(found)))
+        row = {"images": len(found), "cropped": mean, "cropped_at_most": most}
+        table["{}x{}".format(*size)] = row
+    return table
 
 
 # === Model families ==========================================================
@@ -3141,8 +3268,10 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
 def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
     """Refuse values that mean nothing, or no good, with the base model's family."""
     family, full, step = base.family, {"auto", "no", "fp32"}, base.pixel_step
+    lengths = ("resolution", "bucket_step", "sample_width", "sample_height")
+    whole = {knob: (vars(config)[knob] or 0) % step == 0 for knob in lengths}
     fit: dict[str, tuple[bool, str]] = {
-        "resolution": (config.resolution % step == 0, f"a multiple of {step}"),
+        **{knob: (fits, f"a multiple of {step}") for knob, fits in whole.items()},
         "mixed_precision": (config.mixed_precision in full | family.precisions, "auto, no or bf16"),
         "base_precision": (config.base_precision in full | family.precisions, "auto, bf16 or nf4"),
     }
@@ -3542,8 +3671,9 @@ class CachedImage:
     name: str
     caption: str
     latent_dist: Tensor  # [forms, 2 (mean, deviation), channels, latent height, latent width]
-    time_ids: Tensor  # [6]: original height and width, crop top and left, target both
+    time_ids: Tensor  # [6], or [forms, 6]: original height and width, crop top and left, target
     weight: float = 1.0
+    mask: Tensor | None = None  # [forms, 1, latent height, latent width], where one is heeded
 
 
 @dataclass(frozen=True)
@@ -3688,17 +3818,48 @@ def load_picture(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def fit_picture(picture: Image.Image, side: int) -> tuple[Image.Image, list[int]]:
-    """Resize the shorter side and crop the centre; return the six numbers SDXL is told."""
-    width, height = picture.size
-    scale = side / min(width, height)
-    wide, high = max(side, round(width * scale)), max(side, round(height * scale))
-    left, top = (wide - side) // 2, (high - side) // 2
+def load_mask(picture: Picture) -> Image.Image:
+    """Load what counts of a picture, in white: its mask, or its alpha channel, or all of it."""
+    from PIL import ImageOps
+
+    if picture.mask is None:
+        return Image.new("RGB", (picture.width, picture.height), "white")
+    if picture.mask != picture.path:
+        return load_picture(picture.mask).convert("L").convert("RGB")
+    with Image.open(picture.path, formats=IMAGE_FORMATS) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A").convert("RGB")
+
+
+CROPS = {"center": 1, "random": 4}  # in how many places a picture is cropped
+Place = tuple[float, float]  # shares of what is cropped that go on the left and above
+
+
+def places_of(picture: Picture, config: TrainingConfig) -> list[Place]:
+    """Choose where a picture is cropped: in the middle, or by chance that knows it alone."""
+    if config.crop == "center":
+        return [(0.5, 0.5)]
+    shares = torch.rand(CROPS[config.crop], 2, generator=seeded("crop", picture.digest))
+    return [(left, above) for left, above in shares.tolist()]
+
+
+def fit_picture(
+    picture: Image.Image, size: Size, place: Place = (0.5, 0.5)
+) -> tuple[Image.Image, list[int]]:
+    """Resize to cover a size and crop the rest; return the six numbers SDXL is told."""
+    (width, height), (wide, high) = picture.size, size
+    whole = whole_size(picture.size, size)
+    left, top = int(place[0] * (whole[0] - wide)), int(place[1] * (whole[1] - high))
     # Only what is kept is computed: a thin strip resized whole could fill any memory.
-    across, down = width / wide, height / high
-    box = (left * across, top * down, (left + side) * across, (top + side) * down)
-    fitted = picture.resize((side, side), Image.Resampling.LANCZOS, box=box)
-    return fitted, [height, width, top, left, side, side]
+    across, down = width / whole[0], height / whole[1]
+    box = (left * across, top * down, (left + wide) * across, (top + high) * down)
+    fitted = picture.resize(size, Image.Resampling.LANCZOS, box=box)
+    return fitted, [height, width, top, left, high, wide]
+
+
+def whole_size(picture: Size, size: Size) -> Size:
+    """Tell the size of all of a picture that is resized to cover a size."""
+    scale, (width, height) = covering(picture, size), picture
+    return max(size[0], round(width * scale)), max(size[1], round(height * scale))
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -3805,6 +3966,33 @@ def read_texts(
     return {text: Conditioning(kept[key]) for text, key in keys.items()}
 
 
+class Shown(NamedTuple):
+    """A form of a picture, as the VAE is to see it."""
+
+    pixels: Tensor  # [3, height, width]
+    mask: Tensor | None  # [1, height, width], where one is heeded
+    time_ids: list[int]
+
+    def mirror(self) -> Shown:
+        """Turn it round."""
+        height, width, top, left, high, wide = self.time_ids
+        right = whole_size((width, height), (wide, high))[0] - wide - left
+        mask = None if self.mask is None else self.mask.flip(-1)
+        return Shown(self.pixels.flip(-1), mask, [height, width, top, right, high, wide])
+
+
+def show_picture(picture: Picture, config: TrainingConfig) -> list[Shown]:
+    """Load all forms of a picture: cropped in each of its places, plain and mirrored."""
+    size, whole, shown = picture.bucket(config), load_picture(picture.path), []
+    mask = load_mask(picture) if config.masked_loss else None
+    for place in places_of(picture, config):
+        fitted, numbers = fit_picture(whole, size, place)
+        counts = to_pixels(fit_picture(mask, size, place)[0])[:1] / 2 + 0.5 if mask else None
+        form = Shown(to_pixels(fitted), counts, numbers)
+        shown += [form, form.mirror()] if config.flip else [form]
+    return shown
+
+
 def encode_images(
     models: Models, pictures: Sequence[Picture], config: TrainingConfig, shelf: Shelf, phase: Phase
 ) -> tuple[CachedImage, ...]:
@@ -3812,9 +4000,9 @@ def encode_images(
     family = models.base.family
     origin = shelf.origin(models.base, [family.vae])
 
-    def load(picture: Picture) -> tuple[Image.Image, list[int]]:
+    def load(picture: Picture) -> list[Shown]:
         try:  # it was there and sound when the dataset was scanned
-            return fit_picture(load_picture(picture.path), config.resolution)
+            return show_picture(picture, config)
         except Exception as error:  # hostile bytes make decoders raise anything
             if is_out_of_memory(error):
                 raise
@@ -3823,18 +4011,30 @@ def encode_images(
 
     def encode(missing: Iterable[Picture]) -> Iterator[Tensors]:
         vae = models.load_vae().to(models.device)
-        for picture, fitted in ahead(load, missing):
-            image, time_ids = fitted.result()
-            pixels = to_pixels(image)[None].to(vae.device)
-            forms = [pixels, pixels.flip(-1)] if config.flip else [pixels]
+        for picture, loaded in ahead(load, missing):
+            shown = loaded.result()
+            forms = [each.pixels[None].to(vae.device) for each in shown]
             with torch.no_grad():  # one by one, because the last bits depend on the size of a batch
                 latent_dist = torch.stack([family.encode(vae, form) for form in forms]).cpu()
             if not latent_dist.isfinite().all():
                 code, bad = ErrorCode.LATENTS_NOT_FINITE, "infinities from the VAE"
                 raise TrainError.at(code, picture.name, "finite latents", bad)
-            yield {"latent_dist": latent_dist, "time_ids": torch.tensor(time_ids).float()}
+            numbers = torch.tensor([each.time_ids for each in shown]).float()
+            made = {"latent_dist": latent_dist}
+            made["time_ids"] = numbers[0] if config.crop == "center" else numbers
+            if masks := [each.mask for each in shown if each.mask is not None]:
+                high, wide = latent_dist.shape[-2:]
+                pool = torch.nn.functional.adaptive_avg_pool2d
+                made["mask"] = pool(torch.stack(masks), (high, wide))
+            yield made
 
-    keys = {p.path: digest_of([origin, p.digest, config.resolution, config.flip]) for p in pictures}
+    keys = {}
+    for picture in pictures:
+        wide, high = picture.bucket(config)
+        size = wide if wide == high else [wide, high]
+        known: list[object] = [origin, picture.digest, size, config.flip]
+        known += ["masked"] * config.masked_loss + [config.crop] * (config.crop != "center")
+        keys[picture.path] = digest_of(known)
     kept = shelf.fill(origin, {keys[p.path]: p for p in pictures}, encode, phase)
     made = (CachedImage(p.name, p.caption, **kept[keys[p.path]], weight=p.weight) for p in pictures)
     return tuple(made)
@@ -3867,6 +4067,7 @@ class Batch(NamedTuple):
     timesteps: Tensor  # [batch]
     time_ids: Tensor  # [batch, 6]
     weights: Tensor | None = None  # [batch], where images do not count alike
+    mask: Tensor | None = None  # [batch, 1, latent height, latent width]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """List everything that there is."""
@@ -3887,6 +4088,26 @@ def shuffled(seed: int, epoch: int, count: int, word: str = "epoch") -> list[int
     return order
 
 
+def bring_together(
+    order: Iterable[int], shapes: Sequence[Size], window: int, begun: int
+) -> list[int]:
+    """Let images of one shape fill windows of their own, as those are computed at once.
+
+    Some images come first that complete a window which the epoch before has begun.
+    """
+    waiting = defaultdict[Size, list[int]](list)
+    whole: list[list[int]] = []
+    for image in order:
+        alike = waiting[shapes[image]]
+        alike.append(image)
+        if len(alike) == window:
+            whole.append(waiting.pop(shapes[image]))
+    mixed = list(itertools.chain(*waiting.values()))
+    if len(mixed) < begun and whole:
+        mixed += whole.pop()
+    return [*mixed[:begun], *itertools.chain(*whole), *mixed[begun:]]
+
+
 @dataclass(frozen=True)
 class ImageOrder:
     """The row of all images that are trained on, by their numbers; updates take it in turn."""
@@ -3895,6 +4116,7 @@ class ImageOrder:
     own: int  # images of dataset_path
     others: int = 0  # images of regularization_path, evenly in between, with the last numbers
     images: Sequence[int] = ()  # the number of each in the row, where some repeat
+    shapes: Sequence[Size] = ()  # of those of dataset_path, where windows are to be of one shape
 
     @property
     def share(self) -> Fraction:
@@ -3933,15 +4155,28 @@ class ImageOrder:
                 images.append(self.own + shuffled(seed, epoch, self.others, "regular epoch")[turn])
             else:
                 epoch, turn = divmod(place - before, self.own)
-                images.append(shuffled(seed, epoch, self.own)[turn])
+                images.append(self.epoch_order(epoch)[turn])
         return [self.images[n] for n in images] if self.images else images
+
+    @functools.cached_property
+    def epoch_order(self) -> Callable[[int], list[int]]:
+        """Order the images of dataset_path for an epoch; two are remembered, as they meet."""
+        return functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        """Shuffle all, and then bring shapes together, where there are some."""
+        order, window = shuffled(self.config.seed, epoch, self.own), self.config.effective_batch
+        if len(set(self.shapes)) < 2 or self.others:
+            return order
+        return bring_together(order, self.shapes, window, -epoch * self.own % window)
 
 
 def draw_batch(
     models: Models, cache: Cache, config: TrainingConfig, step: int, slots: Slots
 ) -> Batch:
     """Draw what is left to chance for some slots of an update, by what is given here alone."""
-    latents, noise, timesteps, objective = [], [], [], models.base.objective
+    latents, noise, timesteps, time_ids, masks = [], [], [], [], []
+    objective = models.base.objective
     images = [cache.images[index] for _, index in slots]
     for (slot, _), image in zip(slots, images, strict=True):
         chance = seeded(config.seed, "step", step, slot)
@@ -3953,16 +4188,20 @@ def draw_batch(
             own = seeded(config.seed, "noise offset", step, slot)
             noise[-1] += config.noise_offset * torch.randn(len(mean), 1, 1, generator=own)
         timesteps.append(objective.draw_time(objective, models.schedule, latents[-1], chance))
+        time_ids.append(image.time_ids.expand(len(image.latent_dist), 6)[form])
+        masks += [image.mask[form]] if image.mask is not None else []
     if config.lora_dropout:  # draws from torch's global source
         torch.manual_seed(seeded(config.seed, "dropout", step, slots[0][0]).initial_seed())
     dropout, key = config.caption_dropout, (config.seed, "caption", step)
     said = [cache.draw_text(cache.images[n].caption, dropout, *key, slot) for slot, n in slots]
     text = cache.read(said).to(models.device)
-    time_ids = [image.time_ids for image in images]
-    numbers = list(map(torch.stack, (latents, noise, timesteps, time_ids)))
+    numbers: Record = {"latents": latents, "noise": noise, "timesteps": timesteps}
+    numbers |= {"time_ids": time_ids}
+    numbers |= {"mask": masks} if masks else {}
     if config.prior_weight != 1:
-        numbers.append(torch.tensor([image.weight for image in images]))
-    return Batch(text, *(send(each, models.device) for each in numbers))
+        numbers["weights"] = [torch.tensor(image.weight) for image in images]
+    sent = {name: send(torch.stack(each), models.device) for name, each in numbers.items()}
+    return Batch(text, **sent)
 
 
 def pseudo_huber(off: Tensor, snr: Callable[[], Tensor], least: float) -> Tensor:
@@ -3987,11 +4226,18 @@ def min_snr(snr: Tensor, gamma: float, offset: float) -> Tensor:
 def ask(models: Models, batch: Batch) -> tuple[Tensor, Tensor]:
     """Ask the denoiser about noisy pictures; return its answer, and what that should be."""
     base, objective, schedule = models.base, models.base.objective, models.schedule
-    text, latents, noise, timesteps, time_ids, _ = batch
+    text, latents, noise, timesteps, time_ids, *_ = batch
     latents = base.family.scale(latents, base.parts[base.family.vae].config)
     noisy = objective.mix(schedule, latents, noise, timesteps)
     answer = models.predict(noisy, timesteps, models.read_text(text), time_ids)
     return answer.float(), objective.target(schedule, latents, noise, timesteps)
+
+
+def averaged(each: Tensor, mask: Tensor | None) -> Tensor:
+    """Average the numbers of each picture, or what counts of them, [batch]."""
+    if mask is not None:  # what counts of a picture weighs as much as all of another
+        each = each * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+    return each.mean(dim=(1, 2, 3))
 
 
 def batch_losses(models: Models, batch: Batch) -> Tensor:
@@ -3999,8 +4245,8 @@ def batch_losses(models: Models, batch: Batch) -> Tensor:
     answer, wanted = ask(models, batch)
     objective = models.base.objective
     snr = functools.partial(objective.snr, models.schedule, batch.timesteps)
-    losses = LOSSES[objective.loss](answer - wanted, snr, objective.huber_delta)
-    losses = losses.mean(dim=(1, 2, 3))
+    each = LOSSES[objective.loss](answer - wanted, snr, objective.huber_delta)
+    losses = averaged(each, batch.mask)
     if objective.snr_gamma and objective.snr_offset is not None:
         losses = losses * min_snr(snr(), objective.snr_gamma, objective.snr_offset)
     return losses if batch.weights is None else losses * batch.weights
@@ -4029,7 +4275,7 @@ def contrast(models: Models, batches: Iterable[Batch]) -> dict[str, float]:
         with models.unadapted():
             before, _ = ask(models, batch)
         columns = before - wanted, after - wanted, after - before, before
-        rows.append(torch.stack([each.square().mean() for each in columns]).cpu())
+        rows.append(torch.cat([averaged(each.square(), batch.mask) for each in columns]).cpu())
     table = torch.stack(rows)  # [questions, 4]
     before, after, way, length = table.mean(dim=0).tolist()
     told = {"loss_before": before, "loss_after": after, "moved": math.sqrt(way / length)}
@@ -5251,6 +5497,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     captions = digest_of([picture.caption for picture in pictures], 12)
     others = plan.order.others
     shown = digest_of([[picture.digest, picture.caption] for picture in held], 12)
+    square = (config.resolution, config.resolution)
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     repeats = [picture.repeats for picture in pictures]
     mix += f", each counting {config.prior_weight}" if config.prior_weight != 1 else ""
@@ -5268,6 +5515,8 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         **{name: str(plain(vars(config)[name])) for name in fixed},
         **({"init_lora": fingerprint(config.init_lora)} if config.init_lora else {}),
         **({"embedding_word": config.word.text} if config.embedding_tokens else {}),
+        # Where all are squares, it makes no difference; all else that shapes follow is above.
+        "buckets": str(any(picture.bucket(config) != square for picture in pictures)),
     }
 
 
@@ -5410,7 +5659,8 @@ class Earlier:
         for key in sorted((said.keys() | identity.keys()) - unknown):
             knob, unit = KNOBS_BEHIND.get(key, (key, ""))
             # An earlier version did what is the default of a knob that it did not know.
-            unsaid = knobs().get(key, {}).get("default", "nothing")
+            of_knob = knobs().get(key, {})
+            unsaid = of_knob.get("x-before", of_knob.get("default", "nothing"))
             before, now = (str(each.get(key, unsaid)) + unit for each in (said, identity))
             if before != now:
                 problems.append(Problem(knob, before, now, hint))
@@ -5517,8 +5767,8 @@ class Sketch:
         """Take what was asked for, or else what suits the base."""
         steps, guidance = base.family.previews[base.distilled]
         guidance = guidance if config.sample_guidance is None else config.sample_guidance
-        steps, side = config.sample_steps or steps, config.resolution
-        return cls(side, side, steps, guidance, config.sample_negative_prompt)
+        steps, negative = config.sample_steps or steps, config.sample_negative_prompt
+        return cls(*config.preview_size, steps, guidance, negative)
 
     def opposed(self, base: BaseModel) -> bool:
         """Tell whether the denoiser is asked for the opposite too."""
@@ -5949,9 +6199,9 @@ class MemoryPlan:
         packing = base if read == "bf16" and base in QUANTISED else "auto"
         widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
         encode = ENCODE_MAPS * widest * config.resolution**2
-        drawn = min(TILE_PIXELS, config.resolution) if self.tiling else config.resolution
+        drawn = [min(TILE_PIXELS, p) if self.tiling else p for p in config.preview_size]
         latents = structure.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
-        cached = (1 + config.flip) * 2 * latents * self.images
+        cached = CROPS[config.crop] * (1 + config.flip) * 2 * latents * self.images
         cached += structure.text_numbers * (self.texts or self.images)
         return {
             "process": 0 if self.on_card else LIBRARIES_BYTES,
@@ -5966,7 +6216,7 @@ class MemoryPlan:
             # What is read from a file can be read again.
             "cache": 0 if config.cache_dir else 4 * cached,
             "activations": (4 if mixes else NUMBER_BYTES[run]) * self._kept_numbers(),
-            "preview": DECODE_MAPS * widest * drawn**2,
+            "preview": DECODE_MAPS * widest * math.prod(drawn),
         }
 
     def _kept_numbers(self) -> float:
@@ -6003,8 +6253,9 @@ class MemoryPlan:
     def previews_at_once(self) -> int:
         """Count the prompts that a batch has room for; with its opposite, one is two images."""
         least = dataclasses.replace(self, checkpointing=True).parts["activations"]
-        fitting = self.config.batch_size * self.parts["activations"] // (2 * least)
-        return max(1, fitting) if self.on_card else 1
+        size = math.prod(self.config.preview_size) / self.config.resolution**2
+        fitting = self.config.batch_size * self.parts["activations"] // (2 * least * size)
+        return max(1, int(fitting)) if self.on_card else 1
 
     def facts(self) -> MemoryFacts:
         """Tell what was chosen, and why."""
@@ -6150,7 +6401,8 @@ def disk_needed(config: TrainingConfig, structure: BaseModel, steps: int) -> int
     return (
         lora * (1 + steps // config.checkpoint_steps + best)
         + state * (config.keep_checkpoints + 1)  # the next is written before the oldest goes
-        + pictures * 3 * config.resolution**2  # a PNG is never larger than its pixels by much
+        # A PNG is never larger than its pixels by much.
+        + pictures * 3 * math.prod(config.preview_size)
     )
 
 
@@ -6169,7 +6421,8 @@ class Preflight:
         config, found = self.config, self.dataset.facts
         row = [n for n, p in enumerate(self.dataset.pictures) for _ in range(p.repeats)]
         own = sum(number < found.images for number in row)
-        self.order = ImageOrder(config, own, len(row) - own, row)
+        shapes = [self.dataset.pictures[number].bucket(config) for number in row[:own]]
+        self.order = ImageOrder(config, own, len(row) - own, row, shapes)
         self.disk_free_bytes = shutil.disk_usage(nearest_folder(config.output_path)).free
         self.disk_needed_bytes: int | None = None
         if self.structure:
@@ -7011,13 +7264,15 @@ class LoRATrainer:
             return
         models, team, ending = self.models, self.team, self.config.caption_extension
         name = "drawing class images"
+        # They are for training; previews may have a size of their own.
+        square = dataclasses.replace(self.config, sample_width=None, sample_height=None)
         phase, at_once = Phase(name, len(missing), self.events, self.stop), models.previews_at_once
         models.load_denoiser()
         for begin in range(0, len(missing), at_once * team.size):
             phase.at(begin)
             part = missing[begin : begin + at_once * team.size]
             wanted = [(p.caption, p.seed or 0) for p in team.share(part)]
-            drawn = draw_previews(models, texts, wanted, self.config, self.stop) if wanted else []
+            drawn = draw_previews(models, texts, wanted, square, self.stop) if wanted else []
             contents = team.gather([encode_png(image) for image in drawn])
             # Nobody looks for them before they are there.
             team.told(functools.partial(put_class_images, part, contents, ending))
@@ -7123,13 +7378,13 @@ class LoRATrainer:
         if not (self.memory and self.memory.recording):
             return
         self.phase = "recording"
-        slots = list(enumerate(self.order.window(1)))
-        part = self.team.share(slots)[: self.config.batch_size]
+        window = self.order.window(1)
+        part = max(self.batches(window), key=len, default=())
 
         def learn() -> None:
             # With other numbers than those of the trial, which it then has to heed.
             batch = draw_batch(self.models, self.cache, self.config, 2, part)
-            self.replay = Replay.record(self.models, self.learner, batch, len(slots))
+            self.replay = Replay.record(self.models, self.learner, batch, len(window))
 
         if part and not self.passes(learn, WarningCode.CUDA_GRAPH_FAILED):
             self.replay = None
@@ -7217,17 +7472,26 @@ class LoRATrainer:
 
     def go_through(self, step: int) -> None:
         """Collect the gradient of an update, a batch at a time."""
-        size, slots = self.config.batch_size, list(enumerate(self.order.window(step)))
-        own = self.team.share(slots)
-        for begin in range(0, len(own), size):
+        window = self.order.window(step)
+        for part in self.batches(window):
             if self.team.size == 1:  # else all stop after the same update
                 self.stop.check()
-            part = own[begin : begin + size]
             batch = draw_batch(self.models, self.cache, self.config, step, part)
-            if self.replay and self.replay.fits(batch, len(slots)):
+            if self.replay and self.replay.fits(batch, len(window)):
                 self.replay(batch)
             else:
-                there_and_back(self.models, self.learner, batch, len(slots))
+                there_and_back(self.models, self.learner, batch, len(window))
+
+    def batches(self, window: Sequence[int]) -> Iterator[Slots]:
+        """Cut this process's part of an update into batches of one shape."""
+
+        def shape(slot: tuple[int, int]) -> tuple[int, ...]:
+            return self.cache.images[slot[1]].latent_dist.shape
+
+        own = self.team.share(sorted(enumerate(window), key=shape))
+        for _, group in itertools.groupby(own, shape):
+            while part := list(itertools.islice(group, self.config.batch_size)):
+                yield part
 
     def report(self) -> None:
         """Read what the updates computed and tell it, seldom: reading waits for the device."""
@@ -7347,7 +7611,7 @@ class LoRATrainer:
             every = self.questions(self.cache.held)
             for batch in itertools.islice(every, self.team.rank, None, self.team.size):
                 answer, wanted = ask(self.models, batch)
-                mine.append(float((answer - wanted).square().mean()))
+                mine.append(float(averaged((answer - wanted).square(), batch.mask)))
         losses = self.team.gather(mine)
         bands = [losses[begin : begin + width] for begin in range(0, QUESTIONS, width)]
         loss, *by_time = plain([math.fsum(each) / len(each) for each in (losses, *bands)])

@@ -175,7 +175,7 @@ def test_the_size_numbers_tell_what_was_done(
     size: tuple[int, int], side: int, wanted: list[int]
 ) -> None:
     """The original size, and the crop in pixels of the resized picture."""
-    fitted, numbers = train_lora.fit_picture(Image.new("RGB", size), side)
+    fitted, numbers = train_lora.fit_picture(Image.new("RGB", size), (side, side))
     assert fitted.size == (side, side)
     assert numbers == wanted
 
@@ -185,7 +185,7 @@ def test_the_size_numbers_are_those_of_the_upright_picture(tmp_path: Path) -> No
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (1000, 600)).save(tmp_path / "a.jpg", exif=exif)
-    _, numbers = train_lora.fit_picture(train_lora.load_picture(tmp_path / "a.jpg"), 256)
+    _, numbers = train_lora.fit_picture(train_lora.load_picture(tmp_path / "a.jpg"), (256, 256))
     assert numbers == [1000, 600, 85, 0, 256, 256]
 
 
@@ -195,7 +195,7 @@ def test_the_centre_is_kept(turned: bool) -> None:
     pixels = np.zeros((256, 768, 3), np.uint8)
     pixels[:, :256, 0], pixels[:, 256:512, 1], pixels[:, 512:, 2] = 255, 255, 255
     picture = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)
-    fitted, _ = train_lora.fit_picture(picture, 256)
+    fitted, _ = train_lora.fit_picture(picture, (256, 256))
     assert np.array_equal(np.asarray(fitted), np.full((256, 256, 3), (0, 255, 0)))
 
 
@@ -203,7 +203,7 @@ def test_a_picture_is_averaged_when_made_smaller() -> None:
     """Fine stripes become grey; picking single pixels would keep black and white."""
     pixels = np.zeros((1024, 1024, 3), np.uint8)
     pixels[:, ::2] = 255
-    fitted, _ = train_lora.fit_picture(Image.fromarray(pixels), 256)
+    fitted, _ = train_lora.fit_picture(Image.fromarray(pixels), (256, 256))
     inner = np.asarray(fitted)[8:-8, 8:-8].astype(float)
     assert abs(inner.mean() - 127.5) < 2
     assert inner.std() < 3
@@ -212,7 +212,7 @@ def test_a_picture_is_averaged_when_made_smaller() -> None:
 def test_a_picture_of_the_right_size_is_left_alone() -> None:
     """Not one pixel changes."""
     pixels = random_pixels(256, 256)
-    fitted, _ = train_lora.fit_picture(Image.fromarray(pixels), 256)
+    fitted, _ = train_lora.fit_picture(Image.fromarray(pixels), (256, 256))
     assert np.array_equal(np.asarray(fitted), pixels)
 
 
@@ -423,7 +423,7 @@ def test_what_is_kept_equals_what_is_not(here: Path, built: Path) -> None:
     [
         ({}, 0, 0),
         ({"lora_rank": 2, "steps": 7, "trigger_words": ["other"]}, 0, 0),
-        ({"resolution": SIDE + 64}, 0, 1),
+        ({"resolution": SIDE + 64, "bucket_upscale": True}, 0, 1),
         ({"flip": True}, 0, 1),
         ({"sample_prompts": ["another"]}, 1, 0),
     ],

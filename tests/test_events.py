@@ -120,7 +120,8 @@ INTERRUPTED = InterruptedEvent(step=0, reason="SIGTERM", path=None, total_time=1
 SAMPLE = SampleEvent(step=5, image_path="out/samples/step_5.png", prompt="zkb {a dog}", seed=0)
 
 COUNTS: Record = {"images": 3, "skipped": 0, "captions_found": 1, "captions_missing": 2}
-COUNTS |= {"resolutions": {"640x480": 3}, "regularization_images": 0, "cropped": 0}
+COUNTS |= {"resolutions": {"640x480": 3}, "regularization_images": 0, "cropped": 0, "masks": 0}
+COUNTS["buckets"] = {"512x512": {"images": 3, "cropped": 0.25, "cropped_at_most": 0.25}}
 VALID = ValidFacts(
     **COUNTS,
     effective_batch=1,

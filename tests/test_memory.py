@@ -196,6 +196,19 @@ def test_previews_are_decoded_in_pieces_where_memory_is_short(in_workspace: Path
     assert pieces.parts["preview"] < whole.parts["preview"] / 2
 
 
+def test_previews_of_their_own_size_take_memory_and_disk_of_their_own(in_workspace: Path) -> None:
+    """By their area; fewer of larger ones are drawn at once, and the update is as it was."""
+    roomy = {"resolution": 1024, "batch_size": 8, "gradient_checkpointing": False}
+    square, wide = (plan(with_free(400), **roomy, **size) for size in ({}, {"sample_width": 2048}))
+    assert wide.parts["preview"] == 2 * square.parts["preview"]
+    assert {k: v for k, v in wide.parts.items() if k != "preview"} == {
+        k: v for k, v in square.parts.items() if k != "preview"
+    }
+    assert abs(square.previews_at_once - 2 * wide.previews_at_once) <= 1
+    disk = [train_lora.disk_needed(each.config, each.structure, 100) for each in (square, wide)]
+    assert disk[1] - disk[0] == 2 * 3 * 1024**2  # two rounds of one picture
+
+
 def test_weights_that_are_packed_take_less(in_workspace: Path) -> None:
     """Each precision by the size of its numbers, on CUDA alone."""
     sizes = {

@@ -205,11 +205,22 @@ def draw_with_diffusers(
             negative_prompt=config.sample_negative_prompt or None,
             num_inference_steps=config.sample_steps,
             guidance_scale=config.sample_guidance,
-            height=config.resolution,
-            width=config.resolution,
+            height=config.preview_size[1],
+            width=config.preview_size[0],
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
     )
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_preview_may_have_a_size_of_its_own(here: Path, built: Path, family: str) -> None:
+    """It is the picture that diffusers draws of that size; training goes on with its own."""
+    studio, _ = open_studio(built / family, sample_width=320, sample_height=192)
+    drawn = studio.draw()
+    assert drawn.shape == (192, 320, 3)
+    assert distance(drawn, draw_with_diffusers(built / family, family, studio.config)) <= 1
+    alone, _ = open_studio(built / family, sample_height=192)
+    assert alone.draw().shape == (192, SIDE, 3)
 
 
 def distance(one: Any, other: Any) -> float:

@@ -326,6 +326,45 @@ def test_a_run_in_segments_ends_like_one_that_was_not_stopped(
     assert place.results() == whole.results()
 
 
+def forget_buckets(state: Path) -> None:
+    """Take from a manifest what a version without buckets did not write."""
+    record = train_lora.unseal(state / "manifest.json")
+    for key in ("buckets", "bucket_step", "bucket_upscale"):
+        del record["identity"][key]
+    (state / "manifest.json").write_bytes(train_lora.seal(record))
+
+
+def test_a_run_of_a_version_without_buckets_goes_on_with_squares_alone(
+    base: Path, tmp_path: Path
+) -> None:
+    """As it began, to the same bytes; in their own shapes, its pictures would be others."""
+    whole, place = (write_place(tmp_path / name, base, buckets=False) for name in ("one", "two"))
+    start(whole)
+    start(place, after=5)
+    forget_buckets(place.out / "state" / "step_5")
+    place.change(buckets=None)
+    (problem,) = refused(place, ErrorCode.RUN_CHANGED).problems
+    assert (problem.path, problem.expected, problem.found) == ("buckets", "False", "True")
+    place.change(buckets=False)
+    start(place)
+    assert place.results() == whole.results()
+
+
+def test_a_run_of_a_version_without_buckets_goes_on_where_all_are_squares(
+    base: Path, tmp_path: Path
+) -> None:
+    """With the defaults of today."""
+    whole, place = (write_place(tmp_path / name, base) for name in ("one", "two"))
+    for each in (whole, place):
+        for picture in (each.folder / "data").glob("*.png"):
+            write_image(picture, (256 + int(picture.stem),) * 2)
+    start(whole)
+    start(place, after=5)
+    forget_buckets(place.out / "state" / "step_5")
+    assert start(place).records[0]["resumed_step"] == 5
+    assert place.results() == whole.results()
+
+
 def regularize(place: Place) -> None:
     """Add images of other things, which are a third of all that is trained on."""
     for number in range(2):
@@ -1022,6 +1061,11 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "layers": (knob(lora_targets=["attn2"]), {"lora_targets"}),
     "rank-stabilised": (knob(use_rslora=True), {"use_rslora"}),
     "flip": (knob(flip=False), {"flip"}),
+    "squares": (knob(buckets=False), {"buckets"}),
+    "finer buckets": (knob(bucket_step=32), {"bucket_step"}),
+    "masks": (knob(masked_loss=True), {"masked_loss"}),
+    "random crops": (knob(crop="random"), {"crop"}),
+    "enlarged": (knob(bucket_upscale=True), {"bucket_upscale"}),
     "text encoder": (knob(train_text_encoder=True), {"train_text_encoder"}),
     "a word alone": (
         knob(embedding_tokens=2, train_lora=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from conftest import Recorder, write_config
 from diffusers import DDPMScheduler
@@ -118,3 +120,27 @@ def going_short_of_memory(at: int) -> Callable[[LoRATrainer], None]:
         go(run)
 
     return go_short
+
+
+@dataclass(eq=False, repr=False)
+class StopAfter(train_lora.StopRequest):
+    """A request that comes after an update, or never."""
+
+    last: int | None = None
+    trainer: LoRATrainer | None = None
+
+    def check(self) -> None:
+        """Ask for a stop when the update is made, and look as ever."""
+        run = self.trainer
+        if run and run.phase == "training" and run.state.step == self.last:
+            self.request("SIGTERM")
+        super().check()
+
+
+def start_until(config: TrainingConfig, last: int | None = None) -> LoRATrainer:
+    """Start a run and let it end, or stop it after an update."""
+    stop = StopAfter(last=last)
+    stop.trainer = run = LoRATrainer(config, train_lora.Emitter(), stop)
+    with pytest.raises(train_lora.TrainingInterrupted) if last else contextlib.nullcontext():
+        run.train()
+    return run

@@ -437,7 +437,9 @@ def write_dataset(
 def write_picture(source: Path, target: Path, action: str, wishes: Wishes) -> None:
     """Put a picture where it belongs: the same bytes, or cropped to what training sees."""
     if action == "crop":
-        fitted, _ = train_lora.fit_picture(train_lora.load_picture(source), wishes.resolution)
+        fitted, _ = train_lora.fit_picture(
+            train_lora.load_picture(source), (wishes.resolution,) * 2
+        )
         buffer = io.BytesIO()
         fitted.save(buffer, "PNG")
         write_once(target, buffer.getvalue())

@@ -39,7 +39,7 @@ class Measures:
 
 def measure(picture: Image.Image, side: int) -> Measures:
     """Measure a picture that is upright and in RGB; `side` is that of training."""
-    fitted, _ = train_lora.fit_picture(picture, side)
+    fitted, _ = train_lora.fit_picture(picture, (side, side))
     thumbnail = np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS))
     return Measures(
         pixels=digest_of(picture),

@@ -227,7 +227,9 @@ def test_cropped_pictures_are_what_training_sees(source: Path) -> None:
     (entry,) = [i for i in manifest["images"] if i["source"] == "photo.jpg"]
     with Image.open(source.parent / "made" / entry["file"]) as image:
         assert (image.size, image.format, dict(image.getexif())) == ((256, 256), "PNG", {})
-        fitted, _ = train_lora.fit_picture(train_lora.load_picture(source / "photo.jpg"), 256)
+        fitted, _ = train_lora.fit_picture(
+            train_lora.load_picture(source / "photo.jpg"), (256, 256)
+        )
         assert image.tobytes() == fitted.tobytes()
     assert entry["source_size"] == [400, 600]
     assert "location" in entry["flags"]
