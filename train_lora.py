@@ -4123,6 +4123,11 @@ class ImageOrder:
         """Give the part of the row that belongs to the others, exactly as it was written."""
         return Fraction(str(self.config.regularization_share if self.others else 0))
 
+    @property
+    def pictures(self) -> int:
+        """Count the images of dataset_path, each once."""
+        return len(set(self.images[: self.own])) if self.images else self.own
+
     def length(self, epochs: int) -> int:
         """Count the places until each image of dataset_path was seen so many times."""
         return math.floor((epochs * self.own - 1) / (1 - self.share)) + 1
@@ -7811,7 +7816,7 @@ class LoRATrainer:
 
     def judge(self) -> Record:
         """Measure what was learned; warn where that is nothing, or by heart."""
-        own, held, quiet = self.cache.images[: self.order.own], self.cache.held, []
+        own, held, quiet = self.cache.images[: self.order.pictures], self.cache.held, []
         for image in held or own:
             caption = without_words(image.caption, self.config.trigger_words)
             quiet.append(dataclasses.replace(image, caption=caption))
