@@ -1472,8 +1472,10 @@ CLASHES = (  # of folders that would become part of each other
     ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
     ("init_lora", "output_path", is_written_by_run, "Copy the file to another folder."),
 )
-LORA_KNOBS = ("learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "train_text_encoder")
-LORA_KNOBS += ("adapter", "lora_targets", "use_rslora", "init_lora")
+LORA_KNOBS = (
+    *("learning_rate", "lora_rank", "lora_alpha", "lora_dropout", "train_text_encoder"),
+    *("adapter", "lora_targets", "use_rslora", "init_lora"),
+)
 WORD_KNOBS = ("embedding_init", "embedding_learning_rate", "embeddings_path")
 # Without effect while all others are set (True), or none is, or none is one of these.
 IDLE_KNOBS: dict[tuple[str, ...], bool | tuple[str, ...]] = {
@@ -4499,7 +4501,7 @@ class ByInput:
         added: Tensor = layer.get_delta_weight(name).float()
         if "lora_lengths" not in dict(layer.named_buffers(recurse=False)):
             return added
-        factor = (1 + layer.lora_magnitude.float()) / cls.change(layer, name)
+        factor: Tensor = (1 + layer.lora_magnitude.float()) / cls.change(layer, name)
         return (weight + added) * factor - weight
 
     @classmethod

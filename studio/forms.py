@@ -211,8 +211,8 @@ def from_text(made: Control, text: str) -> Any:
         value = dict(made.options).get(text, text)
         return None if value == made.default else value
     if made.kind == "check":
-        value = text == "true"
-        return None if value == made.default else value
+        ticked = text == "true"
+        return None if ticked == made.default else ticked
     if not text.strip():
         return None
     if made.kind in ("integer", "number"):

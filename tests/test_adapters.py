@@ -108,7 +108,7 @@ def saved(ready: Ready, out: Path, precision: str = "fp32") -> Path:
     """Write the adapter as a run does."""
     run = copy.copy(ready)
     run.config = replace(ready.config, output_path=out, save_precision=precision)
-    run.write_lora(out / "lora.safetensors")
+    run.write_files({"lora": out / "lora.safetensors"})
     return out / "lora.safetensors"
 
 

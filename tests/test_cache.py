@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny, change_weights
+from tiny_runs import dataset_of
 
 import train_lora
 from train_lora import (
@@ -266,7 +267,7 @@ def encode(folder: Path, *captions: str, **changes: Any) -> Encoded:
     models = models_of(config)
     trainer = LoRATrainer(config, Emitter(recorder), StopRequest())
     trainer.models = models
-    return Encoded(trainer.encode(pictures), models, recorder)
+    return Encoded(trainer.encode(dataset_of(pictures)), models, recorder)
 
 
 def load_vae(folder: Path) -> Any:
@@ -448,7 +449,7 @@ def test_another_picture_under_the_same_name_is_encoded_anew(here: Path, built: 
     config = load_config(base_model=str(built / "sd1"), resolution=SIDE, cache_dir="kept")
     trainer = LoRATrainer(config, Emitter(), StopRequest())
     trainer.models = models_of(config)
-    (second,) = trainer.encode(pictures[:1]).images
+    (second,) = trainer.encode(dataset_of(pictures[:1])).images
 
     assert not torch.equal(first.latent_dist, second.latent_dist)
 

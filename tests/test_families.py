@@ -81,6 +81,7 @@ def flow_matching() -> train_lora.Objective:
         draw_time=lambda _, __, latents, chance: (
             torch.rand((), generator=chance) * len(latents) / 4
         ),
+        time_at=lambda _, __, latents, share_of: share_of * len(latents) / 4,
         mix=lambda _, latents, noise, t: (1 - share(t)) * latents + share(t) * noise,
         target=lambda _, latents, noise, __: noise - latents,
         snr=lambda _, times: ((1 - times) / times).square(),

@@ -318,7 +318,8 @@ def loras_of(run: Ready) -> Path:
 def finish_anew(run: Ready) -> None:
     """Put the LoRA of the first update into another program's folder, and then that of the end."""
     loras_of(run).mkdir()
-    run.put_copies({"lora": run.config.output_path / "checkpoints" / "lora_step_1.safetensors"})
+    first = run.config.output_path / "checkpoints" / "lora_step_1.safetensors"
+    run.put_copies({"lora": first}, None)
     finish(run)
 
 

@@ -19,7 +19,11 @@ import train_lora
 from train_lora import ErrorCode, LoRATrainer, TrainError, WarningCode
 
 CAPTION = "a cat, zkb's dog and (zkb) of zkb; zkb,a!zkb. zkb"
-WORD = {"embedding_tokens": 3, "embedding_init": "cat dog", "embedding_learning_rate": 0.01}
+WORD: dict[str, Any] = {
+    "embedding_tokens": 3,
+    "embedding_init": "cat dog",
+    "embedding_learning_rate": 0.01,
+}
 
 
 def learning(ground: Path, family: str = "sd1", **changes: Any) -> Ready:

@@ -16,7 +16,7 @@ from conftest import Recorder, load_config, write_image, write_json
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, build_tiny, change_weights
-from tiny_runs import prepare, tiny_config
+from tiny_runs import dataset_of, prepare, tiny_config
 
 import train_lora
 from train_lora import (
@@ -178,7 +178,7 @@ def open_studio(folder: Path, **changes: Any) -> tuple[Studio, Learner]:
     picture = train_lora.Picture(
         name="image.png", path=Path("data/image.png"), width=320, height=320, caption="zkb"
     )
-    cache = trainer.encode([picture])
+    cache = trainer.encode(dataset_of([picture]))
     return Studio(trainer.models, cache, config), trainer.adapt(facts)
 
 

@@ -336,7 +336,7 @@ def test_the_best_is_kept_named_and_put_where_loras_are(base: Path, tmp_path: Pa
 def stopped_early(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Provide a run of ten updates that gets worse, and may do so once."""
     folder = tmp_path_factory.mktemp("early")
-    changes = {"learning_rate": 0.1, "validation_steps": 1, "early_stopping_patience": 1}
+    changes: Record = {"learning_rate": 0.1, "validation_steps": 1, "early_stopping_patience": 1}
     changes |= {"steps": 10, "lr_scheduler": "constant", "lr_warmup_steps": 0}
     held = str(write_held(folder / "held"))
     place = write_place(folder, base, **HOLDING | changes, validation_path=held)

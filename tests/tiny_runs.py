@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler
 from tiny_models import build_tiny
 
 import train_lora
-from train_lora import ImageOrder, LoRATrainer, TrainingConfig
+from train_lora import Dataset, ImageOrder, LoRATrainer, Picture, TrainingConfig
 
 # A run collects garbage before it loads the denoiser; let it not look through all libraries.
 train_lora.import_libraries()
@@ -90,6 +90,12 @@ def prepare(config: TrainingConfig) -> Ready:
     ready.origin = {"run_id": "test", "identity": {}}
     ready.phase = "training"
     return ready
+
+
+def dataset_of(pictures: Sequence[Picture]) -> Dataset:
+    """Make a dataset of pictures that nobody looked for."""
+    facts: Any = SimpleNamespace(images=len(pictures))
+    return Dataset(pictures=tuple(pictures), facts=facts)
 
 
 def one_of(steps: int) -> Any:

@@ -50,7 +50,7 @@ def train(folder: Path, family: str) -> tuple[Path, Path, Ready]:
     ready = prepare(TrainingConfig.from_json(config))
     ready.make_updates(2)
     file = place / "lora_final.safetensors"
-    ready.write_lora(file)
+    ready.write_files({"lora": file})
     return folder / family, file, ready
 
 

@@ -1,6 +1,6 @@
 """Measure the studio with much of everything: how soon a page is seen, and what the service takes.
 
-    python benchmarks/studio.py [--runs 200] [--events 10000] [--pictures 2000] [--readers 50]
+    python benchmarks/studio_load.py [--runs 200] [--events 10000] [--pictures 2000] [--readers 50]
 
 A service of its own on an empty root, filled before it starts; Debian's chromium looks at each
 page in a fresh profile. The first preparation of thumbnails is a part of what is measured.
@@ -228,7 +228,11 @@ def each_of(threads: list[threading.Thread], do: Callable[[threading.Thread], No
 
 def train(service: Service) -> str:
     """Start a short training of the bundled model."""
-    config = {"base_model": str(EXAMPLES / "tiny-sd"), "trigger_words": ["zkb"], "device": "cpu"}
+    config: dict[str, Any] = {
+        "base_model": str(EXAMPLES / "tiny-sd"),
+        "trigger_words": ["zkb"],
+        "device": "cpu",
+    }
     config |= {"steps": LIVE_STEPS, "resolution": 256, "validation_steps": LIVE_STEPS}
     config |= {"sample_steps": 1, "checkpoint_steps": LIVE_STEPS}
     answer = service.ask("/train", {"dataset": "imps", "config": config})
