@@ -1238,6 +1238,7 @@ class TrainingConfig:
     bucket_step: int
     bucket_upscale: bool
     crop: str
+    augment: tuple[str, ...]
     masked_loss: bool
     sample_prompts: tuple[str, ...]
     sample_negative_prompt: str
@@ -1324,6 +1325,11 @@ class TrainingConfig:
     def rewords(self) -> bool:
         """Tell whether captions are told in several wordings."""
         return self.shuffle_tags or self.tag_dropout > 0
+
+    @property
+    def forms(self) -> int:
+        """Count the forms of a picture, but for mirrored ones."""
+        return max(CROPS[self.crop], AUGMENTED if self.augment else 1)
 
     @property
     def preview_size(self) -> Size:
@@ -2456,9 +2462,7 @@ class Family:
     distilled: Callable[[Headers, Record], bool] = lambda _, __: False
     # Text.
     tokenize: Callable[[Sequence[Any], str, BaseModel], Conditioning]
-    in_chunks: bool = (
-        False  # whether a long text is read in pieces with ends of their own, as A1111 does
-    )
+    in_chunks: bool = False  # whether long texts are read in pieces with ends of their own
     clip_skips: Sequence[int] = ()  # that make sense, the first for what its text encoders have
     read_text: Callable[[Sequence[Any], Sequence[Tensor]], Conditioning]
     empty_is_silence: bool = False  # whether an empty prompt stands for zeros
@@ -3833,13 +3837,14 @@ def load_mask(picture: Picture) -> Image.Image:
 
 
 CROPS = {"center": 1, "random": 4}  # in how many places a picture is cropped
+AUGMENTED = 4  # forms of a picture that is altered by chance, of which the first is as it was
 Place = tuple[float, float]  # shares of what is cropped that go on the left and above
 
 
 def places_of(picture: Picture, config: TrainingConfig) -> list[Place]:
     """Choose where a picture is cropped: in the middle, or by chance that knows it alone."""
     if config.crop == "center":
-        return [(0.5, 0.5)]
+        return [(0.5, 0.5)] * config.forms
     shares = torch.rand(CROPS[config.crop], 2, generator=seeded("crop", picture.digest))
     return [(left, above) for left, above in shares.tolist()]
 
@@ -3983,13 +3988,45 @@ class Shown(NamedTuple):
         return Shown(self.pixels.flip(-1), mask, [height, width, top, right, high, wide])
 
 
+def recoloured(picture: Image.Image, chance: torch.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation by a tenth at most."""
+    from PIL import ImageEnhance
+
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for kind, lot in zip(kinds, torch.rand(3, generator=chance).tolist(), strict=True):
+        picture = kind(picture).enhance(0.9 + 0.2 * lot)
+    return picture
+
+
+def turned(picture: Image.Image, chance: torch.Generator) -> Image.Image:
+    """Turn a picture by five degrees at most, enlarged so that no corner is left empty."""
+    angle = math.radians(10 * float(torch.rand((), generator=chance)) - 5)
+    (wide, high), (across, down) = picture.size, (side / 2 for side in picture.size)
+    grown = math.cos(angle) + math.sin(abs(angle)) * max(wide / high, high / wide)
+    cos, sin = math.cos(angle) / grown, math.sin(angle) / grown
+    begin = across - cos * across - sin * down, down + sin * across - cos * down
+    source = (cos, sin, begin[0], -sin, cos, begin[1])
+    kind, smooth = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+    return picture.transform(picture.size, kind, source, smooth)
+
+
+AUGMENTS = {"color": recoloured, "rotate": turned}
+MASK_AUGMENTS = {"rotate": turned}
+
+
 def show_picture(picture: Picture, config: TrainingConfig) -> list[Shown]:
-    """Load all forms of a picture: cropped in each of its places, plain and mirrored."""
+    """Load all forms of a picture: cropped in each of its places, altered, plain and mirrored."""
     size, whole, shown = picture.bucket(config), load_picture(picture.path), []
     mask = load_mask(picture) if config.masked_loss else None
-    for place in places_of(picture, config):
+    for number, place in enumerate(places_of(picture, config)):
         fitted, numbers = fit_picture(whole, size, place)
-        counts = to_pixels(fit_picture(mask, size, place)[0])[:1] / 2 + 0.5 if mask else None
+        covered = fit_picture(mask, size, place)[0] if mask else None
+        for name in config.augment if number else ():
+            key = ("augment", name, picture.digest, number)
+            fitted = AUGMENTS[name](fitted, seeded(*key))
+            if covered and name in MASK_AUGMENTS:
+                covered = MASK_AUGMENTS[name](covered, seeded(*key))
+        counts = to_pixels(covered)[:1] / 2 + 0.5 if covered else None
         form = Shown(to_pixels(fitted), counts, numbers)
         shown += [form, form.mirror()] if config.flip else [form]
     return shown
@@ -4036,6 +4073,7 @@ def encode_images(
         size = wide if wide == high else [wide, high]
         known: list[object] = [origin, picture.digest, size, config.flip]
         known += ["masked"] * config.masked_loss + [config.crop] * (config.crop != "center")
+        known += [config.augment] * bool(config.augment)
         keys[picture.path] = digest_of(known)
     kept = shelf.fill(origin, {keys[p.path]: p for p in pictures}, encode, phase)
     made = (CachedImage(p.name, p.caption, **kept[keys[p.path]], weight=p.weight) for p in pictures)
@@ -4289,6 +4327,16 @@ def contrast(models: Models, batches: Iterable[Batch]) -> dict[str, float]:
     return told | {"loss_spread": float((table[:, 0] - table[:, 1]).std()) / math.sqrt(len(rows))}
 
 
+def added_by(layer: Any, weight: Tensor) -> Tensor:
+    """Multiply out what an adapter of any kind adds to a weight."""
+    (name,) = layer.active_adapters
+    added: Tensor = layer.get_delta_weight(name).float()
+    if "lora_lengths" not in dict(layer.named_buffers(recurse=False)):
+        return added
+    factor: Tensor = (1 + layer.lora_magnitude.float()) / ByInput.change(layer, name)
+    return (weight + added) * factor - weight
+
+
 def weight_change(models: Models) -> dict[str, float]:
     """Compare what the adapter adds with the weights it adds to, a block at a time."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -4300,7 +4348,7 @@ def weight_change(models: Models) -> dict[str, float]:
             for name, layer in network.named_modules():
                 if isinstance(layer, BaseTunerLayer):
                     weight = dequantize_module_weight(layer.get_base_layer()).float()
-                    added = ByInput.whole(layer, weight)
+                    added = added_by(layer, weight)
                     pair = [torch.linalg.vector_norm(each) for each in (added, weight)]
                     lengths[f"{part.folder}.{name.partition('.')[0]}"].append(torch.stack(pair))
         totals = {n: torch.stack(pairs).norm(dim=0).tolist() for n, pairs in lengths.items()}
@@ -4493,16 +4541,6 @@ class ByInput:
             whole: Tensor = layer.get_base_layer().weight.float() + layer.get_delta_weight(name)
             change: Tensor = cls.lengths(whole) / layer.lora_lengths
             return change
-
-    @classmethod
-    def whole(cls, layer: Any, weight: Tensor) -> Tensor:
-        """Multiply out what an adapter of any kind adds to a weight."""
-        (name,) = layer.active_adapters
-        added: Tensor = layer.get_delta_weight(name).float()
-        if "lora_lengths" not in dict(layer.named_buffers(recurse=False)):
-            return added
-        factor: Tensor = (1 + layer.lora_magnitude.float()) / cls.change(layer, name)
-        return (weight + added) * factor - weight
 
     @classmethod
     def measure(cls, layer: Any, own: Tensors, strength: float, given: Tensor | None) -> None:
@@ -6208,7 +6246,7 @@ class MemoryPlan:
         encode = ENCODE_MAPS * widest * config.resolution**2
         drawn = [min(TILE_PIXELS, p) if self.tiling else p for p in config.preview_size]
         latents = structure.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
-        cached = CROPS[config.crop] * (1 + config.flip) * 2 * latents * self.images
+        cached = config.forms * (1 + config.flip) * 2 * latents * self.images
         cached += structure.text_numbers * (self.texts or self.images)
         return {
             "process": 0 if self.on_card else LIBRARIES_BYTES,

@@ -339,6 +339,9 @@ PREDICTIONS = {each.prediction_type for f in train_lora.FAMILIES.values() for ea
         ("lr_scheduler", train_lora.SCHEDULES),
         ("optimizer", train_lora.OPTIMIZERS),
         ("loss", train_lora.LOSSES),
+        ("augment", train_lora.AUGMENTS),
+        ("crop", train_lora.CROPS),
+        ("adapter", train_lora.ADAPTERS),
         ("timestep_sampling", train_lora.TIMES),
         ("model_family", train_lora.all_families()),
         ("prediction_type", PREDICTIONS),
@@ -349,7 +352,8 @@ def test_every_choice_of_the_schema_stands_in_the_table_that_makes_it(
     knob: str, table: Any
 ) -> None:
     """And the other way round: nothing falls through to something else."""
-    assert set(train_lora.knobs()[knob]["enum"]) - {"auto"} == set(table)
+    schema = train_lora.knobs()[knob]
+    assert set(schema.get("items", schema)["enum"]) - {"auto"} == set(table)
 
 
 @pytest.mark.parametrize(

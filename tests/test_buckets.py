@@ -321,3 +321,63 @@ def test_crops_take_turns_and_a_restart_goes_on_with_them(tmp_path: Path) -> Non
     start_until(two)
     results = [(c.output_path / "lora_final.safetensors").read_bytes() for c in (one, two)]
     assert results[0] == results[1]
+
+
+# --- augmentation ---
+
+
+def shown(tmp_path: Path, picture: Image.Image, *augment: str) -> list[train_lora.Shown]:
+    """Save a picture, and load its forms as the VAE is to see them."""
+    path = tmp_path / "data" / "a.png"
+    path.parent.mkdir(exist_ok=True)
+    picture.save(path)
+    config = tiny_config(tmp_path, augment=list(augment))
+    told = train_lora.Picture("a.png", path, *picture.size, "")
+    return train_lora.show_picture(told, config)
+
+
+def test_colours_change_by_a_tenth_at_most(tmp_path: Path) -> None:
+    """Of even grey, brightness alone is seen; the first form is the picture itself."""
+    plain, *others = shown(tmp_path, Image.new("RGB", (256, 256), (100, 100, 100)), "color")
+    levels = [float((form.pixels + 1).mean() * 127.5) for form in (plain, *others)]
+    assert levels[0] == pytest.approx(100, abs=0.5)
+    assert len(levels) == 4
+    assert len(set(levels)) == 4
+    assert all(89 <= level <= 111 for level in levels)
+    assert all(float(form.pixels.std()) < 1e-3 for form in others)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (384, 192)])
+def test_a_turned_picture_has_no_empty_corner(size: tuple[int, int], tmp_path: Path) -> None:
+    """Of a white picture, nothing but white is left."""
+    forms = shown(tmp_path, Image.new("RGB", size, "white"), "rotate")
+    assert all(float(form.pixels.min()) == 1.0 for form in forms)
+
+
+def test_a_picture_is_turned_by_a_few_degrees_about_its_middle(tmp_path: Path) -> None:
+    """A level edge through the middle gets a slope that tells the angle."""
+    pixels = np.zeros((256, 256), np.uint8)
+    pixels[128:] = 255
+    slopes = []
+    for form in shown(tmp_path, Image.fromarray(pixels).convert("RGB"), "rotate"):
+        dark = (form.pixels[0] < 0).float().sum(dim=0)  # rows above the edge, by column
+        middle = (dark[127] + dark[128]) / 2
+        assert float(middle) == pytest.approx(128, abs=1.5)
+        slopes.append(math.degrees(math.atan(float(dark[-1] - dark[0]) / 255)))
+    assert slopes[0] == 0
+    assert len(set(slopes)) == 4
+    assert all(abs(slope) <= 5.2 for slope in slopes)
+
+
+def test_altered_forms_take_turns_and_a_restart_goes_on_with_them(tmp_path: Path) -> None:
+    """Four of each picture are cached, and chance that knows step and slot draws one."""
+    for number in range(3):
+        write_image(tmp_path / "data" / f"{number}.png", (256, 256))
+    options: dict[str, Any] = {"augment": ["color", "rotate"], "flip": True, "steps": 3}
+    one, two = (tiny_config(tmp_path, output_path=str(tmp_path / n), **options) for n in "ab")
+    run = start_until(one)
+    assert [len(image.latent_dist) for image in run.cache.images] == [8, 8, 8]
+    start_until(two, 2)
+    start_until(two)
+    results = [(c.output_path / "lora_final.safetensors").read_bytes() for c in (one, two)]
+    assert results[0] == results[1]

@@ -166,3 +166,14 @@ def test_another_mask_is_another_run(place: Path) -> None:
     with pytest.raises(train_lora.TrainError) as refused:
         start_until(two)
     assert [problem.path for problem in refused.value.problems] == ["dataset_path"]
+
+
+def test_a_mask_is_turned_with_its_picture(place: Path) -> None:
+    """A picture that is white where it counts says the same as its mask, in every form."""
+    path = write_mask(place / "data" / "a.mask.png", (256, 256))
+    Image.open(path).convert("RGB").save(place / "data" / "a.png")
+    config = tiny_config(place, masked_loss=True, augment=["rotate"])
+    picture = train_lora.Picture("a.png", place / "data" / "a.png", 256, 256, "", mask=path)
+    for form in train_lora.show_picture(picture, config):
+        assert form.mask is not None
+        assert torch.equal(form.mask[0] > 0.5, form.pixels[0] > 0)
