@@ -128,7 +128,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def place_for(ground: Path, folder: Path, family: str, row: Choices) -> Place:
     """Write a dataset of two shapes with tags, and a config of these options."""
-    changes = {"steps": 2, "learning_rate": 1e-3, "lora_dropout": 0.0, "flip": False} | asked(row)
+    defaults: Record = {"lora_dropout": 0.0, "flip": False, "gradient_accumulation_steps": 1}
+    defaults |= {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+    changes = {"steps": 2, "learning_rate": 1e-3} | defaults | asked(row)
     if "regularization_path" in changes:
         changes["regularization_path"] = str(folder / "others")
         other = write_image(folder / "others" / "other.png", (256, 320))
