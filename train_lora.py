@@ -3891,8 +3891,6 @@ def texts_of(config: TrainingConfig, dataset: Dataset) -> Texts:
     """List all that the text encoders will read, but for what is worded anew."""
     for picture in dataset.shown:
         yield from ((picture.name, line) for line in picture.caption.split("\n"))
-    for picture in measured(dataset.held or dataset.pictures[: dataset.facts.images], config.seed):
-        yield picture.name, without_words(picture.caption, config.trigger_words)
     yield from (("sample_prompts", prompt) for prompt in preview_prompts(config))
     yield "sample_negative_prompt", config.sample_negative_prompt
     yield from [("caption_dropout", "")] * (config.caption_dropout > 0)
@@ -7277,7 +7275,9 @@ class LoRATrainer:
         each = wordings_each(config, models.base, len(pictures))
         wordings = {p.caption: word_caption(config, p.caption, each) for p in pictures}
         anew = ((p.name, wording) for p in pictures for wording in wordings[p.caption])
-        texts = self.encode_texts((*texts_of(config, dataset), *anew), self.team)
+        kept = measured(dataset.held or dataset.pictures[: dataset.facts.images], config.seed)
+        quiet = ((p.name, without_words(p.caption, config.trigger_words)) for p in kept)
+        texts = self.encode_texts((*texts_of(config, dataset), *anew, *quiet), self.team)
         if config.text_changes:
             models.load_text_encoders(models.dtype)
         self.draw_class_images([p for p in pictures if p.missing], Cache((), texts))

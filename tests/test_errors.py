@@ -118,8 +118,8 @@ def take_schema_away(folder: Path) -> list[Record]:
 
 
 def write_wide_image(folder: Path) -> None:
-    """Add an image of which a square keeps half."""
-    write_image(folder / "data" / "wide.png", (128, 64))
+    """Add an image of which the most slender size keeps half."""
+    write_image(folder / "data" / "wide.png", (1024, 128))
 
 
 def name_folder_like_image(folder: Path) -> None:
@@ -343,9 +343,9 @@ def have_weights_that_cannot_be_read(folder: Path) -> list[Record]:
 # These take a card; tests/test_speed.py reaches them by their parts.
 BY_HARDWARE = {WarningCode.MEMORY_SPILLED, WarningCode.CUDA_GRAPH_FAILED}
 # tests/test_several_processes.py, tests/families, tests/test_optimizers.py and
-# tests/test_validation.py reach these, with what they need for it.
+# tests/test_validation.py and tests/test_new_word.py reach these, with what they need for it.
 ELSEWHERE = {ErrorCode.PROCESS_LOST, WarningCode.BASE_DISTILLED}
-ELSEWHERE |= {WarningCode.LEARNING_RATE_HIGH, WarningCode.OVERFITTED}
+ELSEWHERE |= {WarningCode.LEARNING_RATE_HIGH, WarningCode.OVERFITTED, WarningCode.WORD_KNOWN}
 
 ERRORS: dict[ErrorCode, Scene] = {
     ErrorCode.CONFIG_NOT_FOUND: lambda folder: play_it(folder, "--config", "gone.json"),

@@ -55,7 +55,8 @@ def kept_by_torch(unet: Any, config: TrainingConfig, dtype: torch.dtype) -> int:
     Without what attention keeps only where no fast kernel is at hand, as on the meta device.
     """
     unet.requires_grad_(requires_grad=False)
-    alone = SimpleNamespace(base=structure_of(unet), denoiser=unet, text_encoders=[])
+    base = structure_of(unet)
+    alone = SimpleNamespace(base=base, learning=[(base.family.denoiser, unet)], adapted=[])
     train_lora.add_adapters(cast("Any", alone), config)
     unet.to("meta", dtype)
     ours = {value.untyped_storage()._cdata for value in unet.parameters()}

@@ -457,7 +457,7 @@ def test_where_memory_is_short_a_batch_is_drawn_in_halves(built: Path, tmp_path:
     arguments = generate.parser().parse_args(["--base", str(built / "sd1"), "--seeds", "1-4"])
     prompts, sketch = read_prompts(["zkb"], []), Sketch(128, 128, 1, 2.0, "")
     cells = generate.cells_of([], prompts, arguments)
-    studio = generate.Studio(out, {"id": "x"}, sketch, cells)
+    studio = generate.Studio(out, {"id": "x", "family": "sd1"}, sketch, cells)
     tokens = train_lora.tokenize([("", "zkb"), ("", "")], models, Emitter())
 
     def run_out(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
