@@ -3974,16 +3974,28 @@ def read_texts(
 class Shown(NamedTuple):
     """A form of a picture, as the VAE is to see it."""
 
-    pixels: Tensor  # [3, height, width]
-    mask: Tensor | None  # [1, height, width], where one is heeded
+    image: Image.Image
+    covered: Image.Image | None  # its mask, where one is heeded
     time_ids: list[int]
+
+    @property
+    def pixels(self) -> Tensor:
+        """Give the picture as numbers, [3, height, width]."""
+        return to_pixels(self.image)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Give the mask as shares, [1, height, width]."""
+        return to_pixels(self.covered)[:1] / 2 + 0.5 if self.covered else None
 
     def mirror(self) -> Shown:
         """Turn it round."""
         height, width, top, left, high, wide = self.time_ids
         right = whole_size((width, height), (wide, high))[0] - wide - left
-        mask = None if self.mask is None else self.mask.flip(-1)
-        return Shown(self.pixels.flip(-1), mask, [height, width, top, right, high, wide])
+        way = Image.Transpose.FLIP_LEFT_RIGHT
+        covered = self.covered.transpose(way) if self.covered else None
+        told = [height, width, top, right, high, wide]
+        return Shown(self.image.transpose(way), covered, told)
 
 
 def recoloured(picture: Image.Image, chance: torch.Generator) -> Image.Image:
@@ -4024,8 +4036,7 @@ def show_picture(picture: Picture, config: TrainingConfig) -> list[Shown]:
             fitted = AUGMENTS[name](fitted, seeded(*key))
             if covered and name in MASK_AUGMENTS:
                 covered = MASK_AUGMENTS[name](covered, seeded(*key))
-        counts = to_pixels(covered)[:1] / 2 + 0.5 if covered else None
-        form = Shown(to_pixels(fitted), counts, numbers)
+        form = Shown(fitted, covered, numbers)
         shown += [form, form.mirror()] if config.flip else [form]
     return shown
 
@@ -4059,7 +4070,7 @@ def encode_images(
             numbers = torch.tensor([each.time_ids for each in shown]).float()
             made = {"latent_dist": latent_dist}
             made["time_ids"] = numbers[0] if config.crop == "center" else numbers
-            if masks := [each.mask for each in shown if each.mask is not None]:
+            if masks := [mask for each in shown if (mask := each.mask) is not None]:
                 high, wide = latent_dist.shape[-2:]
                 pool = torch.nn.functional.adaptive_avg_pool2d
                 made["mask"] = pool(torch.stack(masks), (high, wide))

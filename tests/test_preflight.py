@@ -60,6 +60,7 @@ def test_the_last_line_carries_the_whole_report(workspace: Path) -> None:
         "captions_missing": 2,
         "resolutions": {"320x300": 3},
         "regularization_images": 0,
+        "validation_images": 0,
         "cropped": 0,
         "masks": 0,
         "buckets": {"256x256": {"images": 3, "cropped": 0.062, "cropped_at_most": 0.062}},
