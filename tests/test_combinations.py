@@ -51,7 +51,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "save_precision": ("fp16", "fp32"),
 }
 Choice = tuple[str, int]  # an option, and the number of its value
-Choices, Pair = dict[str, int], frozenset[Choice]
+Choices = dict[str, int]
+Pair = frozenset[Choice]
 Missing = dict[Pair, None]  # in a fixed order
 NOTHING: Record = {"dataset_path": "d", "base_model": "b", "output_path": "o"}
 
@@ -130,7 +131,7 @@ def place_for(ground: Path, folder: Path, family: str, row: Choices) -> Place:
     """Write a dataset of two shapes with tags, and a config of these options."""
     defaults: Record = {"lora_dropout": 0.0, "flip": False, "gradient_accumulation_steps": 1}
     defaults |= {"lr_scheduler": "constant", "lr_warmup_steps": 0}
-    changes = {"steps": 2, "learning_rate": 1e-3} | defaults | asked(row)
+    changes: Record = {"steps": 2, "learning_rate": 1e-3} | defaults | asked(row)
     if "regularization_path" in changes:
         changes["regularization_path"] = str(folder / "others")
         other = write_image(folder / "others" / "other.png", (256, 320))
