@@ -360,7 +360,7 @@ def test_a_page_that_is_left_open_does_not_grow(browser: Browser, tmp_path: Path
         acting(tmp_path, switches={"step-seconds": 0.004}) as studio,
         logged_in(browser, studio) as desk,
     ):
-        asked = wanted(steps=3000, checkpoint_steps=100, validation_steps=3000)
+        asked = wanted(steps=3000, checkpoint_steps=3000, validation_steps=3000)
         job_id = submitted(studio, **asked)
         with looking(desk, studio, f"/runs/{job_id}") as page:
             until(page, lambda: step_of(page) >= 1000)
