@@ -197,19 +197,12 @@ def read_prompts(asked: Sequence[str], trigger_words: Sequence[str]) -> list[Rec
         said = {"text": entry} if isinstance(entry, str) else entry
         if not isinstance(said, dict) or not isinstance(said.get("text"), str):
             raise refuse("--prompts", "texts, or objects with a text", train_lora.show(entry))
-        plain = said.get("plain", without(said["text"], trigger_words))
+        plain = said.get("plain", train_lora.without_words(said["text"], trigger_words))
         known = {"id": f"p{number:02}", "role": "subject", "plain": plain}
         prompts.append(known | said)
     if not prompts:
         raise refuse("--prompts", "at least one prompt", "none")
     return prompts
-
-
-def without(text: str, words: Sequence[str]) -> str:
-    """Leave trigger words out, which nobody but the LoRA knows."""
-    for word in words:
-        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "", text, flags=re.IGNORECASE)
-    return " ".join(text.split()).strip(" ,")
 
 
 def config_of(arguments: argparse.Namespace) -> TrainingConfig:

@@ -23,7 +23,7 @@ import train_lora
 from tools import generate
 from tools.base_model import Attached, ask_for, draw, load_models, networks_of
 from tools.fusing import PRECISIONS, Views, Wish, compare, view
-from tools.generate import find_sources, parse_numbers, read_prompts, without
+from tools.generate import find_sources, parse_numbers, read_prompts
 from tools.grid import read_grid
 from tools.lora_file import Layer, LoRA, Module, write_lora
 from train_lora import Emitter, Sketch, StopRequest, TrainError, TrainingInterrupted
@@ -517,6 +517,6 @@ def test_prompts_come_from_files_and_from_the_command_line(tmp_path: Path) -> No
 
 def test_trigger_words_are_left_out_as_words() -> None:
     """And nothing that only contains them."""
-    assert without("a photo of ZKB, zkbs and zkb on grass", ["zkb"]) == (
+    assert train_lora.without_words("a photo of ZKB, zkbs and zkb on grass", ["zkb"]) == (
         "a photo of , zkbs and on grass"
     )
