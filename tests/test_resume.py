@@ -1065,6 +1065,7 @@ IDENTITY: dict[str, tuple[Callable[[Place], None], set[str]]] = {
     "finer buckets": (knob(bucket_step=32), {"bucket_step"}),
     "masks": (knob(masked_loss=True), {"masked_loss"}),
     "random crops": (knob(crop="random"), {"crop"}),
+    "altered pictures": (knob(augment=["color"]), {"augment"}),
     "enlarged": (knob(bucket_upscale=True), {"bucket_upscale"}),
     "text encoder": (knob(train_text_encoder=True), {"train_text_encoder"}),
     "a word alone": (
