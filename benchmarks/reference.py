@@ -19,10 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -41,6 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--save", type=Path, help="folder for the LoRA")
     return parser.parse_args()
 
 
@@ -142,6 +148,8 @@ class Networks:
 def main() -> None:
     """Train as the examples do."""
     given = parse_arguments()
+    if given.seed is not None:
+        set_seed(given.seed)
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device, half = accelerator.device, accelerator.mixed_precision == "bf16"
     networks = Networks.load(given.model, device, torch.bfloat16 if half else torch.float32)
@@ -160,7 +168,7 @@ def main() -> None:
     length = min(TOKENS, *(e.config.max_position_embeddings for e in networks.encoders))
     data = Pictures(given.data, networks.tokenizers, given.resolution, length)
     loader: Any = DataLoader(data, batch_size=given.batch, shuffle=True)
-    optimizer: Any = torch.optim.AdamW(layers, lr=1e-4, weight_decay=1e-2)
+    optimizer: Any = torch.optim.AdamW(layers, lr=given.rate, weight_decay=1e-2)
     rates: Any = get_scheduler("constant", optimizer)
     unet, optimizer, loader, rates = accelerator.prepare(networks.unet, optimizer, loader, rates)
 
@@ -180,6 +188,11 @@ def main() -> None:
             step, now = step + 1, time.monotonic()
             tell(step=step, loss=mean, seconds=now - began)
             began = now
+    if given.save:
+        layers_of_lora = get_peft_model_state_dict(accelerator.unwrap_model(unet))
+        StableDiffusionPipeline.save_lora_weights(
+            given.save, convert_state_dict_to_diffusers(layers_of_lora)
+        )
     tell(peak_bytes=torch.cuda.max_memory_reserved() if device.type == "cuda" else None)
 
 
