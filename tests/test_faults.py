@@ -123,11 +123,20 @@ def finish(run: Ready) -> None:
 Work = Callable[[Ready], None]
 
 
+def slowly(few: int, many: int) -> list[Any]:
+    """Give a test one number, and on demand another, with which it takes long."""
+    return [few, pytest.param(many, marks=pytest.mark.slow)]
+
+
+# A failure at every third call of a save, or on demand at every one.
+EVERY_CALL = pytest.mark.parametrize("every", slowly(3, 1))
+
+
 def struck(
-    run: Ready, folder: Path, work: Work, strike: Callable[[], None]
+    run: Ready, folder: Path, work: Work, strike: Callable[[], None], every: int = 1
 ) -> Iterator[tuple[Ready, Faults]]:
     """Do the work again and again, and let each time a later call go wrong, until none is left."""
-    for number in itertools.count(1):
+    for number in itertools.count(1, every):
         copied = copy_of(run, folder / str(number))
         with Faults(number, strike).injected() as faults:
             work(copied)
@@ -137,9 +146,9 @@ def struck(
         yield copied, faults
 
 
-def killed(run: Ready, folder: Path, work: Work) -> Iterator[Ready]:
+def killed(run: Ready, folder: Path, work: Work, every: int = 1) -> Iterator[Ready]:
     """Do the work again and again in a child that dies each time at a later call."""
-    for number in itertools.count(1):
+    for number in itertools.count(1, every):
         copied = copy_of(run, folder / str(number))
         with forked(functools.partial(work_until, number, work, copied)) as child:
             code, _ = child.end()
@@ -196,11 +205,12 @@ def make_what_was_due(run: Ready, contents: Contents) -> None:
 # --- One call fails ----------------------------------------------------------
 
 
+@EVERY_CALL
 def test_a_checkpoint_survives_a_full_disk_at_every_call(
-    before: Ready, contents: Contents, tmp_path: Path
+    every: int, before: Ready, contents: Contents, tmp_path: Path
 ) -> None:
     """The old state or the new one is there; a warning tells; the next save works."""
-    for run, faults in struck(before, tmp_path, checkpoint, run_out_of_space):
+    for run, faults in struck(before, tmp_path, checkpoint, run_out_of_space, every):
         check_sound(run, contents, {1, 2})
         codes = run.recorder.codes()
         assert codes in ([], ["checkpoint_failed"])
@@ -208,9 +218,10 @@ def test_a_checkpoint_survives_a_full_disk_at_every_call(
         assert not leftovers(run) or faults.calls[faults.number - 1][0] in ("unlink", "rmdir")
 
 
-def test_the_save_after_a_failed_one_works(before: Ready, tmp_path: Path) -> None:
+@EVERY_CALL
+def test_the_save_after_a_failed_one_works(every: int, before: Ready, tmp_path: Path) -> None:
     """And leaves one state and nothing of the attempt before."""
-    for run, faults in struck(before, tmp_path, checkpoint, run_out_of_space):
+    for run, faults in struck(before, tmp_path, checkpoint, run_out_of_space, every):
         warned = run.recorder.codes()
         run.state.step = 3
         run.checkpoint()
@@ -226,14 +237,15 @@ def test_a_checkpoint_that_is_durable_is_not_called_missing(before: Ready, tmp_p
             assert len(run.recorder.of_type("checkpoint")) == 1
 
 
+@EVERY_CALL
 @pytest.mark.parametrize("start", ["before", "after"])
 def test_the_end_survives_a_full_disk_at_every_call(
-    start: str, contents: Contents, tmp_path: Path, request: pytest.FixtureRequest
+    every: int, start: str, contents: Contents, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """What is saved already stays, and a restart has only to write the rest."""
     initial: Ready = request.getfixturevalue(start)
     steps = {2} if start == "after" else {1, 2}
-    for run, faults in struck(initial, tmp_path, finish, run_out_of_space):
+    for run, faults in struck(initial, tmp_path, finish, run_out_of_space, every):
         check_sound(run, contents, steps)
         found = Earlier.find(run.config.output_path)
         assert found.complete or not run.recorder.of_type("complete")
@@ -253,8 +265,9 @@ def test_an_end_that_fails_is_an_error_with_a_code(before: Ready, tmp_path: Path
     assert not leftovers(run)
 
 
+@EVERY_CALL
 def test_a_stop_survives_a_full_disk_at_every_call(
-    after: Ready, contents: Contents, tmp_path: Path
+    every: int, after: Ready, contents: Contents, tmp_path: Path
 ) -> None:
     """A stop just after a checkpoint does not put that at risk, and names a state that is there."""
 
@@ -264,7 +277,7 @@ def test_a_stop_survives_a_full_disk_at_every_call(
         told.append(stopped.path)
 
     told: list[str | None] = []
-    for run, _ in struck(after, tmp_path, stop, run_out_of_space):
+    for run, _ in struck(after, tmp_path, stop, run_out_of_space, every):
         check_sound(run, contents, {2})
         assert told[-1] == str(run.config.output_path / "state" / "step_2")
 
@@ -285,24 +298,26 @@ def test_a_disk_that_turns_read_only_keeps_the_old_state(
 # --- The process dies --------------------------------------------------------
 
 
+@EVERY_CALL
 def test_death_at_every_call_of_a_checkpoint_leaves_a_state(
-    before: Ready, contents: Contents, tmp_path: Path
+    every: int, before: Ready, contents: Contents, tmp_path: Path
 ) -> None:
     """The old one or the new one, and no torn file under a final name."""
-    for number, run in enumerate(killed(before, tmp_path, checkpoint)):
+    for number, run in enumerate(killed(before, tmp_path, checkpoint, every)):
         check_sound(run, contents, {1, 2})
         make_what_was_due(run, contents)
         if number % 4 == 0:  # drawing the curve takes long
             finish_again(run, contents)
 
 
+@EVERY_CALL
 @pytest.mark.parametrize("start", ["before", "after"])
 def test_death_at_every_call_of_the_end_leaves_a_state(
-    start: str, contents: Contents, tmp_path: Path, request: pytest.FixtureRequest
+    every: int, start: str, contents: Contents, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """What was announced before stays, and a restart writes the same final file."""
     initial: Ready = request.getfixturevalue(start)
-    for number, run in enumerate(killed(initial, tmp_path, finish)):
+    for number, run in enumerate(killed(initial, tmp_path, finish, every)):
         check_sound(run, contents, {2} if start == "after" else {1, 2})
         if number % 4 == 0:
             finish_again(run, contents)
@@ -717,11 +732,6 @@ class Ordeal:
         assert code == 0
         assert not list((self.folder / "out").rglob(".*.tmp"))
         return (self.folder / "out" / "lora_final.safetensors").read_bytes()
-
-
-def slowly(few: int, many: int) -> list[Any]:
-    """Try a few times, or on demand many times."""
-    return [few, pytest.param(many, marks=pytest.mark.slow)]
 
 
 ATTEMPTS = 5  # to end the same run
