@@ -244,6 +244,13 @@ def test_questions_are_the_same_whatever_was_asked_before(ground: Path, tmp_path
     assert len(noises) == train_lora.QUESTIONS
 
 
+@pytest.mark.parametrize(("steps", "count"), [(1, 4), (4, 4), (10, 8), (15, 12), (1000, 16)])
+def test_a_short_run_is_asked_less(steps: int, count: int) -> None:
+    """Never more than it has updates, and the bands of time alike."""
+    run: Any = SimpleNamespace(order=SimpleNamespace(total_steps=steps))
+    assert LoRATrainer.asking.fget(run) == count  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     "asked",
     [
