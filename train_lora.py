@@ -411,6 +411,9 @@ class DatasetFacts(Facts, topic="dataset"):
     captions_found: Annotated[int, "images of dataset_path with a caption of their own"]
     captions_missing: Annotated[int, "images of dataset_path described by the trigger words alone"]
     resolutions: Annotated[dict[str, int], "images of dataset_path per size, the ten most frequent"]
+    images_per_resolution: Annotated[
+        dict[str, int], "images of dataset_path trained at each, which may be several"
+    ]
     cropped: Annotated[int, "images of all folders that lose more than a fifth by cropping"]
     regularization_images: Annotated[int, "those of regularization_path, also if yet to be drawn"]
     masks: Annotated[int, "images of all folders with a mask that is heeded"]
@@ -1037,10 +1040,12 @@ def describe_values(knob: Record) -> str:
         return "one of " + ", ".join(json.dumps(value) for value in knob["enum"])
     if isinstance(knob["type"], list):
         kinds = [describe_values(knob | {"type": kind}) for kind in knob["type"] if kind != "null"]
-        return " or ".join(kinds) + ", or null" * ("null" in knob["type"])
+        either = " or ".join(kinds).replace(f", {kinds[0]} each", " of that kind")
+        return either + ", or null" * ("null" in knob["type"])
     if knob["type"] == "array":
         item = re.sub("^(text|a number) ", "", describe_values(knob["items"]))
         unit = "text" if knob["items"]["type"] == "string" else "number"
+        unit = "different " * ("uniqueItems" in knob and knob["maxItems"] > 1) + unit
         return f"a list of at most {counted(knob['maxItems'], unit)}, {item} each"
     if knob["type"] == "string":
         least = knob.get("minLength", 0)
@@ -1138,6 +1143,12 @@ def expand_home(path: str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111, Path.expanduser raises in that case
 
 
+def one_or_more(given: Any) -> int | tuple[int, ...]:
+    """Take numbers that mean the same in any order; one alone means the same without a list."""
+    first, *others = sorted(map(int, given if isinstance(given, list) else [given]))
+    return (first, *others) if others else first
+
+
 # From JSON to the types of the fields; draft-07 takes 1e3 for a whole number.
 FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     "Path": lambda path: expand_home(path).absolute(),  # means the same to the host
@@ -1145,6 +1156,7 @@ FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     "tuple[float, ...]": lambda numbers: tuple(map(float, numbers)),
     "dict[str, Any]": lambda given: dict(sorted(given.items())),  # the same in any order
     "tuple[int, ...]": lambda numbers: tuple(map(int, numbers)),
+    "int | tuple[int, ...]": one_or_more,
     "str | tuple[str, ...]": lambda given: given if isinstance(given, str) else tuple(given),
     "float": float,
     "int": int,
@@ -1164,7 +1176,7 @@ class TrainingConfig:
     gradient_accumulation_steps: int
     steps: int | None
     epochs: int
-    resolution: int
+    resolution: int | tuple[int, ...]
     lora_rank: int
     lora_alpha: float
     checkpoint_steps: int
@@ -1332,9 +1344,19 @@ class TrainingConfig:
         return max(CROPS[self.crop], AUGMENTED if self.augment else 1)
 
     @property
+    def sides(self) -> tuple[int, ...]:
+        """List the resolutions, the least first."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
+
+    @property
+    def side(self) -> int:
+        """Give the largest resolution, which decides what a run needs."""
+        return self.sides[-1]
+
+    @property
     def preview_size(self) -> Size:
         """Give width and height of sample images."""
-        return self.sample_width or self.resolution, self.sample_height or self.resolution
+        return self.sample_width or self.side, self.sample_height or self.side
 
     def as_record(self) -> Record:
         """Show every knob as JSON."""
@@ -1770,6 +1792,7 @@ class Picture:
     width: int  # pixels, as a viewer shows it
     height: int
     caption: str
+    sizes: tuple[Size, ...] = ()  # at which it is trained, each once in an epoch
     packed_bytes: int = 0  # of a PNG, whose pixels a first look does not unpack
     repeats: int = 1  # in an epoch
     weight: float = 1.0  # of its loss
@@ -1781,13 +1804,10 @@ class Picture:
         """Tell whether it is yet to be drawn."""
         return self.seed is not None and not self.path.exists()
 
-    def bucket(self, config: TrainingConfig) -> Size:
-        """Choose the size at which it is trained."""
-        return bucket_of((self.width, self.height), config)
-
-    def crop_loss(self, config: TrainingConfig) -> float:
-        """Tell which part of it is cropped."""
-        return 1 - kept((self.width, self.height), self.bucket(config))
+    @functools.cached_property
+    def crop_loss(self) -> float:
+        """Tell which part of it is cropped at most."""
+        return max(1 - kept((self.width, self.height), size) for size in self.sizes)
 
     @functools.cached_property
     def digest(self) -> list[object]:
@@ -1795,17 +1815,43 @@ class Picture:
         return [*sampled_digest(self.path), *(sampled_digest(self.mask) if self.mask else ())]
 
 
-def bucket_of(picture: Size, config: TrainingConfig) -> Size:
+Entry = tuple[Picture, Size]  # what is trained: a picture at one of its sizes
+
+
+def entries_of(pictures: Iterable[Picture]) -> list[Entry]:
+    """List all that is trained of pictures, in their order."""
+    return [(picture, size) for picture in pictures for size in picture.sizes]
+
+
+def sizes_of(picture: Size, config: TrainingConfig) -> tuple[Size, ...]:
+    """Choose the sizes at which a picture is trained, each once."""
+    sides = sides_of(picture, config)
+    return tuple(dict.fromkeys(bucket_of(picture, config, side) for side in sides))
+
+
+def sides_of(picture: Size, config: TrainingConfig) -> Sequence[int]:
+    """Choose the resolutions of a picture: those that it fills, or else the least of all."""
+    if config.buckets and config.bucket_upscale:
+        return config.sides
+    return [s for s in config.sides if fills(picture, s, config)] or config.sides[:1]
+
+
+def fills(picture: Size, side: int, config: TrainingConfig) -> bool:
+    """Tell whether a picture has as many pixels as a resolution asks for."""
+    return math.prod(picture) >= side**2 if config.buckets else min(picture) >= side
+
+
+def bucket_of(picture: Size, config: TrainingConfig, side: int) -> Size:
     """Choose a size of about a picture's shape: as many pixels as can be, of all but a step of it.
 
-    It has at most the area of the square of `resolution`. Nothing is enlarged to it, but for what
-    is narrower than any, unless that was asked for.
+    It has at most the area of the square of a side. Nothing is enlarged to it, but for what is
+    narrower than any, unless that was asked for.
     """
-    most, step, (width, height) = config.resolution**2, config.bucket_step, picture
+    most, step, (width, height) = side**2, config.bucket_step, picture
     if not config.buckets:
-        return config.resolution, config.resolution
+        return side, side
     shown = min(width, MOST_SLENDER * height), min(height, MOST_SLENDER * width)
-    least = config.resolution - (config.resolution - LEAST_SIDE) // step * step
+    least = side - (side - LEAST_SIDE) // step * step
     scale = math.sqrt(most / math.prod(shown))
     scale = max(scale if config.bucket_upscale else min(1.0, scale), least / min(shown))
     # Counted from the side of the square, so that squares stay as they are.
@@ -1866,7 +1912,7 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts] + [(2, name)]
 
 
-def entries_of(folder: Path, root: Path) -> list[os.DirEntry[str]]:
+def listing_of(folder: Path, root: Path) -> list[os.DirEntry[str]]:
     """List what lies in one folder, without what archives and file managers leave behind."""
     if folder.is_symlink():
         raise Unusable("it is a link")
@@ -1933,8 +1979,9 @@ def explain_unusable(error: Exception) -> str:
 
 
 def standing(word: str) -> re.Pattern[str]:
-    """Find a word where it is no part of a longer one."""
-    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    """Find a word where it is no part of a longer one, whatever space is in it."""
+    spelled = r"\s+".join(map(re.escape, word.split()))
+    return re.compile(rf"(?<!\w){spelled}(?!\w)", re.IGNORECASE)
 
 
 def compose_caption(caption: str, trigger_words: Iterable[str]) -> str:
@@ -2003,7 +2050,7 @@ class ImageFolder:
             folder = waiting.pop()
             name = self.name_of(folder)
             with self.leaving_out(WarningCode.FOLDER_SKIPPED, name, "Skipped folder"):
-                for entry in entries_of(folder, self.root):
+                for entry in listing_of(folder, self.root):
                     path = folder / entry.name
                     linked = os.path.isdir(path)  # noqa: PTH112, never raises
                     if not (linked or entry.is_dir(follow_symlinks=False)):
@@ -2172,9 +2219,10 @@ class ImageFolder:
         lines = self.captions.get(name, "").split("\n")
         caption = "\n".join(compose_caption(line, self.trigger_words) for line in lines)
         told: Record = {"repeats": self.repeats_of(name), "weight": self.weight}
+        told["sizes"] = sizes_of((width, height), self.config)
         if self.config.masked_loss:
             told["mask"] = self.mask_of(name, (width, height), clear)
-        return Picture(name, path, width, height, caption, packed_bytes, **told)
+        return Picture(name, path, width, height, caption, packed_bytes=packed_bytes, **told)
 
     def mask_of(self, name: str, size: Size, clear: bool) -> Path | None:
         """Tell where an image has its mask; it is not used beside one that is no good."""
@@ -2218,7 +2266,7 @@ class ImageFolder:
 
     def expect_class_images(self, prompt: str) -> None:
         """Add those that the base is to draw, under free names, which tell prompt and seed."""
-        caption, side = decode_caption(prompt.encode()), self.config.resolution
+        caption, side = decode_caption(prompt.encode()), self.config.side
         stem = f"prior_{digest_of(caption, 8)}"
         paths = ((n, self.root / f"{stem}_{n:04}.png") for n in itertools.count(1))
         free = ((n, path) for n, path in paths if not os.path.lexists(path))
@@ -2226,12 +2274,13 @@ class ImageFolder:
         for seed, path in itertools.islice(free, lacking):
             name = self.name_of(path)
             told: Record = {"repeats": self.repeats_of(name), "weight": self.weight, "seed": seed}
+            told["sizes"] = sizes_of((side, side), self.config)
             self.images[name] = Picture(name, path, side, side, caption, **told)
         self.images = {name: self.images[name] for name in sorted(self.images, key=natural_key)}
 
     def check(self) -> None:
         """Refuse a folder that cannot be trained on; warn of one that is poor."""
-        pictures, resolution = self.pictures, self.config.resolution
+        pictures = self.pictures
         if not pictures:
             raise TrainError(ErrorCode.DATASET_EMPTY, f"No usable image in {self.folder}")
         remedy = "" if self.label else ", or give trigger_words"
@@ -2239,27 +2288,26 @@ class ImageFolder:
         bare = [Problem(p.name, "a caption", "none", hint) for p in pictures if not p.caption]
         if bare:
             raise TrainError.listing(ErrorCode.CAPTIONS_MISSING, bare)
-        if small := [p.name for p in pictures if self.is_small(p)]:
-            few = counted(len(small), "image")
-            message = f"Smaller than {resolution} pixels: {few}, such as {small[0]}"
-            self.events.warn(WarningCode.IMAGES_SMALL, message, images=len(small), file=small[0])
-        if worst := self.cropped:
-            lost = [{"file": p.name, "share": round(loss, 2)} for p, loss in worst[:10]]
-            (first, most), many = worst[0], counted(len(worst), "image")
-            message = f"Cropping takes over a fifth of {many}: {first.name} loses {most:.0%}"
+        for side in self.config.sides:
+            self.tell_small(side)
+        losing = [picture for picture in pictures if picture.crop_loss > CROP_LOSS]
+        if losing:
+            worst = sorted(losing, key=lambda picture: picture.crop_loss, reverse=True)
+            lost = [{"file": p.name, "share": round(p.crop_loss, 2)} for p in worst[:10]]
+            first, many = worst[0], counted(len(worst), "image")
+            message = f"Cropping takes over a fifth of {many}: "
+            message += f"{first.name} loses {first.crop_loss:.0%}"
             self.events.warn(WarningCode.IMAGES_CROPPED, message, images=len(worst), lost=lost)
 
-    def is_small(self, picture: Picture) -> bool:
-        """Tell whether a picture has to be enlarged, or is trained with fewer pixels than asked."""
-        side, size = self.config.resolution, (picture.width, picture.height)
-        return math.prod(size) < side**2 if self.config.buckets else min(size) < side
-
-    @property
-    def cropped(self) -> list[tuple[Picture, float]]:
-        """List the images that lose much of themselves, and how much; the worst comes first."""
-        losses = [(picture, picture.crop_loss(self.config)) for picture in self.pictures]
-        losing = [each for each in losses if each[1] > CROP_LOSS]
-        return sorted(losing, key=lambda each: each[1], reverse=True)
+    def tell_small(self, side: int) -> None:
+        """Tell of pictures that have to be enlarged, have fewer pixels than asked, or stay out."""
+        config, sized = self.config, {p.name: (p.width, p.height) for p in self.pictures}
+        if small := [name for name, size in sized.items() if not fills(size, side, config)]:
+            out = ", and not trained so large" * (side not in sides_of(sized[small[0]], config))
+            few = counted(len(small), "image")
+            message = f"Smaller than {side} pixels{out}: {few}, such as {small[0]}"
+            told: Record = {"images": len(small), "file": small[0], "resolution": side}
+            self.events.warn(WarningCode.IMAGES_SMALL, message, **told)
 
 
 def scan_dataset(
@@ -2278,17 +2326,19 @@ def scan_dataset(
     own, held = hold_back(own, held, config) if config.holds_back else (own, held)
     captions = sum(picture.name in folders[0].captions for picture in own)
     counts = Counter(f"{picture.width}x{picture.height}" for picture in own)
-    pictures = (*own, *others)
+    trained = Counter(side for p in own for side in sides_of((p.width, p.height), config))
+    pictures, scanned = (*own, *others), [p for folder in folders for p in folder.pictures]
     facts = DatasetFacts(
         images=len(own),
-        skipped=sum(len(folder.images) - len(folder.pictures) for folder in folders),
+        skipped=sum(len(folder.images) for folder in folders) - len(scanned),
         captions_found=captions,
         captions_missing=len(own) - captions,
         resolutions=dict(counts.most_common(10)),
-        cropped=sum(len(folder.cropped) for folder in folders),
+        images_per_resolution={str(side): trained[side] for side in config.sides},
+        cropped=sum(picture.crop_loss > CROP_LOSS for picture in scanned),
         regularization_images=len(others),
         masks=sum(picture.mask is not None for picture in pictures),
-        buckets=count_buckets(pictures, config),
+        buckets=count_buckets(pictures),
         validation_images=len(held),
     )
     events.emit(facts)
@@ -2321,11 +2371,11 @@ def hold_back(
     return kept, [picture for picture in own if kinds[picture.path] in chosen]
 
 
-def count_buckets(pictures: Iterable[Picture], config: TrainingConfig) -> dict[str, Any]:
+def count_buckets(pictures: Iterable[Picture]) -> dict[str, Any]:
     """Sum up per size of training how many pictures it has, and what cropping takes of them."""
     losses = defaultdict[Size, list[float]](list)
-    for picture in pictures:
-        losses[picture.bucket(config)].append(picture.crop_loss(config))
+    for picture, size in entries_of(pictures):
+        losses[size].append(1 - kept((picture.width, picture.height), size))
     frequent = sorted(losses, key=lambda size: (-len(losses[size]), size))[:MOST_BUCKETS]
     table: Record = {}
     for size in frequent:
@@ -3274,8 +3324,9 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
 def check_knobs(config: TrainingConfig, base: BaseModel) -> None:
     """Refuse values that mean nothing, or no good, with the base model's family."""
     family, full, step = base.family, {"auto", "no", "fp32"}, base.pixel_step
-    lengths = ("resolution", "bucket_step", "sample_width", "sample_height")
-    whole = {knob: (vars(config)[knob] or 0) % step == 0 for knob in lengths}
+    lengths = ("bucket_step", "sample_width", "sample_height")
+    whole = {"resolution": math.gcd(*config.sides) % step == 0}
+    whole |= {knob: (vars(config)[knob] or 0) % step == 0 for knob in lengths}
     fit: dict[str, tuple[bool, str]] = {
         **{knob: (fits, f"a multiple of {step}") for knob, fits in whole.items()},
         "mixed_precision": (config.mixed_precision in full | family.precisions, "auto, no or bf16"),
@@ -3882,8 +3933,7 @@ Texts = Iterable[tuple[str, str]]  # whose they are, and what they say
 def without_words(caption: str, trigger_words: Iterable[str]) -> str:
     """Leave the trigger words out of a caption."""
     for word in sorted(trigger_words, key=len, reverse=True):
-        spelled = r"\s+".join(map(re.escape, word.split()))
-        caption = re.sub(rf"(?<!\w){spelled}(?!\w)", "", caption, flags=re.IGNORECASE)
+        caption = standing(word).sub("", caption)
     return " ".join(caption.split()).strip(", ")
 
 
@@ -4024,9 +4074,9 @@ AUGMENTS = {"color": recoloured, "rotate": turned}
 MASK_AUGMENTS = {"rotate": turned}
 
 
-def show_picture(picture: Picture, config: TrainingConfig) -> list[Shown]:
+def show_picture(picture: Picture, size: Size, config: TrainingConfig) -> list[Shown]:
     """Load all forms of a picture: cropped in each of its places, altered, plain and mirrored."""
-    size, whole, shown = picture.bucket(config), load_picture(picture.path), []
+    whole, shown = load_picture(picture.path), list[Shown]()
     mask = load_mask(picture) if config.masked_loss else None
     for number, place in enumerate(places_of(picture, config)):
         fitted, numbers = fit_picture(whole, size, place)
@@ -4042,24 +4092,24 @@ def show_picture(picture: Picture, config: TrainingConfig) -> list[Shown]:
 
 
 def encode_images(
-    models: Models, pictures: Sequence[Picture], config: TrainingConfig, shelf: Shelf, phase: Phase
+    models: Models, entries: Sequence[Entry], config: TrainingConfig, shelf: Shelf, phase: Phase
 ) -> tuple[CachedImage, ...]:
     """Let the VAE see what is new to the shelf; it is loaded for the first of it."""
     family = models.base.family
     origin = shelf.origin(models.base, [family.vae])
 
-    def load(picture: Picture) -> list[Shown]:
+    def load(entry: Entry) -> list[Shown]:
         try:  # it was there and sound when the dataset was scanned
-            return show_picture(picture, config)
+            return show_picture(*entry, config)
         except Exception as error:  # hostile bytes make decoders raise anything
             if is_out_of_memory(error):
                 raise
             code, expected = ErrorCode.IMAGE_UNREADABLE, "a readable image"
-            raise TrainError.at(code, picture.name, expected, str(error)) from error
+            raise TrainError.at(code, entry[0].name, expected, str(error)) from error
 
-    def encode(missing: Iterable[Picture]) -> Iterator[Tensors]:
+    def encode(missing: Iterable[Entry]) -> Iterator[Tensors]:
         vae = models.load_vae().to(models.device)
-        for picture, loaded in ahead(load, missing):
+        for (picture, _), loaded in ahead(load, missing):
             shown = loaded.result()
             forms = [each.pixels[None].to(vae.device) for each in shown]
             with torch.no_grad():  # one by one, because the last bits depend on the size of a batch
@@ -4076,17 +4126,18 @@ def encode_images(
                 made["mask"] = pool(torch.stack(masks), (high, wide))
             yield made
 
-    keys = {}
-    for picture in pictures:
-        wide, high = picture.bucket(config)
+    keys = []
+    for picture, (wide, high) in entries:
         size = wide if wide == high else [wide, high]
         known: list[object] = [origin, picture.digest, size, config.flip]
         known += ["masked"] * config.masked_loss + [config.crop] * (config.crop != "center")
         known += [config.augment] * bool(config.augment)
-        keys[picture.path] = digest_of(known)
-    kept = shelf.fill(origin, {keys[p.path]: p for p in pictures}, encode, phase)
-    made = (CachedImage(p.name, p.caption, **kept[keys[p.path]], weight=p.weight) for p in pictures)
-    return tuple(made)
+        keys.append(digest_of(known))
+    kept = shelf.fill(origin, dict(zip(keys, entries, strict=True)), encode, phase)
+    pairs = zip(entries, keys, strict=True)
+    return tuple(
+        CachedImage(p.name, p.caption, **kept[key], weight=p.weight) for (p, _), key in pairs
+    )
 
 
 def ahead(
@@ -4162,7 +4213,7 @@ class ImageOrder:
     """The row of all images that are trained on, by their numbers; updates take it in turn."""
 
     config: TrainingConfig
-    own: int  # images of dataset_path
+    own: int  # images of dataset_path, once for each of their sizes
     others: int = 0  # images of regularization_path, evenly in between, with the last numbers
     images: Sequence[int] = ()  # the number of each in the row, where some repeat
     shapes: Sequence[Size] = ()  # of those of dataset_path, where windows are to be of one shape
@@ -5378,7 +5429,7 @@ SAID = {
 
 def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int) -> dict[str, str]:
     """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
-    size, family, name = config.resolution, base.family, config.name
+    size, family, name = config.side, base.family, config.name
     place, words = expand_home(config.base_model), ", ".join(config.trigger_words)
     prediction = base.objective.prediction_type.removesuffix("_prediction")
     # What was taught otherwise than by default, in kohya's words.
@@ -5551,7 +5602,7 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
     captions = digest_of([picture.caption for picture in pictures], 12)
     others = plan.order.others
     shown = digest_of([[picture.digest, picture.caption] for picture in held], 12)
-    square = (config.resolution, config.resolution)
+    squares = dataclasses.replace(config, buckets=False)
     mix = f"{others} images, {config.regularization_share} of all that is trained on"
     repeats = [picture.repeats for picture in pictures]
     mix += f", each counting {config.prior_weight}" if config.prior_weight != 1 else ""
@@ -5570,7 +5621,9 @@ def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[s
         **({"init_lora": fingerprint(config.init_lora)} if config.init_lora else {}),
         **({"embedding_word": config.word.text} if config.embedding_tokens else {}),
         # Where all are squares, it makes no difference; all else that shapes follow is above.
-        "buckets": str(any(picture.bucket(config) != square for picture in pictures)),
+        "buckets": str(
+            any(each.sizes != sizes_of((each.width, each.height), squares) for each in pictures)
+        ),
     }
 
 
@@ -6252,9 +6305,9 @@ class MemoryPlan:
         read = family.text_precision if self.on_card else "fp32"
         packing = base if read == "bf16" and base in QUANTISED else "auto"
         widest = 4 * structure.vae_width  # bytes of a pixel, in full precision
-        encode = ENCODE_MAPS * widest * config.resolution**2
+        encode = ENCODE_MAPS * widest * config.side**2
         drawn = [min(TILE_PIXELS, p) if self.tiling else p for p in config.preview_size]
-        latents = structure.latent_channels * (config.resolution // structure.vae_scale_factor) ** 2
+        latents = structure.latent_channels * (config.side // structure.vae_scale_factor) ** 2
         cached = config.forms * (1 + config.flip) * 2 * latents * self.images
         cached += structure.text_numbers * (self.texts or self.images)
         return {
@@ -6276,7 +6329,7 @@ class MemoryPlan:
     def _kept_numbers(self) -> float:
         """Foresee what is kept of a batch between the way there and the way back."""
         config, structure = self.config, self.structure
-        side = config.resolution // structure.vae_scale_factor
+        side = config.side // structure.vae_scale_factor
         kept = structure.kept(side**2, self.checkpointing)
         kept *= DROPOUT_KEEPS if config.lora_dropout else 1
         kept *= INT8_KEEPS if config.base_precision == "int8" else 1
@@ -6307,7 +6360,7 @@ class MemoryPlan:
     def previews_at_once(self) -> int:
         """Count the prompts that a batch has room for; with its opposite, one is two images."""
         least = dataclasses.replace(self, checkpointing=True).parts["activations"]
-        size = math.prod(self.config.preview_size) / self.config.resolution**2
+        size = math.prod(self.config.preview_size) / self.config.side**2
         fitting = self.config.batch_size * self.parts["activations"] // (2 * least * size)
         return max(1, int(fitting)) if self.on_card else 1
 
@@ -6332,7 +6385,7 @@ class MemoryPlan:
         offers: Record = {
             "gradient_checkpointing": True if config.base_precision != "int8" else "auto",
             "batch_size": max(1, config.batch_size // 2),
-            "resolution": min(512, config.resolution),
+            "resolution": min(512, config.side),
             "train_text_encoder": False,
             "lora_rank": min(16, config.lora_rank),
             "cache_dir": config.cache_dir or "a folder",
@@ -6345,7 +6398,7 @@ class MemoryPlan:
             saved = self.phases[phase] + self.main - other.phases[phase] - other.main
             if saved > 0:
                 hint = f"Set {knob} to {show(better)}; saves about {saved / 2**20:,.0f} MiB."
-                problem = Problem(knob, show(better), show(vars(config)[knob]), hint)
+                problem = Problem(knob, show(better), show(plain(vars(config)[knob])), hint)
                 helps = other.fits and not other.shortage
                 found.append((not helps, -saved, knob, problem))
         return [problem for *_, problem in sorted(found)]
@@ -6473,15 +6526,16 @@ class Preflight:
     def __post_init__(self) -> None:
         """Count the updates, and what those that are left write at most."""
         config, found = self.config, self.dataset.facts
-        row = [n for n, p in enumerate(self.dataset.pictures) for _ in range(p.repeats)]
-        own = sum(number < found.images for number in row)
-        shapes = [self.dataset.pictures[number].bucket(config) for number in row[:own]]
+        entries = entries_of(self.dataset.pictures)
+        row = [n for n, (picture, _) in enumerate(entries) for _ in range(picture.repeats)]
+        own = sum(p.repeats for p, _ in entries_of(self.dataset.pictures[: found.images]))
+        shapes = [entries[number][1] for number in row[:own]]
         self.order = ImageOrder(config, own, len(row) - own, row, shapes)
         self.disk_free_bytes = shutil.disk_usage(nearest_folder(config.output_path)).free
         self.disk_needed_bytes: int | None = None
         if self.structure:
             left = max(0, self.order.total_steps - self.done)
-            drawn = len(self.dataset.missing) * 3 * config.resolution**2
+            drawn = len(self.dataset.missing) * 3 * config.side**2
             self.disk_needed_bytes = disk_needed(config, self.structure, left) + drawn
 
     def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
@@ -6497,7 +6551,8 @@ class Preflight:
             texts = sum(max(p.caption.count("\n") + 1, each) for p in shown)
             drawing = bool(self.dataset.missing)
             config = dataclasses.replace(self.config, prior_preservation=drawing)
-            plan = MemoryPlan.make(config, self.structure, len(shown), device, texts)
+            images = len(entries_of(shown))
+            plan = MemoryPlan.make(config, self.structure, images, device, texts)
             events.emit(plan.facts())
         if needed is not None and needed > free:
             expected, found = f"{size_of(needed)} free", size_of(free)
@@ -6558,8 +6613,8 @@ def report_model(
     if base and base.distilled:
         message = f"This {base.family.title} is distilled; training undoes that"
         events.warn(WarningCode.BASE_DISTILLED, message, family=base.family.name)
-    side, native = config.resolution, facts.native_resolution
-    if native and not 0.75 <= side / native <= 1.5:
+    native = facts.native_resolution
+    for side in (side for side in config.sides if native and not 0.75 <= side / native <= 1.5):
         message = f"resolution {side} is far from the base model's {native}"
         told = {"resolution": side, "native_resolution": native}
         events.warn(WarningCode.RESOLUTION_UNUSUAL, message, **told)
@@ -7286,19 +7341,20 @@ class LoRATrainer:
         each = wordings_each(config, models.base, len(pictures))
         wordings = {p.caption: word_caption(config, p.caption, each) for p in pictures}
         anew = ((p.name, wording) for p in pictures for wording in wordings[p.caption])
-        kept = measured(dataset.held or dataset.pictures[: dataset.facts.images], config.seed)
+        judged = entries_of(dataset.held or dataset.pictures[: dataset.facts.images])
+        kept = (picture for picture, _ in measured(judged, config.seed))
         quiet = ((p.name, without_words(p.caption, config.trigger_words)) for p in kept)
         texts = self.encode_texts((*texts_of(config, dataset), *anew, *quiet), self.team)
         if config.text_changes:
             models.load_text_encoders(models.dtype)
         self.draw_class_images([p for p in pictures if p.missing], Cache((), texts))
-        own = self.team.share(pictures)
+        own = self.team.share(entries_of(pictures))
         phase = Phase("encoding images", len(own), self.events, self.stop)
         images = tuple(self.team.gather(encode_images(models, own, config, self.shelf, phase)))
         if models.vae:
             models.vae.to("cpu")
         self.tell_memory()
-        trained = len(dataset.pictures)
+        trained = len(entries_of(dataset.pictures))
         return Cache(images[:trained], texts, wordings, images[trained:])
 
     def encode_texts(self, texts: Texts, team: Team) -> dict[str, Conditioning]:

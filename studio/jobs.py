@@ -388,7 +388,7 @@ def plan_drawing(studio: State, wanted: Drawing, folder: Path) -> Order:
         "steps": wanted.steps,
         "guidance": wanted.guidance,
         "negative": wanted.negative,
-        "resolution": wanted.resolution or knob(studio.settings, parent.config, "resolution"),
+        "resolution": wanted.resolution or largest_of(studio, parent.config),
         "out": folder / "output",
     }
     loras = [f"--lora={file}" for file in files]
@@ -396,6 +396,12 @@ def plan_drawing(studio: State, wanted: Drawing, folder: Path) -> Order:
     command = ["tools/generate.py", *options(said), *loras, *triggers, "--events"]
     config, name = wanted.model_dump(mode="json"), f"Pictures of {parent.name}"
     return Order("generate", name, config, [command], parent=parent.id)
+
+
+def largest_of(studio: State, config: Record) -> int:
+    """Return the resolution of a training, or the largest of several."""
+    said: Any = knob(studio.settings, config, "resolution")
+    return max(said) if isinstance(said, list) else int(said)
 
 
 def plan_judging(studio: State, wanted: Judging, folder: Path) -> Order:

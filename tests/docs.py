@@ -78,7 +78,7 @@ def examples_table() -> str:
             [
                 f"[{path.stem}]({path.relative_to(ROOT).as_posix()})",
                 config.base_model.rpartition("/")[2],
-                str(config.resolution),
+                ", ".join(map(str, config.sides)),
                 f"{config.batch_size} × {config.gradient_accumulation_steps}",
                 str(config.lora_rank),
                 str(config.steps),

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_runs import Ready, prepare, start_until, tiny_config
 
 import train_lora
-from train_lora import ImageOrder, Size, TrainingConfig, bucket_of
+from train_lora import ImageOrder, Size, TrainingConfig, sizes_of
 
 SHAPES: tuple[Size, ...] = ((256, 256), (640, 360), (360, 640), (600, 400), (400, 600), (400, 400))
 
@@ -26,6 +26,12 @@ SHAPES: tuple[Size, ...] = ((256, 256), (640, 360), (360, 640), (600, 400), (400
 def config_of(ground: Path, **changes: Any) -> TrainingConfig:
     """Load a config for sizes that are not those of the tiny models."""
     return tiny_config(ground, **{"resolution": 1024, **changes})
+
+
+def bucket_of(picture: Size, config: TrainingConfig) -> Size:
+    """Choose the size of a picture that has but one."""
+    (size,) = sizes_of(picture, config)
+    return size
 
 
 # --- sizes ---
@@ -250,10 +256,10 @@ def test_a_thousand_sizes_still_fit_into_a_line(ground: Path) -> None:
     """The most frequent are told."""
     config = config_of(ground, bucket_step=8)
     pictures = [
-        train_lora.Picture(f"{n}.png", Path("x"), 1000 + 5 * n, 3000 - 2 * n, "")
-        for n in range(999)
+        train_lora.Picture(f"{n}.png", Path("x"), *size, "", sizes_of(size, config))
+        for n, size in enumerate((1000 + 5 * n, 3000 - 2 * n) for n in range(999))
     ]
-    table = train_lora.count_buckets(pictures, config)
+    table = train_lora.count_buckets(pictures)
     counts = [row["images"] for row in table.values()]
     assert len(counts) == 40
     assert counts == sorted(counts, reverse=True)
@@ -286,7 +292,7 @@ def test_a_picture_is_cropped_in_four_places_that_it_alone_decides(tmp_path: Pat
         train_lora.Picture(name, tmp_path / "data" / name, 192, 128, "")
         for name in ("a.png", "b.png")
     ]
-    forms, others = (train_lora.show_picture(picture, config) for picture in pictures)
+    forms, others = (train_lora.show_picture(each, (128, 128), config) for each in pictures)
     lefts = []
     for plain, turned in zip(forms[::2], forms[1::2], strict=True):
         *_, top, left, high, wide = plain.time_ids
@@ -298,7 +304,7 @@ def test_a_picture_is_cropped_in_four_places_that_it_alone_decides(tmp_path: Pat
         assert torch.equal(turned.pixels, plain.pixels.flip(-1))
     assert len(set(lefts)) > 2
     assert lefts != [form.time_ids[3] for form in others[::2]]
-    again = train_lora.show_picture(pictures[0], replace(config, seed=9))
+    again = train_lora.show_picture(pictures[0], (128, 128), replace(config, seed=9))
     assert [form.time_ids for form in again] == [form.time_ids for form in forms]
 
 
@@ -333,7 +339,7 @@ def shown(tmp_path: Path, picture: Image.Image, *augment: str) -> list[train_lor
     picture.save(path)
     config = tiny_config(tmp_path, augment=list(augment))
     told = train_lora.Picture("a.png", path, *picture.size, "")
-    return train_lora.show_picture(told, config)
+    return train_lora.show_picture(told, bucket_of(picture.size, config), config)
 
 
 def test_colours_change_by_a_tenth_at_most(tmp_path: Path) -> None:

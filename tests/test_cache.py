@@ -267,7 +267,7 @@ def encode(folder: Path, *captions: str, **changes: Any) -> Encoded:
     models = models_of(config)
     trainer = LoRATrainer(config, Emitter(recorder), StopRequest())
     trainer.models = models
-    return Encoded(trainer.encode(dataset_of(pictures)), models, recorder)
+    return Encoded(trainer.encode(dataset_of(pictures, config)), models, recorder)
 
 
 def load_vae(folder: Path) -> Any:
@@ -373,7 +373,7 @@ def test_a_picture_that_cannot_be_read_any_more_is_named(
     phase = train_lora.Phase("encoding images", 1, Emitter(), StopRequest())
     models, shelf = models_of(config), Shelf(None, CPU, Emitter())
     with pytest.raises(TrainError, match=r"0\.png"):
-        list(train_lora.encode_images(models, [picture], config, shelf, phase))
+        list(train_lora.encode_images(models, [(picture, (SIDE, SIDE))], config, shelf, phase))
 
 
 # --- what is kept for later runs ---
@@ -449,7 +449,7 @@ def test_another_picture_under_the_same_name_is_encoded_anew(here: Path, built: 
     config = load_config(base_model=str(built / "sd1"), resolution=SIDE, cache_dir="kept")
     trainer = LoRATrainer(config, Emitter(), StopRequest())
     trainer.models = models_of(config)
-    (second,) = trainer.encode(dataset_of(pictures[:1])).images
+    (second,) = trainer.encode(dataset_of(pictures[:1], config)).images
 
     assert not torch.equal(first.latent_dist, second.latent_dist)
 

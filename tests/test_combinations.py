@@ -25,6 +25,7 @@ from train_lora import Problem, Record, TrainError, TrainingConfig
 VALUES: dict[str, tuple[Any, ...]] = {
     "batch_size": (1, 2),
     "gradient_accumulation_steps": (1, 2),
+    "resolution": (256, [256, 288]),
     "buckets": (True, False),
     "flip": (False, True),
     "shuffle_tags": (False, True),

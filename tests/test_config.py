@@ -47,7 +47,7 @@ TABLE: list[tuple[str, Any, list[Any], list[Any]]] = [
     ("gradient_accumulation_steps", 1, [1, 1000], [0, -1]),
     ("steps", 1000, [1, 10**6], [0, None]),
     ("epochs", 10, [1, 10**6], [0, None]),
-    ("resolution", 512, [256, 264, 2048], [248, 255, 260, 2056]),
+    ("resolution", 512, [256, 264, 2048, [512, 768]], [248, 255, 260, 2056, []]),
     ("lora_rank", 16, [1, 256], [0, 257, -4]),
     ("lora_alpha", 32, [0.001, 0.5, 64], [0, -1]),
     ("checkpoint_steps", 500, [1, 10**6], [0]),
@@ -653,7 +653,8 @@ def test_every_problem_has_all_four_parts(changes: Record) -> None:
 RANK = "expected a whole number 1 … 256, got 0. 4 to 32 suits a style or a character."
 ONE_OF = 'expected one of "auto", "never"'
 KNOWN = "expected a known key"
-SIZE = "expected a whole number 256 … 2048, a multiple of 8, got 513."
+SIZE = "expected a whole number 256 … 2048, a multiple of 8 or a list of at most 8 different "
+SIZE += "numbers of that kind, got 513."
 
 
 @pytest.mark.parametrize(

@@ -1062,7 +1062,10 @@ def test_images_smaller_than_the_resolution_are_counted(
     scan(resolution=256)
     scan(resolution=256, buckets=False)
     warned = [w["data"] for w in recorder.of_type("warning") if w["code"] == "images_small"]
-    assert warned == [{"images": 1, "file": "d.png"}, {"images": 2, "file": "b.png"}]
+    assert warned == [
+        {"images": 1, "file": "d.png", "resolution": 256},
+        {"images": 2, "file": "b.png", "resolution": 256},
+    ]
 
 
 def test_the_facts_count_images_by_size(data: Path, scan: Scanner, recorder: Recorder) -> None:

@@ -121,6 +121,7 @@ SAMPLE = SampleEvent(step=5, image_path="out/samples/step_5.png", prompt="zkb {a
 
 COUNTS: Record = {"images": 3, "skipped": 0, "captions_found": 1, "captions_missing": 2}
 COUNTS |= {"resolutions": {"640x480": 3}, "regularization_images": 0, "cropped": 0, "masks": 0}
+COUNTS["images_per_resolution"] = {"512": 3}
 COUNTS["buckets"] = {"512x512": {"images": 3, "cropped": 0.25, "cropped_at_most": 0.25}}
 VALID = ValidFacts(
     **COUNTS,

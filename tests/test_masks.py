@@ -62,7 +62,7 @@ def test_a_mask_is_cropped_where_its_picture_is(place: Path) -> None:
     config = tiny_config(place, masked_loss=True, crop="random", flip=True, bucket_step=128)
     path = place / "data" / "a.png"
     picture = train_lora.Picture("a.png", path, 192, 128, "", mask=path.with_suffix(".mask.png"))
-    for form in train_lora.show_picture(picture, config):
+    for form in train_lora.show_picture(picture, (128, 128), config):
         assert form.mask is not None
         assert torch.allclose(form.mask, form.pixels[:1] / 2 + 0.5)
 
@@ -174,6 +174,7 @@ def test_a_mask_is_turned_with_its_picture(place: Path) -> None:
     Image.open(path).convert("RGB").save(place / "data" / "a.png")
     config = tiny_config(place, masked_loss=True, augment=["rotate"])
     picture = train_lora.Picture("a.png", place / "data" / "a.png", 256, 256, "", mask=path)
-    for form in train_lora.show_picture(picture, config):
+    (size,) = train_lora.sizes_of((picture.width, picture.height), config)
+    for form in train_lora.show_picture(picture, size, config):
         assert form.mask is not None
         assert torch.equal(form.mask[0] > 0.5, form.pixels[0] > 0)

@@ -72,7 +72,7 @@ def kept_by_torch(unet: Any, config: TrainingConfig, dtype: torch.dtype) -> int:
             kept[storage] = value
         return value
 
-    side, width = config.resolution // 8, unet.config.cross_attention_dim
+    side, width = config.side // 8, unet.config.cross_attention_dim
     told = {"text_embeds": torch.zeros(config.batch_size, 1280, device="meta")}
     told["time_ids"] = torch.zeros(config.batch_size, 6, device="meta")
     noisy = torch.zeros(config.batch_size, 4, side, side, device="meta", dtype=dtype)

@@ -59,6 +59,7 @@ def test_the_last_line_carries_the_whole_report(workspace: Path) -> None:
         "captions_found": 1,
         "captions_missing": 2,
         "resolutions": {"320x300": 3},
+        "images_per_resolution": {"256": 3},
         "regularization_images": 0,
         "validation_images": 0,
         "cropped": 0,

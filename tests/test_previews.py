@@ -178,7 +178,7 @@ def open_studio(folder: Path, **changes: Any) -> tuple[Studio, Learner]:
     picture = train_lora.Picture(
         name="image.png", path=Path("data/image.png"), width=320, height=320, caption="zkb"
     )
-    cache = trainer.encode(dataset_of([picture]))
+    cache = trainer.encode(dataset_of([picture], config))
     return Studio(trainer.models, cache, config), trainer.adapt(facts)
 
 

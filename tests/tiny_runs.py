@@ -92,10 +92,11 @@ def prepare(config: TrainingConfig) -> Ready:
     return ready
 
 
-def dataset_of(pictures: Sequence[Picture]) -> Dataset:
+def dataset_of(pictures: Sequence[Picture], config: TrainingConfig) -> Dataset:
     """Make a dataset of pictures that nobody looked for."""
     facts: Any = SimpleNamespace(images=len(pictures))
-    return Dataset(pictures=tuple(pictures), facts=facts)
+    sized = (replace(p, sizes=train_lora.sizes_of((p.width, p.height), config)) for p in pictures)
+    return Dataset(pictures=tuple(sized), facts=facts)
 
 
 def one_of(steps: int) -> Any:

@@ -359,7 +359,7 @@ class Plan:
         if step is TRAINING:
             return ["--config", str(out / "training.json")]
         options, dataset = as_options(step, section), str(out / "dataset")
-        size = [f"--resolution={self.config().resolution}"]
+        size = [f"--resolution={self.config().side}"]
         if step is DATA:
             return ["build", *options, dataset, *size, *triggers]
         if step is CAPTION:
