@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 
 import train_lora
 from tools.captioners import CAPTIONERS, Captioner, Request, find_model
-from tools.dataset import FORMAT, Found, Template, Wishes, captions_of, remarks_on_captions
+from tools.dataset import (
+    FORMAT,
+    Found,
+    SourceFolder,
+    Template,
+    Wishes,
+    captions_of,
+    remarks_on_captions,
+)
 from tools.program import as_json, refuse, remark
 from train_lora import (
     Emitter,
@@ -56,7 +64,7 @@ class Job:
         if not source.is_dir():
             raise refuse(source, "a folder with pictures", "no folder")
         config = wishes.config(source)
-        images = ImageFolder(config.dataset_path, config, events, stop)
+        images = SourceFolder(config.dataset_path, config, events, stop)
         images.scan(thorough=False)  # what is broken further in is found when it is looked at
         if not images.pictures:
             raise refuse(source, "usable pictures", "none")

@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
+
 import train_lora
 from tools.pictures import Measures, clusters, has_location, measure
-from tools.program import refuse
+from tools.program import refuse, remark
 from train_lora import Emitter, Phase, Record, StopRequest, counted
 
 FORMAT, VERSION = "lora-dataset", 1
 FEW, ENOUGH = 5, 10  # pictures: hardly anything is learned; a share can be held back
 SMALL, BLURRED, SOFT = 0.75, 25.0, 100.0  # of the resolution; of sharpness, alone and beside others
-CROPPED = 0.2  # of a picture, cut away by a square
 SHARED, LOOPS = 0.8, 4  # of all captions; the same three words so often
 TOKENS, TOKENS_PER_WORD = 75, 1.35  # what text encoders read; an estimate
 FOLDER = re.compile(r"(\d{1,4})_(.+)")  # as kohya's programs name them: 10_zkb dog
@@ -39,7 +40,8 @@ OPENINGS = re.compile(r"^(the|this) (image|picture|photo)\w* (shows|is|depicts)"
 class Wishes:
     """What was asked for."""
 
-    resolution: int = 512
+    resolution: int | list[int] = 512
+    squares: bool = False
     trigger: Sequence[str] = ()
     drop: set[str] = field(default_factory=lambda: {"exact", "broken"})
     fit: str = "keep"
@@ -56,6 +58,7 @@ class Wishes:
         """Ask of a folder what the trainer would, by its own rules."""
         places = {"dataset_path": str(source), "output_path": str(source / ".no output")}
         known: Record = {"base_model": "none", "resolution": self.resolution, **places}
+        known |= {"buckets": not self.squares and self.fit != "crop", "folder_repeats": True}
         return train_lora.TrainingConfig.from_record(known | {"trigger_words": list(self.trigger)})
 
 
@@ -70,6 +73,10 @@ class Found:
     bytes: int = 0
     caption: str = ""
     caption_from: str | None = None
+    mask: str | None = None  # the name of what shows which part counts; its own for its alpha
+    repeats: int | None = None  # in an epoch, where a folder or repeats.json says so
+    small: bool = False
+    crop_loss: float = 0.0  # the share that training crops
     measures: Measures | None = None  # none for what cannot be used
     cluster: int = -1
     flags: list[str] = field(default_factory=list)
@@ -82,12 +89,6 @@ class Found:
         numbered = FOLDER.fullmatch(folder)
         return (numbered[2] if numbered else folder) or None
 
-    @property
-    def repeats(self) -> int | None:
-        """Take the number that kohya's programs find in a folder's name."""
-        numbered = FOLDER.fullmatch(PurePosixPath(self.name).parent.name)
-        return int(numbered[1]) if numbered else None
-
     def record(self) -> Record:
         """Write down what is known."""
         return {
@@ -95,6 +96,8 @@ class Found:
             "source_size": [self.width, self.height],
             "label": self.label,
             "repeats": self.repeats,
+            "mask": self.mask,
+            "cropped": round(self.crop_loss, 3),
             "caption": self.caption,
             "caption_from": self.caption_from,
             "sharpness": round(self.measures.sharpness, 1) if self.measures else None,
@@ -108,17 +111,28 @@ class Found:
 # --- Finding ---
 
 
+class SourceFolder(train_lora.ImageFolder):
+    """A folder as the trainer reads it; numbers that are no repeats, such as years, end nothing."""
+
+    def read_repeats(self) -> None:
+        """Tell of numbers that make no sense; the trainer refuses them when it is to heed them."""
+        try:
+            super().read_repeats()
+        except train_lora.TrainError as error:
+            for problem in error.problems:
+                remark(self.events, f"Repeats are not heeded: {problem}", file=problem.path)
+
+
 def find_pictures(source: Path, wishes: Wishes, events: Emitter, stop: StopRequest) -> list[Found]:
     """Look at all pictures as the trainer does; what it would skip is named, and excluded."""
     if not source.is_dir():
         raise refuse(source, "a folder with pictures", "no folder")
     config = wishes.config(source)
-    folder = train_lora.ImageFolder(config.dataset_path, config, events, stop)
+    folder = SourceFolder(config.dataset_path, config, events, stop)
     folder.scan(thorough=False)  # what is broken further in is found when it is measured
     given = captions_of(wishes, folder.images, events) if wishes.captions_from else {}
     phase = Phase("measuring pictures", len(folder.images), events, stop)
-    look = functools.partial(look_at, folder=folder, side=wishes.resolution)
-    looked = train_lora.ahead(look, [name for name, usable in folder.images.items() if usable])
+    looked = train_lora.ahead(functools.partial(look_at, folder=folder), folder.pictures)
     found = []
     for done, (name, usable) in enumerate(folder.images.items()):
         phase.at(done)
@@ -138,15 +152,32 @@ def find_pictures(source: Path, wishes: Wishes, events: Emitter, stop: StopReque
     return found
 
 
-def look_at(name: str, folder: train_lora.ImageFolder, side: int) -> Found:
-    """Measure one picture of the folder."""
-    path, known = folder.files[name], folder.images[name]
-    with folder.room_for(known.width * known.height if known else 0):
+def look_at(known: train_lora.Picture, folder: train_lora.ImageFolder) -> Found:
+    """Measure one picture of the folder, at the largest resolution that it fills."""
+    config, size, path = folder.config, (known.width, known.height), known.path
+    with folder.room_for(known.width * known.height):
         picture = train_lora.load_picture(path)
-        found = Found(name=name, path=path, width=picture.width, height=picture.height)
+        found = Found(name=known.name, path=path, width=picture.width, height=picture.height)
+        side = train_lora.sides_of(size, config)[-1]
         found.bytes, found.measures = path.stat().st_size, measure(picture, side)
     found.flags = ["location"] if has_location(path) else []
+    found.small = not train_lora.fills(size, round(SMALL * config.sides[0]), config)
+    found.crop_loss = known.crop_loss
+    found.repeats = known.repeats if known.repeats > 1 else None
+    look_at_mask(found, folder)
     return found
+
+
+def look_at_mask(found: Found, folder: train_lora.ImageFolder) -> None:
+    """Find what shows which part of a picture counts, and flag what the trainer would refuse."""
+    with Image.open(found.path, formats=train_lora.IMAGE_FORMATS) as opened:
+        clear = opened.has_transparency_data
+    try:
+        mask = folder.mask_of(found.name, (found.width, found.height), clear)
+    except train_lora.Unusable as reason:
+        found.flags.append(str(reason))
+        return
+    found.mask = folder.name_of(mask) if mask else None
 
 
 def has_sidecar(name: str, files: Mapping[str, Path]) -> bool:
@@ -206,7 +237,7 @@ def judge(found: Sequence[Found], wishes: Wishes) -> list[str]:
     """Flag what is doubtful, choose one of each cluster; return remarks on all of them."""
     usable = [each for each in found if each.measures]
     for each in usable:
-        each.flags += flags_of(each, wishes.resolution)
+        each.flags += flags_of(each)
     soft = middle([each.measures.sharpness for each in usable if each.measures]) / 4
     for each in usable:
         sharpness = each.measures.sharpness if each.measures else 0
@@ -226,13 +257,12 @@ def middle(numbers: Sequence[float]) -> float:
     return sorted(numbers)[len(numbers) // 2]
 
 
-def flags_of(found: Found, resolution: int) -> Iterator[str]:
+def flags_of(found: Found) -> Iterator[str]:
     """List what one picture alone shows."""
-    short, long = sorted((found.width, found.height))
-    if short < SMALL * resolution:
+    if found.small:
         yield "small"
-    if short / long < 1 - CROPPED:
-        yield f"cropped by {1 - short / long:.0%}"
+    if found.crop_loss > train_lora.CROP_LOSS:
+        yield f"cropped by {found.crop_loss:.0%}"
     if found.measures and found.measures.light:
         yield found.measures.light
 
@@ -271,6 +301,14 @@ def remarks_on_set(usable: Sequence[Found]) -> Iterator[str]:
     grey = sum(bool(each.measures and each.measures.grey) for each in kept)
     if 0 < grey < len(kept) / 2:
         yield f"Beside {len(kept) - grey} pictures with colour: {counted(grey, 'picture')} without"
+    repeated = Counter(each.repeats for each in kept if each.repeats)
+    for times, count in sorted(repeated.items()):
+        few, counts = counted(count, "picture"), "counts" if count == 1 else "count"
+        yield f"{few} {counts} {times} times by folder or repeats.json, with folder_repeats true"
+    masked = sum(each.mask is not None for each in kept)
+    if masked:
+        few = counted(masked, "picture")
+        yield f"{few} of {len(kept)} with a mask or an alpha channel, heeded with masked_loss true"
     stems = Counter(each.name.rpartition(".")[0] for each in usable)
     for stem in (stem for stem, count in stems.items() if count > 1):
         yield f"{stems[stem]} pictures are called {stem}: they share one caption file"
@@ -369,6 +407,7 @@ def plan(found: Sequence[Found], wishes: Wishes) -> Record:
         text_file = f"{file.rpartition('.')[0]}.txt"
         action = "crop" if wishes.fit == "crop" else wishes.link
         own = {"file": file, "text_file": text_file, "split": split, "action": action}
+        own["mask_file"] = mask_file_of(each, file, wishes)
         images.append(each.record() | own | {"caption": caption, "caption_from": source})
     excluded = [{"source": each.name} | each.excluded for each in found if each.excluded]
     counts = Counter(image["split"] for image in images)
@@ -388,6 +427,12 @@ def plan(found: Sequence[Found], wishes: Wishes) -> Record:
     }
 
 
+def mask_file_of(found: Found, file: str, wishes: Wishes) -> str | None:
+    """Name the mask beside a picture; an alpha channel needs none where its picture stays whole."""
+    apart = found.mask != found.name or wishes.fit == "crop"
+    return f"{file.rpartition('.')[0]}{train_lora.MASK_SUFFIX}" if found.mask and apart else None
+
+
 def held_back(kept: Sequence[Found], wishes: Wishes) -> set[int]:
     """Choose clusters for validation, each by itself: a new picture moves no other."""
     if len(kept) < ENOUGH or not wishes.validation:
@@ -401,9 +446,14 @@ def held_back(kept: Sequence[Found], wishes: Wishes) -> set[int]:
 
 
 def free_name(split: str, found: Found, wishes: Wishes, taken: set[str]) -> str:
-    """Name a picture in the dataset; no two names may be one on any file system."""
+    """Name a picture in the dataset; no two names may be one on any file system.
+
+    Its folder says how often it counts, as kohya's trainer has it; it looks like nobody's mask.
+    """
     suffix = ".png" if wishes.fit == "crop" else PurePosixPath(found.name).suffix.lower()
-    parts = [split, *([found.label] if found.label else []), PurePosixPath(found.name).stem]
+    folder = f"{found.repeats}_{found.label or 'images'}" if found.repeats else found.label
+    name = re.sub(r"\.mask$", "_mask", PurePosixPath(found.name).stem, flags=re.IGNORECASE)
+    parts = [split, *([folder] if folder else []), name]
     plain = [FOREIGN.sub("_", part)[:100].strip(". ") or "_" for part in parts]
     stem = "/".join(plain)
     numbers = iter(range(2, 10**6))
@@ -426,6 +476,8 @@ def write_dataset(
     for done, image in enumerate(manifest["images"]):
         phase.at(done)
         write_picture(source / image["source"], target / image["file"], image["action"], wishes)
+        if image["mask_file"]:
+            write_mask(source, target, image, wishes)
         write_once(target / image["text_file"], (image["caption"] + "\n").encode())
         split, _, inside = image["file"].partition("/")
         lines[split].append({"file_name": inside, "text": image["caption"]})
@@ -437,14 +489,28 @@ def write_dataset(
 def write_picture(source: Path, target: Path, action: str, wishes: Wishes) -> None:
     """Put a picture where it belongs: the same bytes, or cropped to what training sees."""
     if action == "crop":
-        fitted, _ = train_lora.fit_picture(
-            train_lora.load_picture(source), (wishes.resolution,) * 2
-        )
-        buffer = io.BytesIO()
-        fitted.save(buffer, "PNG")
-        write_once(target, buffer.getvalue())
+        write_once(target, as_square(train_lora.load_picture(source), wishes))
     elif not (action == "hard" and linked(source, target)):
         write_once(target, source.read_bytes())
+
+
+def write_mask(source: Path, target: Path, image: Record, wishes: Wishes) -> None:
+    """Put a mask beside its picture, and crop it alike."""
+    place, mask = target / image["mask_file"], source / image["mask"]
+    if image["action"] != "crop":
+        write_picture(mask, place, image["action"], wishes)
+        return
+    size: tuple[int, int] = (image["source_size"][0], image["source_size"][1])
+    known = train_lora.Picture(image["source"], source / image["source"], *size, "", mask=mask)
+    write_once(place, as_square(train_lora.load_mask(known), wishes))
+
+
+def as_square(picture: Image.Image, wishes: Wishes) -> bytes:
+    """Crop to the largest square that is trained, as a PNG."""
+    said, buffer = wishes.resolution, io.BytesIO()
+    side = max(said) if isinstance(said, list) else said
+    train_lora.fit_picture(picture, (side, side))[0].save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def linked(source: Path, target: Path) -> bool:

@@ -359,9 +359,12 @@ class Plan:
         if step is TRAINING:
             return ["--config", str(out / "training.json")]
         options, dataset = as_options(step, section), str(out / "dataset")
-        size = [f"--resolution={self.config().side}"]
         if step is DATA:
-            return ["build", *options, dataset, *size, *triggers]
+            config = self.config()
+            sides = [f"--resolution={','.join(map(str, config.sides))}"]
+            sides += [] if config.buckets else ["--squares"]
+            return ["build", *options, dataset, *sides, *triggers]
+        size = [f"--resolution={self.config().side}"]
         if step is CAPTION:
             return ["caption", dataset, *options, *triggers]
         if step is GENERATE:

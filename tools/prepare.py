@@ -43,6 +43,15 @@ def parse_share(text: str) -> float:
     return share
 
 
+def parse_sides(text: str) -> int | list[int]:
+    """Read one resolution, or several between commas."""
+    try:
+        sides = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected 512, or 512,768, got {text!r}") from None
+    return sides if len(sides) > 1 else sides[0]
+
+
 def parse_batch(text: str) -> int:
     """Read how many pictures a model looks at together."""
     number = int(text)
@@ -60,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     caption = commands.add_parser("caption", help="write captions beside pictures")
     for command in (check, build):
         command.add_argument("source", type=Path, metavar="SRC")
-        command.add_argument("--resolution", type=int, default=512, help="of the training")
+        add = command.add_argument
+        add("--resolution", type=parse_sides, default=512, help="of the training: 512, or 512,768")
+        add("--squares", action="store_true", help="judge what buckets false crops")
     check.add_argument("--report", type=Path, help="also write all of it as JSON")
     describe_build(build)
     describe_caption(caption)
@@ -239,7 +250,8 @@ def check_target(target: Path, manifest: Record) -> None:
         "train/metadata.jsonl",
         "validation/metadata.jsonl",
     }
-    ours |= {name for image in manifest["images"] for name in (image["file"], image["text_file"])}
+    kinds = ("file", "text_file", "mask_file")
+    ours |= {image[kind] for image in manifest["images"] for kind in kinds if image[kind]}
     if foreign := sorted(name for name in there - ours if not name.endswith(".tmp")):
         hint = "Give another folder, or remove this one."
         raise refuse(target, "an empty folder, or this very dataset", foreign[0], hint)

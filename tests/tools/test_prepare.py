@@ -80,7 +80,7 @@ def test_doubtful_pictures_are_listed_with_the_cause(
     lines = dict(line.split(None, 1) for line in capfd.readouterr().out.splitlines()[1:-1])
     assert lines["broken.png"] == "broken"
     assert lines["tiny.png"].startswith("small")
-    assert "cropped by 61%" in lines["wide.png"]
+    assert "cropped by 36%" in lines["wide.png"]  # to 256x64
     assert "blurred" in lines["soft.png"]
     assert "dark" in lines["black.png"]
     twins = {lines[name] for name in ("again/copy.png", "again/lossy.jpg") if name in lines}
@@ -233,6 +233,131 @@ def test_cropped_pictures_are_what_training_sees(source: Path) -> None:
         assert image.tobytes() == fitted.tobytes()
     assert entry["source_size"] == [400, 600]
     assert "location" in entry["flags"]
+
+
+# --- what the trainer reads beside pictures ---
+
+
+def report_of(source: Path, *options: str) -> tuple[dict[str, Any], list[str]]:
+    """Check a folder; return what is said of each picture, and of all of them."""
+    report = source.parent / "report.json"
+    arguments = ["check", str(source), "--resolution", "256", "--report", str(report), *options]
+    assert prepare.main(arguments) == 0
+    said = json.loads(report.read_text(encoding="utf-8"))
+    return {each["source"]: each for each in said["pictures"]}, said["remarks"]
+
+
+@pytest.mark.parametrize("options", [[], ["--squares"]])
+def test_what_cropping_costs_is_what_the_trainer_says(options: list[str], tmp_path: Path) -> None:
+    """In shapes of their own, or where squares are asked for."""
+    for number, size in enumerate([(256, 256), (512, 288), (288, 512), (400, 300), (256, 100)]):
+        write(tmp_path / "source", f"{number}.png", scene(number, 900).crop((0, 0, *size)), "x")
+    told, _ = report_of(tmp_path / "source", *options)
+    config = load_config(dataset_path=str(tmp_path / "source"), resolution=256, buckets=not options)
+    pictures = train_lora.scan_dataset(config, Emitter(), StopRequest()).pictures
+    assert {p.name: round(p.crop_loss, 3) for p in pictures} == {
+        name: each["cropped"] for name, each in told.items()
+    }
+    flagged = {n for n, each in told.items() if any("cropped" in flag for flag in each["flags"])}
+    assert flagged == {p.name for p in pictures if p.crop_loss > train_lora.CROP_LOSS}
+    assert len(flagged) == (4 if options else 1)
+
+
+def test_several_resolutions_are_judged_by_the_least(tmp_path: Path) -> None:
+    """What fills 256 is not small because 512 is trained too."""
+    write(tmp_path / "source", "a.png", scene(1, 256), "x")
+    write(tmp_path / "source", "b.png", scene(2, 150), "x")
+    told, _ = report_of(tmp_path / "source", "--resolution", "256,512")
+    assert [("small" in told[name]["flags"]) for name in ("a.png", "b.png")] == [False, True]
+    with pytest.raises(SystemExit):
+        prepare.main(["check", str(tmp_path / "source"), "--resolution", "256,many"])
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """Provide masks beside pictures: sound, of another size, black, alpha, and one for none."""
+    source, mask = tmp_path / "source", Image.new("L", (256, 256))
+    mask.paste(255, (0, 0, 128, 256))
+    masks = (mask, Image.new("L", (20, 20), 255), Image.new("L", (256, 256)))
+    for number, each in enumerate(masks):
+        write(source, f"{number}.png", scene(number, 256), "x")
+        each.save(source / f"{number}.mask.png")
+    clear = scene(50, 256).convert("RGBA")
+    clear.putalpha(mask)
+    clear.save(source / "clear.png")
+    scene(51, 256).save(source / "lonely.mask.png")  # belongs to no picture, and is one
+    return source
+
+
+def test_masks_go_with_their_pictures(masked: Path) -> None:
+    """The same bytes; what the trainer would refuse is flagged, and stays behind."""
+    told, remarks = report_of(masked)
+    assert "0.mask.png" not in told
+    assert [told[n]["mask"] for n in ("0.png", "1.png", "clear.png", "lonely.mask.png")] == [
+        *("0.mask.png", None, "clear.png", None)
+    ]
+    assert "its mask: 20x20 pixels, not those of the image" in told["1.png"]["flags"]
+    assert "its mask: it is black" in told["2.png"]["flags"]
+    assert any("2 pictures of 5 with a mask or an alpha channel" in each for each in remarks)
+    images = {each["source"]: each for each in build(masked)["images"]}
+    made = masked.parent / "made"
+    assert (made / images["0.png"]["mask_file"]).samefile(masked / "0.mask.png")
+    assert images["0.png"]["mask_file"] == images["0.png"]["file"].replace(".png", ".mask.png")
+    assert images["clear.png"]["mask_file"] is None
+    assert images["lonely.mask.png"]["file"].endswith("/lonely_mask.png")
+    assert build(masked) == json.loads((made / "manifest.json").read_text(encoding="utf-8"))
+    config = load_config(dataset_path=str(made / "train"), resolution=256, masked_loss=True)
+    found = train_lora.scan_dataset(config, Emitter(), StopRequest())
+    assert {p.name for p in found.pictures if p.mask} == {"0.png", "clear.png"}
+
+
+def test_masks_are_cropped_as_their_pictures_are(masked: Path) -> None:
+    """And what was clear in a picture becomes a mask, as a square has no alpha channel."""
+    wide = Image.new("L", (512, 256))
+    wide.paste(255, (0, 0, 256, 256))
+    scene(60, 512).crop((0, 0, 512, 256)).save(masked / "wide.png")
+    wide.save(masked / "wide.mask.png")
+    images = {each["source"]: each for each in build(masked, "--fit", "crop")["images"]}
+    for name in ("wide.png", "clear.png", "0.png"):
+        with Image.open(masked.parent / "made" / images[name]["mask_file"]) as mask:
+            assert mask.size == (256, 256)
+            shares = [mask.convert("L").getpixel((x, 128)) for x in (20, 236)]
+        assert shares == [255, 0]
+
+
+def test_repeats_are_kept_as_folders_that_say_them(tmp_path: Path) -> None:
+    """Those of folders, and those of repeats.json; the trainer reads the same from the dataset."""
+    source = tmp_path / "source"
+    for number, folder in enumerate(("10_zkb", "plain", "deep/5_cat/inside", "", "2024_trip")):
+        write(source / folder, f"{number}.png", scene(number, 256), "x")
+    listed = {"plain": 3, ".": 2, "2024_trip": 1}
+    (source / "repeats.json").write_text(json.dumps(listed), encoding="utf-8")
+    told, remarks = report_of(source)
+    before = {f"{n}.png": times for n, times in enumerate((10, 3, 5, 2, None))}
+    assert {Path(name).name: each["repeats"] for name, each in told.items()} == before
+    assert any("1 picture counts 10 times" in each for each in remarks)
+    files = {Path(i["source"]).name: i["file"] for i in build(source)["images"]}
+    assert files["0.png"] == "train/10_zkb/0.png"
+    assert files["3.png"] == "train/2_images/3.png"
+    assert files["2.png"] == "train/5_inside/2.png"
+    assert files["4.png"] == "train/trip/4.png"
+    config = load_config(
+        dataset_path=str(tmp_path / "made" / "train"), folder_repeats=True, resolution=256
+    )
+    pictures = train_lora.scan_dataset(config, Emitter(), StopRequest()).pictures
+    assert {Path(p.name).name: p.repeats for p in pictures} == {
+        name: times or 1 for name, times in before.items()
+    }
+
+
+def test_numbers_that_are_no_repeats_end_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are named, as the trainer would refuse them."""
+    write(tmp_path / "source", "2024_trip/1.png", scene(1, 256), "x")
+    told, _ = report_of(tmp_path / "source")
+    assert told["2024_trip/1.png"]["repeats"] is None
+    assert "Repeats are not heeded: 2024_trip" in capfd.readouterr().err
 
 
 # --- the split ---
