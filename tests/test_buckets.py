@@ -217,6 +217,8 @@ def test_a_mixed_set_is_seen_whole_evenly_and_alike_over_stops(
             run = start_until(config, last)
             for step in range(run.state.first_step, run.state.step + 1):
                 seen.update(run.order.window(step))
+                counts = [seen[number] for number in range(12)]
+                assert max(counts) - min(counts) <= 1
         results.append((config.output_path / "lora_final.safetensors").read_bytes())
         assert sorted(seen.values()) == [3] * 8 + [4] * 4  # 5 times 8, by 12 images
     assert results[0] == results[1]
@@ -228,6 +230,8 @@ def test_a_mixed_set_is_seen_whole_evenly_and_alike_over_stops(
             abs(2 * top - (high * scale - size[0])) < 2 > abs(2 * left - (wide * scale - size[1]))
         )
         assert max(top, left) < 32
+        assert top < 0.03 * high * scale  # above, where a portrait has its head
+        assert train_lora.kept((wide, high), (size[1], size[0])) > 1 - train_lora.CROP_LOSS
         assert image.latent_dist.shape[-2:] == (size[0] // 32, size[1] // 32)
 
 

@@ -13,10 +13,11 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from train_lora import (
     Record,
     Sketch,
     StopRequest,
+    TrainError,
     TrainingConfig,
     counted,
     natural_key,
@@ -49,6 +51,8 @@ FEW_STEPS = 4  # of a picture that is compared; a processor takes seconds for ea
 MARGIN, LINE, THUMBNAIL = 8, 20, 256
 PEFT_FILE = "adapter_model.safetensors"
 CELL_KEY = "lora_grid"  # where a picture says which cell it is
+READ_AS = {"ss_max_token_length": "max_tokens", "ss_clip_skip": "clip_skip"}  # in a LoRA's header
+Reading = dict[str, int]  # knobs by which texts are read otherwise than usual
 
 
 @dataclass(frozen=True)
@@ -205,10 +209,10 @@ def read_prompts(asked: Sequence[str], trigger_words: Sequence[str]) -> list[Rec
     return prompts
 
 
-def config_of(arguments: argparse.Namespace) -> TrainingConfig:
-    """Say which model is meant, and where it is to work."""
+def config_of(arguments: argparse.Namespace, **reading: int) -> TrainingConfig:
+    """Say which model is meant, where it is to work, and how it is to read."""
     parts = {"vae": arguments.vae, "model_config_path": arguments.model_config}
-    return ask_for(arguments.base, device=arguments.device, **parts)
+    return ask_for(arguments.base, device=arguments.device, **parts, **reading)
 
 
 def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch, Record]:
@@ -227,6 +231,26 @@ def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch
     sketch = Sketch(width, height, steps, guidance, arguments.negative)
     own = {"vae": Path(config.vae).name} if config.vae else {}
     return sketch, {"id": title_of(config), "family": base.family.name, **own}
+
+
+def readings_of(
+    sources: Sequence[Source], arguments: argparse.Namespace, events: Emitter
+) -> dict[Source, Reading]:
+    """Tell how texts were read in each training; the base reads them as in the first of these."""
+    family = find_model(config_of(arguments), events)[1].family
+    usual = {"max_tokens": train_lora.LEAST_TOKENS, "clip_skip": next(iter(family.clip_skips), 0)}
+    found: dict[Source, Reading] = {}
+    for source in sources:
+        said = {knob: source.header.get(word, "") for word, knob in READ_AS.items()}
+        numbers = {k: int(n) for k, n in said.items() if re.fullmatch("[0-9]{1,3}", n)}
+        reading = {k: n for k, n in numbers.items() if n != usual[k]}
+        try:
+            find_model(config_of(arguments, **reading), events)
+        except TrainError as error:
+            remark(events, f"{source.name} was read as the base cannot be: {error}")
+            reading = {}
+        found[source] = reading
+    return {Source("base"): next(iter(found.values()), {})} | found
 
 
 # --- Drawing ---
@@ -252,10 +276,10 @@ def is_drawn(path: Path, key: str) -> bool:
         return False
 
 
-def key_of(cell: Cell, base: Record, sketch: Sketch) -> str:
+def key_of(cell: Cell, base: Record, sketch: Sketch, reading: Reading) -> str:
     """Sum up what a picture depends on."""
     what = [base, vars(sketch), cell.source.digest, cell.strength, cell.prompt["text"], cell.seed]
-    return train_lora.digest_of(what, 12)
+    return train_lora.digest_of([*what, *([reading] if reading else [])], 12)
 
 
 @dataclass
@@ -266,37 +290,51 @@ class Studio:
     base: Record  # what the model is
     sketch: Sketch
     cells: Sequence[Cell]
+    readings: Mapping[Source, Reading]
 
     def __post_init__(self) -> None:
         """Look what is there already."""
-        self.keys = {cell.name: key_of(cell, self.base, self.sketch) for cell in self.cells}
+        known = self.base, self.sketch
+        self.keys = {c.name: key_of(c, *known, self.readings[c.source]) for c in self.cells}
         drawn = {name for name, key in self.keys.items() if is_drawn(self.out / name, key)}
         self.missing = [cell for cell in self.cells if cell.name not in drawn]
+        self.drawn = len(drawn)
 
     def draw_all(self, arguments: argparse.Namespace, events: Emitter, stop: StopRequest) -> None:
-        """Draw what is missing, LoRA after LoRA and strength after strength."""
+        """Draw what is missing; of LoRAs that were read alike, one after the other."""
+        phase = Phase("drawing", len(self.cells), events, stop)
+
+        def words(source: Source) -> list[tuple[str, int]]:
+            return sorted(self.readings[source].items())
+
+        sources = sorted(dict.fromkeys(cell.source for cell in self.missing), key=words)
+        for reading, alike in itertools.groupby(sources, words):
+            models = load_models(config_of(arguments, **dict(reading)), events, stop)
+            self.draw_alike(list(alike), models, arguments.batch, phase)
+            del models  # before the next ones are loaded
+
+    def draw_alike(
+        self, sources: Sequence[Source], models: Models, at_once: int, phase: Phase
+    ) -> None:
+        """Draw LoRA after LoRA and strength after strength."""
         from tools.lora_file import read_lora
 
-        phase = Phase("drawing", len(self.cells), events, stop)
-        if not self.missing:
-            return
-        models = load_models(config_of(arguments), events, stop)
+        events, stop = phase.events, phase.stop
         texts = [(cell.name, cell.prompt["text"]) for cell in self.missing]
         texts.append(("the negative prompt", self.sketch.negative))
         tokens = train_lora.tokenize(texts, models, events)
-        done = len(self.cells) - len(self.missing)
-        for source in dict.fromkeys(cell.source for cell in self.missing):
+        for source in sources:
             attached = Attached(models, read_lora(source.file)) if source.file else None
             if attached and attached.unknown:
                 some = f"{counted(len(attached.unknown), 'layer')}, such as {attached.unknown[0]}"
                 remark(events, f"{source.name} changes {some} that the base does not have")
             own = [cell for cell in self.missing if cell.source == source]
-            for part in batches(own, arguments.batch):
+            for part in batches(own, at_once):
                 if attached:
                     attached.strength = part[0].strength
                 self.draw_batch(part, models, tokens, events, stop)
-                done += len(part)
-                phase.at(done)
+                self.drawn += len(part)
+                phase.at(self.drawn)
             if attached:
                 attached.remove()
 
@@ -330,6 +368,8 @@ class Studio:
         sampler = "Euler" if self.base["family"] in READERS else "DPM++ 2M"
         told += f"Steps: {sketch.steps}, Sampler: {sampler}, CFG scale: {sketch.guidance}, "
         told += f"Seed: {cell.seed}, Size: {sketch.width}x{sketch.height}, "
+        reading = self.readings[cell.source]
+        told += f"Clip skip: {reading['clip_skip']}, " if "clip_skip" in reading else ""
         told += f"Model: {self.base['id']}"
         if cell.source.file:
             told += f', Lora hashes: "{cell.source.name}: {cell.source.short_hash}", '
@@ -451,7 +491,9 @@ def work(
     prompts = read_prompts(arguments.prompts, arguments.trigger)
     sketch, base = choose_sides(arguments, events)
     cells = cells_of(sources, prompts, arguments)
-    studio, listed = Studio(arguments.out, base, sketch, cells), arguments.out / "grid.json"
+    readings = readings_of(sources, arguments, events)
+    studio = Studio(arguments.out, base, sketch, cells, readings)
+    listed = arguments.out / "grid.json"
     if arguments.dry_run:
         told = f"Would draw {len(studio.missing)} of {counted(len(cells), 'picture')}"
         return f"{told}: {counted(len(sources), 'LoRA')}, {counted(len(prompts), 'prompt')}", []
@@ -472,9 +514,8 @@ def grid_record(studio: Studio, sources: Sequence[Source], prompts: Sequence[Rec
     loras: list[Record] = [{"id": "base", "file": None}]
     for source in sources:
         file = source.file.name if source.file else None
-        loras.append(
-            {"id": source.name, "file": file, "step": source.step, "sha256": source.digest}
-        )
+        said = {"step": source.step, "sha256": source.digest, **studio.readings[source]}
+        loras.append({"id": source.name, "file": file} | said)
     images = [
         {
             "file": cell.name,

@@ -332,6 +332,65 @@ def test_a_runs_folder_stands_for_all_that_it_made(tmp_path: Path) -> None:
         find_sources([tmp_path])
 
 
+# --- how texts are read ---
+
+LONG = ", ".join(f"thing {number}" for number in range(40)) + ", zkb"
+
+
+def write_read(file: Path, base: Path, **said: str) -> LoRA:
+    """Write a LoRA that says how texts were read when it was trained."""
+    lora = make_lora(load(base), 0.1)
+    lora = LoRA(lora.layers, lora.header | said)
+    write_lora(file, lora, "kohya")
+    return lora
+
+
+def test_texts_are_read_as_in_the_training_of_each_lora(built: Path, tmp_path: Path) -> None:
+    """Beyond 75 tokens, and less the last layer; the picture is that of the trainer's own text."""
+    base, files = built / "sd1", [tmp_path / name for name in ("long.safetensors", "b.safetensors")]
+    lora = write_read(files[0], base, ss_max_token_length="150", ss_clip_skip="2")
+    write_read(files[1], base, ss_max_token_length="75", ss_clip_skip="1")
+    options = ("--prompts", LONG, "--seeds", "5", "--lora", files[0], "--lora", files[1])
+    found = draw_grid(base, tmp_path / "out", *options)
+    models = load_models(
+        ask_for(str(base), device="cpu", max_tokens=150, clip_skip=2), Emitter(), StopRequest()
+    )
+    sketch = Sketch(**grid_of(tmp_path / "out")["settings"])
+    plain = ask(models, LONG, sketch)
+    attached = Attached(models, lora)
+    wanted = ask(models, LONG, sketch)
+    attached.remove()
+    assert Image.open(found["long/p00_w1.00_s5.png"]).tobytes() == wanted.tobytes()
+    assert Image.open(found["base/p00_w0.00_s5.png"]).tobytes() == plain.tobytes()
+    usual = draw_grid(base, tmp_path / "usual", *options[:-4], "--lora", files[1])
+    for name, path in usual.items():
+        same = path.read_bytes() == found[name].read_bytes()
+        assert same is name.startswith("b/")
+    said = {each["id"]: each for each in grid_of(tmp_path / "out")["loras"]}
+    assert (said["long"]["max_tokens"], said["long"]["clip_skip"]) == (150, 2)
+    assert not {"max_tokens", "clip_skip"} & said["b"].keys()
+    with Image.open(found["long/p00_w1.00_s5.png"]) as image:
+        assert "Clip skip: 2, " in str(image.info["parameters"])
+    before = {path: path.stat().st_mtime_ns for path in found.values()}
+    draw_grid(base, tmp_path / "out", *options)
+    assert {path: path.stat().st_mtime_ns for path in found.values()} == before
+
+
+@pytest.mark.parametrize("said", ["100", "9" * 99, "None"])
+def test_what_a_header_says_that_cannot_be_is_no_end(
+    said: str, built: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A number that no base can take is named; what is no number says nothing."""
+    file = tmp_path / "odd.safetensors"
+    write_read(file, built / "sd1", ss_max_token_length=said, ss_clip_skip="12")
+    source = find_sources([file])[0]
+    asked = ["--base", str(built / "sd1"), "--lora", str(file), "--device", "cpu"]
+    readings = generate.readings_of([source], generate.parser().parse_args(asked), Emitter())
+    assert readings[source] == {}  # the tiny base has no twelve layers
+    draw_grid(built / "sd1", tmp_path, "--lora", file, "--prompts", "zkb", "--dry-run")
+    assert "odd was read as the base cannot be" in capfd.readouterr().err
+
+
 # --- against the trainer and diffusers ---
 
 
@@ -457,7 +516,8 @@ def test_where_memory_is_short_a_batch_is_drawn_in_halves(built: Path, tmp_path:
     arguments = generate.parser().parse_args(["--base", str(built / "sd1"), "--seeds", "1-4"])
     prompts, sketch = read_prompts(["zkb"], []), Sketch(128, 128, 1, 2.0, "")
     cells = generate.cells_of([], prompts, arguments)
-    studio = generate.Studio(out, {"id": "x", "family": "sd1"}, sketch, cells)
+    readings = generate.readings_of([], arguments, Emitter())
+    studio = generate.Studio(out, {"id": "x", "family": "sd1"}, sketch, cells, readings)
     tokens = train_lora.tokenize([("", "zkb"), ("", "")], models, Emitter())
 
     def run_out(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
