@@ -564,8 +564,8 @@ class CompleteEvent(Event, type="complete", ends_run=True):
     peak_memory_bytes: Annotated[int | None, "most memory that was ever held"]
     best_step: Annotated[int | None, "of least loss on images held back; null without any"] = None
     best_path: Annotated[str | None, "the LoRA of that step; null without images held back"] = None
-    loss_before: Annotated[float | None, "without the LoRA, on images held back or else all"] = None
-    loss_after: Annotated[float | None, "the same with it: at fixed noise and times"] = None
+    loss_before: Annotated[float | None, "as it began, on images held back or else all"] = None
+    loss_after: Annotated[float | None, "the same at its end: at fixed noise and times"] = None
     loss_spread: Annotated[float | None, "standard error of the difference of these two"] = None
     moved: Annotated[float | None, "way of predictions by the LoRA, as a share of them"] = None
     moved_without_trigger: Annotated[float | None, "the same without the trigger words"] = None
@@ -4372,8 +4372,10 @@ def measured(items: Sequence[T], seed: int) -> list[T]:
     return [items[n] for n in shuffled(seed, 0, len(items), "measured")[:QUESTIONS]]
 
 
-def contrast(models: Models, questions: Callable[[], Iterable[Batch]]) -> dict[str, float]:
-    """Ask with and without the adapter; tell of the losses, and how far it moves the answers."""
+def contrast(
+    models: Models, questions: Callable[[], Iterable[Batch]], begun: Sequence[float] = ()
+) -> dict[str, float]:
+    """Ask with and without the adapter; a run that began with one knows its losses of before."""
     asked = [(batch.mask, *ask(models, batch)) for batch in questions()]
     with models.unadapted():
         plain_answers = [ask(models, batch)[0] for batch in questions()]
@@ -4382,6 +4384,8 @@ def contrast(models: Models, questions: Callable[[], Iterable[Batch]]) -> dict[s
         columns = before - wanted, after - wanted, after - before, before
         rows.append(torch.cat([averaged(each.square(), mask) for each in columns]).cpu())
     table = torch.stack(rows)  # [questions, 4]
+    if len(begun) == len(rows):  # a run that was asked for more has more questions
+        table[:, 0] = torch.tensor(begun)
     before_, after_, way, length = table.mean(dim=0).tolist()
     told = {"loss_before": before_, "loss_after": after_, "moved": math.sqrt(way / length)}
     return told | {"loss_spread": float((table[:, 0] - table[:, 1]).std()) / math.sqrt(len(rows))}
@@ -6978,6 +6982,7 @@ class TrainState:
     step: int = 0
     history: list[LossPoint] = field(default_factory=list)
     held: list[tuple[int, float | None]] = field(default_factory=list)  # validated steps, losses
+    begun: list[list[float]] = field(default_factory=list)  # with init_lora: losses, own and held
     # Loss and norm of each update since, on the device until somebody wants to know; its rate.
     unread: list[tuple[Tensor, float]] = field(default_factory=list)
     reported: int = 0  # rows of the history that progress lines have summed up
@@ -7004,7 +7009,7 @@ class TrainState:
 
     def to_json(self) -> Record:
         """Write down what a later start goes on with; speed is no part of it."""
-        rows = {"history": plain(self.history), "held": plain(self.held)}
+        rows = {name: plain(vars(self)[name]) for name in ("history", "held", "begun")}
         return {"reported": self.reported, "loss": self.loss, **rows}
 
     def recall(self, record: Record) -> None:
@@ -7018,6 +7023,7 @@ class TrainState:
             for step, loss, learning_rate, norm in record["history"]
         ]
         self.held = [(int(step), number(loss)) for step, loss in record.get("held", ())]
+        self.begun = [[number(x) or math.nan for x in each] for each in record.get("begun", ())]
         self.reported, self.loss = int(record["reported"]), number(record["loss"])
 
 
@@ -7535,6 +7541,9 @@ class LoRATrainer:
     def go(self) -> None:
         """Step until done."""
         with torch.random.fork_rng():  # dropout sets torch's global source of chance
+            if self.config.init_lora and self.team.leads and not self.state.step:
+                own, held = self.cache.images[: self.order.pictures], self.cache.held
+                self.state.begun = [self.losses(images) for images in (own, held)]
             self.check_held()
             self.make_due()
             while self.state.step < self.total_steps:
@@ -7718,19 +7727,24 @@ class LoRATrainer:
 
     def validate_held(self) -> None:
         """Measure the loss on what is held back, and say so; all of a team take part."""
-        state, mine, count = self.state, [], self.asking
-        with self.models.at_rest(), self.learner.showing():  # what files and previews hold
-            every = self.questions(self.cache.held)
-            for batch in itertools.islice(every, self.team.rank, None, self.team.size):
-                answer, wanted = ask(self.models, batch)
-                mine.append(float(averaged((answer - wanted).square(), batch.mask)))
-        losses = self.team.gather(mine)
+        state, count = self.state, self.asking
+        losses = self.team.gather(self.losses(self.cache.held, self.team))
         width = count // BANDS
         bands = [losses[begin : begin + width] for begin in range(0, count, width)]
         loss, *by_time = plain([math.fsum(each) / len(each) for each in (losses, *bands)])
         state.held.append((state.step, loss))
         told: Record = {"step": state.step, "loss": loss, "by_time": tuple(by_time)}
         self.events.emit(ValidationEvent(**told, best_step=state.best_step))
+
+    def losses(self, images: Sequence[CachedImage], team: Team | None = None) -> list[float]:
+        """Put the questions to what files and previews hold, or this process's part of them."""
+        team, mine = team or Team(), []
+        with self.models.at_rest(), self.learner.showing():
+            every = self.questions(images) if images else iter(())
+            for batch in itertools.islice(every, team.rank, None, team.size):
+                answer, wanted = ask(self.models, batch)
+                mine.append(float(averaged((answer - wanted).square(), batch.mask)))
+        return mine
 
     @property
     def asking(self) -> int:
@@ -7936,11 +7950,12 @@ class LoRATrainer:
         try:
             with self.models.at_rest(), self.learner.showing():
                 change = weight_change(self.models)
+                begun_own, begun_held = self.state.begun or ([], [])
                 found_on = functools.partial(contrast, self.models)
-                elsewhere, trained = (
-                    found_on(functools.partial(self.questions, images)) for images in (quiet, own)
-                )
-                found = found_on(functools.partial(self.questions, held)) if held else trained
+                elsewhere = found_on(functools.partial(self.questions, quiet))
+                found = trained = found_on(functools.partial(self.questions, own), begun_own)
+                if held:
+                    found = found_on(functools.partial(self.questions, held), begun_held)
         except Exception as error:  # noqa: BLE001, whatever it is, the files are whole
             message, reason = f"What was learned is not known: {error}", type(error).__name__
             self.events.warn(WarningCode.MEASURE_FAILED, message, reason=reason)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_files import comfy_keys, load_pipeline
 from tiny_models import FAMILIES, write_single_file
-from tiny_runs import Ready, prepare, tiny_base, tiny_config
+from tiny_runs import Ready, prepare, start_until, tiny_base, tiny_config
 
 import train_lora
 from train_lora import ADAPTERS, TrainError, taken_apart
@@ -371,6 +371,22 @@ def test_a_run_in_two_parts_is_the_run_in_one_with_every_adapter(
     shape |= {"lora_dropout": 0.1} if not ADAPTERS[kind].folded else {"ema_decay": 0.9}
     whole = train_in(tmp_path / "whole", ground, 2, **shape)
     assert train_in(tmp_path / "parts", ground, 1, 2, **shape) == whole
+
+
+def test_what_was_before_is_what_the_run_began_with(ground: Path, tmp_path: Path) -> None:
+    """Not the base, also after a stop; how far answers moved is still told from the base."""
+    file = saved(learned(ground, "sd1", lora_alpha=8), tmp_path)
+    asked: dict[str, Any] = {"init_lora": str(file), "validation_split": 1, "steps": 2}
+    config = tiny_config(ground, **asked, output_path=str(tmp_path / "out"), learning_rate=1e-6)
+    start_until(config, 1)
+    done = train_lora.LoRATrainer(config).train()
+    lines = (tmp_path / "out" / "events.jsonl").read_text(encoding="ascii").splitlines()
+    told = [event for event in map(json.loads, lines) if event["type"] == "validation"]
+    assert told[0]["step"] == 0
+    assert done.loss_before == pytest.approx(told[0]["loss"], rel=1e-5)
+    assert done.loss_after == pytest.approx(done.loss_before, rel=1e-2)
+    assert done.moved is not None
+    assert done.moved > 0.01
 
 
 def test_a_run_is_told_by_the_numbers_it_began_with(ground: Path, tmp_path: Path) -> None:
