@@ -35,6 +35,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ground
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let configs be written where nobody looks."""
+    monkeypatch.chdir(tmp_path)
+
+
 def preflight_of(config: TrainingConfig) -> train_lora.Preflight:
     """Look at everything before the first weight is loaded."""
     facts, base = train_lora.inspect_model(config)
@@ -234,7 +240,8 @@ def test_a_picture_that_is_held_back_is_trained_at_no_size(mixed: Path) -> None:
 
 def test_class_images_are_drawn_once_and_trained_at_both(mixed: Path) -> None:
     """At the largest, and then beside the others at each."""
-    changes = {"regularization_path": str(mixed / "class"), "prior_preservation": True}
+    changes: dict[str, Any] = {"regularization_path": str(mixed / "class")}
+    changes |= {"prior_preservation": True}
     changes |= {"prior_prompt": "a dog", "prior_images": 2, "output_path": str(mixed / "prior")}
     config = tiny_config(mixed, resolution=BOTH, **changes)
     plan = preflight_of(config)

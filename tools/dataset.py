@@ -406,7 +406,7 @@ def plan(found: Sequence[Found], wishes: Wishes) -> Record:
         file = free_name(split, each, wishes, taken)
         text_file = f"{file.rpartition('.')[0]}.txt"
         action = "crop" if wishes.fit == "crop" else wishes.link
-        own = {"file": file, "text_file": text_file, "split": split, "action": action}
+        own: Record = {"file": file, "text_file": text_file, "split": split, "action": action}
         own["mask_file"] = mask_file_of(each, file, wishes)
         images.append(each.record() | own | {"caption": caption, "caption_from": source})
     excluded = [{"source": each.name} | each.excluded for each in found if each.excluded]

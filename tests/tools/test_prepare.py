@@ -238,6 +238,13 @@ def test_cropped_pictures_are_what_training_sees(source: Path) -> None:
 # --- what the trainer reads beside pictures ---
 
 
+def scanned(folder: Path, **changes: Any) -> tuple[train_lora.Picture, ...]:
+    """Let the trainer look at a folder."""
+    path = write_config(folder.parent, dataset_path=str(folder), resolution=256, **changes)
+    config = train_lora.TrainingConfig.from_json(path)
+    return train_lora.scan_dataset(config, Emitter(), StopRequest()).pictures
+
+
 def report_of(source: Path, *options: str) -> tuple[dict[str, Any], list[str]]:
     """Check a folder; return what is said of each picture, and of all of them."""
     report = source.parent / "report.json"
@@ -253,8 +260,7 @@ def test_what_cropping_costs_is_what_the_trainer_says(options: list[str], tmp_pa
     for number, size in enumerate([(256, 256), (512, 288), (288, 512), (400, 300), (256, 100)]):
         write(tmp_path / "source", f"{number}.png", scene(number, 900).crop((0, 0, *size)), "x")
     told, _ = report_of(tmp_path / "source", *options)
-    config = load_config(dataset_path=str(tmp_path / "source"), resolution=256, buckets=not options)
-    pictures = train_lora.scan_dataset(config, Emitter(), StopRequest()).pictures
+    pictures = scanned(tmp_path / "source", buckets=not options)
     assert {p.name: round(p.crop_loss, 3) for p in pictures} == {
         name: each["cropped"] for name, each in told.items()
     }
@@ -306,9 +312,8 @@ def test_masks_go_with_their_pictures(masked: Path) -> None:
     assert images["clear.png"]["mask_file"] is None
     assert images["lonely.mask.png"]["file"].endswith("/lonely_mask.png")
     assert build(masked) == json.loads((made / "manifest.json").read_text(encoding="utf-8"))
-    config = load_config(dataset_path=str(made / "train"), resolution=256, masked_loss=True)
-    found = train_lora.scan_dataset(config, Emitter(), StopRequest())
-    assert {p.name for p in found.pictures if p.mask} == {"0.png", "clear.png"}
+    found = scanned(made / "train", masked_loss=True)
+    assert {p.name for p in found if p.mask} == {"0.png", "clear.png"}
 
 
 def test_masks_are_cropped_as_their_pictures_are(masked: Path) -> None:
@@ -341,10 +346,7 @@ def test_repeats_are_kept_as_folders_that_say_them(tmp_path: Path) -> None:
     assert files["3.png"] == "train/2_images/3.png"
     assert files["2.png"] == "train/5_inside/2.png"
     assert files["4.png"] == "train/trip/4.png"
-    config = load_config(
-        dataset_path=str(tmp_path / "made" / "train"), folder_repeats=True, resolution=256
-    )
-    pictures = train_lora.scan_dataset(config, Emitter(), StopRequest()).pictures
+    pictures = scanned(tmp_path / "made" / "train", folder_repeats=True)
     assert {Path(p.name).name: p.repeats for p in pictures} == {
         name: times or 1 for name, times in before.items()
     }
