@@ -2290,8 +2290,7 @@ class ImageFolder:
             raise TrainError.listing(ErrorCode.CAPTIONS_MISSING, bare)
         for side in self.config.sides:
             self.tell_small(side)
-        losing = [picture for picture in pictures if picture.crop_loss > CROP_LOSS]
-        if losing:
+        if losing := [picture for picture in pictures if picture.crop_loss > CROP_LOSS]:
             worst = sorted(losing, key=lambda picture: picture.crop_loss, reverse=True)
             lost = [{"file": p.name, "share": round(p.crop_loss, 2)} for p in worst[:10]]
             first, many = worst[0], counted(len(worst), "image")
