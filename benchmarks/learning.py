@@ -61,6 +61,8 @@ BASE: dict[str, Any] = {"batch_size": 4, "lora_rank": 8, "lora_alpha": 8, "learn
 COSINE = {"lr_scheduler": "cosine"}
 ALL = {"lora_targets": "all"}
 KNOWN = {"regularization_path": str(ROOT / "examples" / "regularization")}
+TOLD = COSINE | KNOWN | {"train_text_encoder": True, "batch_size": 8}  # as example_config.json
+QUARTER = COSINE | ALL | KNOWN | {"train_text_encoder": True, "regularization_share": 0.25}
 RECIPES = {
     TEXTBOOK: Recipe(300),
     "same": Recipe(300),
@@ -88,6 +90,11 @@ RECIPES = {
     "all, text encoder, regularization": Recipe(
         150, COSINE | ALL | KNOWN | {"train_text_encoder": True}
     ),
+    "quarter": Recipe(150, QUARTER),
+    "quarter, 2e-3": Recipe(150, QUARTER | {"learning_rate": 2e-3}),
+    "quarter, rank 32": Recipe(150, QUARTER | {"lora_rank": 32, "lora_alpha": 32}),
+    "example": Recipe(400, TOLD | {"lora_rank": 32, "lora_alpha": 32}),
+    "example, all": Recipe(300, TOLD | ALL),
     "all, min-snr": Recipe(150, COSINE | ALL | {"snr_gamma": 5}),
     "all, noisy times": Recipe(150, COSINE | ALL | {"timestep_range": [0.3, 1.0]}),
     "all, caption dropout": Recipe(150, COSINE | ALL | {"caption_dropout": 0.1}),
@@ -161,6 +168,14 @@ def train(task: Task, data: Path, folder: Path) -> Path:
 # --- measuring -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Wish:
+    """How many pictures are to be drawn and judged, and where they are to be seen."""
+
+    pictures: int
+    sheet: Path | None = None
+
+
 @functools.cache
 def base_model() -> Any:
     """Load the bundled model once per process."""
@@ -197,12 +212,13 @@ def encode(pictures: Sequence[Image.Image]) -> Tensor:
     return latents
 
 
-def share_right(pipeline: Any, concept: Concept, count: int) -> float:
+def draw_concept(pipeline: Any, concept: Concept, wish: Wish) -> list[bool]:
     """Draw the concept on backgrounds that no training picture has, and judge each picture."""
-    every = concepts.cases(concept, concept.held_out, count, 2000)
+    every = concepts.cases(concept, concept.held_out, wish.pictures, 2000)
     pictures = measure.draw(pipeline, [concept.caption(case) for case in every])
-    right = [concepts.is_right(concept, *pair) for pair in zip(every, pictures, strict=True)]
-    return statistics.mean(right)
+    if wish.sheet:
+        measure.tile(pictures, columns=8).save(wish.sheet)
+    return [concepts.is_right(concept, *pair) for pair in zip(every, pictures, strict=True)]
 
 
 def other_pictures(pipeline: Any, count: int) -> list[Image.Image]:
@@ -227,9 +243,9 @@ def drift(pictures: Sequence[Image.Image]) -> float:
 
 
 @torch.no_grad()
-def judge(folder: Path | None, concept: Concept, count: int) -> dict[str, float]:
+def judge(folder: Path | None, concept: Concept, wish: Wish) -> dict[str, float]:
     """Measure the base model, with a LoRA where one is given."""
-    base_pictures(count)
+    base_pictures(wish.pictures)
     pipeline = base_model()
     if folder:
         pipeline.load_lora_weights(folder, weight_name=lora_file(folder).name)
@@ -237,8 +253,8 @@ def judge(folder: Path | None, concept: Concept, count: int) -> dict[str, float]
     found = {
         "loss": held_out_loss(pipeline, concept, seen),
         "loss_held_out": held_out_loss(pipeline, concept, concept.held_out),
-        "right": share_right(pipeline, concept, count),
-        "drift": drift(other_pictures(pipeline, count)),
+        "right": statistics.mean(draw_concept(pipeline, concept, wish)),
+        "drift": drift(other_pictures(pipeline, wish.pictures)),
     }
     if folder:
         pipeline.unload_lora_weights()
@@ -253,7 +269,7 @@ def lora_file(folder: Path) -> Path:
 # --- the study -----------------------------------------------------------------------------------
 
 
-def run_task(task: Task, count: int) -> dict[str, Any]:
+def run_task(task: Task, wish: Wish) -> dict[str, Any]:
     """Train and measure one run."""
     concept, steps = CONCEPTS[task.concept], RECIPES[task.recipe].steps
     with tempfile.TemporaryDirectory() as scratch:
@@ -263,7 +279,7 @@ def run_task(task: Task, count: int) -> dict[str, Any]:
         began = time.monotonic()
         train(task, data, folder)
         seconds = time.monotonic() - began
-        return asdict(task) | {"steps": steps, "seconds": seconds} | judge(folder, concept, count)
+        return asdict(task) | {"steps": steps, "seconds": seconds} | judge(folder, concept, wish)
 
 
 def one_thread() -> None:
@@ -271,16 +287,25 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run(tasks: Iterable[Task], results: Path, jobs: int, count: int) -> None:
+def run(tasks: Iterable[Task], results: Path, jobs: int, wish: Wish) -> None:
     """Run what is not there yet, and add a line for each run as soon as it is known."""
     done = {Task(row["recipe"], row["concept"], row["seed"]) for row in read(results)}
     os.environ["OMP_NUM_THREADS"] = "1"  # of the trainings, which are processes of their own
     with ProcessPoolExecutor(jobs, initializer=one_thread) as pool:
-        begun = [pool.submit(run_task, task, count) for task in tasks if task not in done]
+        begun = [
+            pool.submit(run_task, task, sheet_of(task, wish)) for task in tasks if task not in done
+        ]
         for number, ended in enumerate(as_completed(begun), start=1):
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(ended.result()) + "\n")
             sys.stderr.write(f"{number} of {len(begun)}: {ended.result()}\n")
+
+
+def sheet_of(task: Task, wish: Wish) -> Wish:
+    """Name the sheet of a run, where its folder is given."""
+    name = "_".join(map(str, (task.recipe, task.concept, task.seed)))
+    sheet = wish.sheet / f"{name.replace(',', '').replace(' ', '-')}.png" if wish.sheet else None
+    return Wish(wish.pictures, sheet)
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -322,11 +347,12 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=16, help="drawn per run and judged")
+    parser.add_argument("--sheets", type=Path, help="folder for these pictures")
     given = parser.parse_args()
     if given.command == "run":
         every = itertools.product(given.recipes, given.seeds, given.concepts)
         tasks = [Task(recipe, concept, seed) for recipe, seed, concept in every]
-        run(tasks, given.results, given.jobs, given.pictures)
+        run(tasks, given.results, given.jobs, Wish(given.pictures, given.sheets))
     sys.stdout.write(table(read(given.results)) + "\n")
     return 0
 

@@ -15,7 +15,7 @@ import concepts
 import learning
 import measure
 from concepts import CONCEPTS, Case, Concept
-from learning import Recipe, Task
+from learning import Recipe, Task, Wish
 
 EVERY = pytest.mark.parametrize("concept", CONCEPTS.values(), ids=CONCEPTS)
 
@@ -117,7 +117,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     results = tmp_path / "results.jsonl"
     row = {"recipe": "half", "concept": "pair", "seed": 0, "steps": 150}
     results.write_text(json.dumps(row) + "\n", "utf-8")
-    learning.run([Task("half", "pair", 0)], results, 1, 1)
+    learning.run([Task("half", "pair", 0)], results, 1, Wish(1))
     assert learning.read(results) == [row]
 
 
@@ -138,7 +138,7 @@ def test_both_loops_are_trained_and_measured(recipe: str, monkeypatch: pytest.Mo
     """After a few updates the loss is a little lower than the base model's."""
     knobs = learning.RECIPES["all"].knobs if recipe == "tiny" else {}
     monkeypatch.setitem(learning.RECIPES, recipe, Recipe(20, knobs))
-    found = learning.run_task(Task(recipe, "nested", 0), 2)
-    before = learning.judge(None, CONCEPTS["nested"], 2)
+    found = learning.run_task(Task(recipe, "nested", 0), Wish(2))
+    before = learning.judge(None, CONCEPTS["nested"], Wish(2))
     assert before["drift"] == 0 < found["drift"]
     assert found["loss"] < before["loss"]
