@@ -367,7 +367,7 @@ class StartEvent(Event, type="start"):
     total_steps: Annotated[int | None, "updates in all; null until the images are counted"]
     processes: Annotated[int, "that share the run, under a launcher"] = 1
     effective_batch: Annotated[int, "images per update, of all processes"] = 1
-    config: Annotated[dict[str, Any], "resolved config, defaults filled in; never a secret"]
+    config: Annotated[dict[str, Any], "resolved; null for what a preset fills in; never a secret"]
 
 
 class Facts(Event, type="info"):
@@ -421,6 +421,17 @@ class DatasetFacts(Facts, topic="dataset"):
         dict[str, Any], "per size of training, forty at most: images, shares lost by cropping"
     ]
     validation_images: Annotated[int, "images held back, which nothing is learned from"] = 0
+
+
+class PresetFacts(Facts, topic="preset"):
+    """What a preset fills in; without one, what the first would, if rate and rank are open too."""
+
+    says = "Preset {preset} {verb} {values}"
+    verb: Annotated[str, "`sets`, or where no preset is given `would set`"]
+    preset: Annotated[str, "which one"]
+    family: Annotated[str | None, "for which; null while unknown, with what holds for all"]
+    values: Annotated[dict[str, Any], "by knobs"]
+    reasons: Annotated[dict[str, str], "by knobs: measured on the bundled base, or published"]
 
 
 class PriorFacts(Facts, topic="prior"):
@@ -570,6 +581,7 @@ class CompleteEvent(Event, type="complete", ends_run=True):
     moved: Annotated[float | None, "way of predictions by the LoRA, as a share of them"] = None
     moved_without_trigger: Annotated[float | None, "the same without the trigger words"] = None
     weight_change: Annotated[dict[str, float] | None, "by block, as a share of weights"] = None
+    strip_path: Annotated[str | None, "picture of all previews, prompt by prompt"] = None
 
 
 class InterruptedEvent(Event, type="interrupted", ends_run=True):
@@ -694,6 +706,8 @@ def counted(value: Any, unit: str = "") -> str:
         return size_of(value)
     if unit == "duration":
         return duration_of(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {show(item)}" for key, item in value.items())
     if not isinstance(value, (int, float)):
         return str(value)
     exact = isinstance(value, int) or abs(value) >= 1000
@@ -1125,9 +1139,11 @@ def resolve(document: Record) -> tuple[Record, list[WarningEvent]]:
     no_knobs = ("$schema", "$comment", "training_params")
     flat = {k: v for k, v in document.items() if k not in no_knobs}
     nested = document.get("training_params", {})
-    values = {name: knob["default"] for name, knob in knobs().items()} | flat | nested
-    if "steps" not in flat | nested and "epochs" in flat | nested:
-        values["steps"] = None
+    given = flat | nested
+    if "steps" not in given and "epochs" in given:
+        given["steps"] = None
+    values = {name: knob["default"] for name, knob in knobs().items()} | given
+    values["given"] = frozenset(given)
     remarks = []
     for key in sorted(flat.keys() & nested.keys()):
         if flat[key] != nested[key]:
@@ -1163,6 +1179,12 @@ FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def typed(name: str, value: Any) -> Any:
+    """Turn a value from JSON into what its field in a config holds."""
+    convert = FIELD_TYPES.get(TrainingConfig.__annotations__[name].removesuffix(" | None"))
+    return convert(value) if convert and value is not None else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What the user asked for; ranges, defaults and prose stand in config_schema.json."""
@@ -1184,6 +1206,7 @@ class TrainingConfig:
     seed: int
     resume: str
     stop_with_parent: bool
+    preset: str | None
     model_family: str
     prediction_type: str
     zero_terminal_snr: bool | str
@@ -1268,9 +1291,10 @@ class TrainingConfig:
     metrics_file: Path | None
     http_port: int | None
 
-    # No knobs: what is to be told as soon as somebody listens, and who shares the run.
+    # No knobs: what is to be told as soon as somebody listens, who shares the run, what was given.
     remarks: tuple[WarningEvent, ...] = ()
     processes: int = 1
+    given: Set[str] = frozenset()
 
     @classmethod
     def from_json(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
@@ -1283,13 +1307,17 @@ class TrainingConfig:
         override(document, overrides or {})
         check_schema(document, config_schema())
         values, remarks = resolve(document)
-        for name, value in values.items():
-            convert = FIELD_TYPES.get(cls.__annotations__[name].removesuffix(" | None"))
-            values[name] = convert(value) if convert and value is not None else value
-        config = cls(**values)
+        config = cls(**{name: typed(name, value) for name, value in values.items()})
         if problems := list(conflicts_in(config)):
             raise TrainError.listing(ErrorCode.CONFIG_CONFLICT, problems)
         return dataclasses.replace(config, remarks=(*remarks, *remark_on(config)))
+
+    @property
+    def open(self) -> list[str]:
+        """List the knobs that a preset is to fill in, once the family is known."""
+        rows = config_schema()["x-presets"]["rows"] if self.preset else []
+        named = (row["knob"] for row in rows if self.preset in row["presets"])
+        return [knob for knob in named if knob not in self.given]
 
     @property
     def may_checkpoint(self) -> bool:
@@ -1302,9 +1330,10 @@ class TrainingConfig:
         return bool(self.validation_split or self.validation_path)
 
     @property
-    def asked(self) -> list[int | None]:
-        """List what decides when the run ends."""
-        return [self.steps, self.epochs, *filter(None, [self.early_stopping_patience])]
+    def asked(self) -> list[Any]:
+        """List what decides when the run ends, as the config has it."""
+        steps = self.preset if "steps" in self.open else self.steps
+        return [steps, self.epochs, *filter(None, [self.early_stopping_patience])]
 
     @property
     def name(self) -> str:
@@ -1360,7 +1389,7 @@ class TrainingConfig:
 
     def as_record(self) -> Record:
         """Show every knob as JSON."""
-        others = ("remarks", "processes")
+        others = ("remarks", "processes", "given")
         return {name: value for name, value in plain(self).items() if name not in others}
 
 
@@ -1551,6 +1580,14 @@ def remark_on(config: TrainingConfig) -> Iterator[WarningEvent]:
     if not config.trigger_words:
         message = "No trigger words: only what the captions say will call the concept"
         yield WarningEvent(code=WarningCode.TRIGGER_WORDS_EMPTY, message=message, data={})
+
+
+def worked_out(row: Record, known: Mapping[str, Any]) -> Any:
+    """Give the value of a row: as it stands there, or so many times a number, within bounds."""
+    if "value" in row:
+        return row["value"]
+    amount = row["times"] * known[row["of"]]
+    return max(row.get("minimum", amount), min(row.get("maximum", amount), amount))
 
 
 # === Stopping ================================================================
@@ -3940,7 +3977,7 @@ def texts_of(config: TrainingConfig, dataset: Dataset) -> Texts:
     """List all that the text encoders will read, but for what is worded anew."""
     for picture in dataset.shown:
         yield from ((picture.name, line) for line in picture.caption.split("\n"))
-    yield from (("sample_prompts", prompt) for prompt in preview_prompts(config))
+    yield from preview_texts(config, dataset)
     yield "sample_negative_prompt", config.sample_negative_prompt
     yield from [("caption_dropout", "")] * (config.caption_dropout > 0)
 
@@ -5568,10 +5605,14 @@ def check_copies(config: TrainingConfig) -> list[Path]:
     return foreign
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """Make the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+def encode_png(image: Image.Image, prompt: str = "") -> bytes:
+    """Make the bytes of a PNG file, which may say what it was asked to show."""
+    from PIL.PngImagePlugin import PngInfo
+
+    buffer, said = io.BytesIO(), PngInfo()
+    if prompt:
+        said.add_itxt("prompt", prompt)
+    image.save(buffer, "PNG", pnginfo=said)
     return buffer.getvalue()
 
 
@@ -5857,9 +5898,22 @@ def unpack_learner(folder: Path, manifest: Record, learner: Learner) -> None:
 # === Previews ================================================================
 
 
-def preview_prompts(config: TrainingConfig) -> list[str]:
-    """List what the sample images show: the trigger words, unless prompts were given."""
-    return list(config.sample_prompts) or [", ".join(config.trigger_words) or "a photo"]
+OWN_PROMPTS = 3  # at most, where none are given
+SCENE = "in the snow"  # that hardly any dataset shows
+
+
+def preview_texts(config: TrainingConfig, dataset: Dataset) -> list[tuple[str, str]]:
+    """List what sample images show, and whose words these are: of nobody, where none are given."""
+    if config.sample_prompts:
+        return [("sample_prompts", prompt) for prompt in config.sample_prompts]
+    words, own = config.trigger_words, dataset.pictures[: dataset.facts.images]
+    telling = [p for p in own if without_words(p.caption, words)] or own
+    chosen = sorted(telling, key=lambda p: len(p.caption))[len(telling) // 2]
+    # What was learned; the trigger words elsewhere; what nothing of it should show in.
+    caption = chosen.caption.split("\n")[0]
+    elsewhere = f"{', '.join(words)} {SCENE}" if words else ""
+    prompts = dict.fromkeys((caption, elsewhere, without_words(caption, words)))
+    return [("", prompt) for prompt in prompts if prompt]
 
 
 @dataclass(frozen=True)
@@ -6507,7 +6561,7 @@ def disk_needed(config: TrainingConfig, structure: BaseModel, steps: int) -> int
     state = state_bytes(config) * numbers
     rounds = 1 + config.sample_at_start + steps // config.validation_steps
     best = rounds if config.holds_back else 0
-    pictures = rounds * len(preview_prompts(config))
+    pictures = rounds * (len(config.sample_prompts) or OWN_PROMPTS)
     return (
         lora * (1 + steps // config.checkpoint_steps + best)
         + state * (config.keep_checkpoints + 1)  # the next is written before the oldest goes
@@ -6540,6 +6594,25 @@ class Preflight:
             left = max(0, self.order.total_steps - self.done)
             drawn = len(self.dataset.missing) * 3 * config.side**2
             self.disk_needed_bytes = disk_needed(config, self.structure, left) + drawn
+
+    def preset(self) -> PresetFacts:
+        """Work out what the preset gives for what is open, or what the first would."""
+        config, order, presets = self.config, self.order, config_schema()["x-presets"]
+        known = {**vars(config), "steps": order.total_steps, "steps_per_epoch": order.steps(1)}
+        name = config.preset or next(iter(presets["about"]))
+        family = self.model.family if config.model_family == "auto" else config.model_family
+        meant = {family} if family else {*knobs()["model_family"]["enum"]} - {"auto"}
+        values, reasons = Record(), dict[str, str]()
+        for row in presets["rows"]:
+            fits = name in row["presets"] and meant <= {*row["families"]}
+            if fits and (knob := row["knob"]) not in config.given:
+                values[knob] = typed(knob, worked_out(row, known | values))
+                reasons[knob] = f"{row['evidence']}: {row['reason']}"
+        clashing = {p.path for p in conflicts_in(dataclasses.replace(config, **values))}
+        for knob in values.keys() & clashing:  # with what is given
+            del values[knob], reasons[knob]
+        told: Record = {"values": values, "reasons": reasons, "family": family}
+        return PresetFacts(verb="sets" if config.preset else "would set", preset=name, **told)
 
     def on(self, device: DeviceFacts, events: Emitter) -> MemoryPlan | None:
         """Look at the device, plan what will lie there, and refuse a run that has no room."""
@@ -6632,7 +6705,7 @@ def report_long(texts: Texts, base: BaseModel | None, events: Emitter, room: int
     exact = exact_counter(base)
     tokens_in = functools.cache(exact or (lambda text: 2 + len(WORDS.findall(text))))
     room = base.chunks * (base.tokens - 2) if base else room
-    long = list(dict.fromkeys(name for name, text in texts if tokens_in(text) - 2 > room))
+    long = list(dict.fromkeys(n for n, text in texts if n and tokens_in(text) - 2 > room))
     if long:
         how = "" if exact else ", by a rough count"
         message = f"Read up to {room} tokens{how}: {counted(len(long), 'caption')}, such as "
@@ -7109,10 +7182,11 @@ class LoRATrainer:
     cache: Cache = field(init=False)
     learner: Learner = field(init=False)
     replay: Replay | None = None
-    prompts: tuple[str, ...] = ()  # that were asked for while it runs, in place of the config's
+    prompts: Sequence[str] = ()  # of previews; others may be asked for while it runs
     deaf: bool = False  # to request.json, which cannot be removed
     written: int | None = None  # the step of the newest LoRA file
     previewed: int | None = None  # that of the newest previews
+    strip: str | None = None  # picture of all of them
     asked: Tensor | None = None  # how many of the team were asked for a stop, before this update
     torn: bool = False  # an update failed while it changed numbers; they belong to no step
     # Held while numbers change or are written, so that a rescuer finds neither half done.
@@ -7132,9 +7206,9 @@ class LoRATrainer:
             self.start()
             report_model(self.config, (facts, base), self.events)
             dataset = scan_dataset(self.config, self.events, self.stop)
-            plan = Preflight(self.config, facts, base, dataset, self.state.step)
+            plan = self.plan(facts, base, dataset)
             if self.saved or self.earlier.complete:  # else nobody needs to read all images again
-                self.compare(plan, base)
+                self.compare(plan, plan.structure)
             texts, room = texts_of(self.config, dataset), self.config.max_tokens
             report_long(self.config.word.weigh(texts), base, self.events, room)
             # A driver in trouble can take very long.
@@ -7162,7 +7236,8 @@ class LoRATrainer:
             self.state.step = self.team.told(lambda: self.state.step)
             facts, base = download_model(config, events, self.stop)
             report_model(config, (facts, base), events)
-            plan = Preflight(config, facts, base, dataset, self.state.step)
+            plan = self.plan(facts, base, dataset)
+            config, base = self.config, plan.structure or base
             self.compare(plan, base)
             if done := self.team.told(self.done_before):
                 events.emit(done)
@@ -7240,6 +7315,20 @@ class LoRATrainer:
         if not going_on:
             refuse_to_overwrite(self.config.output_path)
 
+    def plan(self, facts: ModelFacts, base: BaseModel | None, dataset: Dataset) -> Preflight:
+        """Foresee the run, once its preset has filled in what it can; or tell what one would."""
+        plan = Preflight(self.config, facts, base, dataset, self.state.step)
+        told, recipe = plan.preset(), self.config.given & {"learning_rate", "lora_rank"}
+        if told.values and (self.config.preset or not recipe):
+            self.events.emit(told)
+        if not self.config.preset:
+            return plan
+        self.config = dataclasses.replace(self.config, **told.values)
+        if problems := list(conflicts_in(self.config)):
+            raise TrainError.listing(ErrorCode.CONFIG_CONFLICT, problems)
+        # Some knobs are part of what is known of the base, and all have to suit it.
+        return Preflight(self.config, *inspect_model(self.config), dataset, self.state.step)
+
     def compare(self, plan: Preflight, base: BaseModel | None) -> None:
         """Hold the run against its earlier starts: refuse another one, tell of one that has ended.
 
@@ -7267,11 +7356,11 @@ class LoRATrainer:
 
     def start(self, aside: Path | None = None) -> None:
         """Send the first line, also of a run that is to stop, and what happened before."""
-        step, steps, config = self.state.step, self.config.steps, self.config.as_record()
+        step, config = self.state.step, self.config.as_record() | dict.fromkeys(self.config.open)
         first = StartEvent(
             run_id=self.run_id,
             resumed_step=step,
-            total_steps=steps,
+            total_steps=config["steps"],
             processes=self.team.size,
             effective_batch=self.config.effective_batch,
             config=config,
@@ -7342,7 +7431,7 @@ class LoRATrainer:
         """Let VAE and text encoders work once; keep the latter if what they say is to change."""
         config, models, self.phase = self.config, self.models, "encoding"
         self.shelf = Shelf(config.cache_dir, models.device, self.events)
-        pictures = dataset.shown
+        pictures, self.prompts = dataset.shown, [t for _, t in preview_texts(config, dataset)]
         each = wordings_each(config, models.base, len(pictures))
         wordings = {p.caption: word_caption(config, p.caption, each) for p in pictures}
         anew = ((p.name, wording) for p in pictures for wording in wordings[p.caption])
@@ -7869,8 +7958,7 @@ class LoRATrainer:
 
     def preview(self) -> None:
         """Draw one picture for every prompt. What goes wrong here does not end a run."""
-        wanted = self.prompts or preview_prompts(self.config)
-        step, prompts = self.state.step, enumerate(wanted, start=1)
+        step, prompts = self.state.step, enumerate(self.prompts, start=1)
         if self.previewed == step:  # somebody asked for them
             return
         self.previewed = step
@@ -7879,16 +7967,18 @@ class LoRATrainer:
             at_once = self.models.previews_at_once
             for begin in range(0, len(numbered), at_once):
                 self.draw(numbered[begin : begin + at_once])
+            if step >= self.total_steps:
+                self.write_strip()
         except Exception as error:  # noqa: BLE001, whatever it is, training can go on
             if is_out_of_memory(error):  # the next ones take less
                 self.models.previews_at_once, self.models.tiling = 1, True
             message, reason = f"No sample at step {step}: {error}", type(error).__name__
             self.events.warn(WarningCode.SAMPLE_FAILED, message, step=step, reason=reason)
 
-    def sample_path(self, number: int) -> Path:
-        """Name the picture of a prompt at this step."""
-        suffix = f"_{number}" if number > 1 else ""
-        return self.config.output_path / "samples" / f"step_{self.state.step}{suffix}.png"
+    def sample_path(self, number: int, step: int | None = None) -> Path:
+        """Name the picture of a prompt at this step, or at another."""
+        shown, suffix = self.state.step if step is None else step, f"_{number}" * (number > 1)
+        return self.config.output_path / "samples" / f"step_{shown}{suffix}.png"
 
     def draw(self, numbered: Sequence[tuple[int, str]]) -> None:
         """Draw some of the prompts together; write and announce each picture."""
@@ -7897,11 +7987,36 @@ class LoRATrainer:
         with self.learner.showing():
             images = draw_previews(self.models, self.cache, wanted, config, self.stop)
         for (number, prompt), (_, seed), image in zip(numbered, wanted, images, strict=True):
-            path, content = self.sample_path(number), encode_png(image)
+            path, content = self.sample_path(number), encode_png(image, prompt)
             if not step and path.is_file() and path.read_bytes() == content:
                 continue  # a start that saved nothing drew and told it
             write_whole(path, content)
             self.events.emit(SampleEvent(step=step, image_path=str(path), prompt=prompt, seed=seed))
+
+    def write_strip(self) -> None:
+        """Put previews into one picture, a row for each prompt; of many steps, evenly some."""
+        from PIL import ImageDraw, ImageFont
+
+        folder, side, label = self.config.output_path / "samples", 192, 20  # of a picture, a text
+        stems = (path.stem.split("_")[1] for path in folder.glob("step_*.png"))
+        steps = sorted({int(stem) for stem in stems if stem.isdecimal()})
+        most = min(len(steps), 12)
+        chosen = [steps[n * (len(steps) - 1) // max(1, most - 1)] for n in range(most)]
+        size = most * side, len(self.prompts) * (side + label) + label
+        sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=14)
+        write = functools.partial(ImageDraw.Draw(sheet).text, fill="black", font=font)
+        places = itertools.product(enumerate(chosen), enumerate(self.prompts))
+        for (column, step), (row, prompt) in places:
+            left, top = column * side, row * (side + label) + label
+            write((left + 2, 2), "" if row else f"step {step}")
+            write((2, top + 2), "" if column else " ".join(prompt.split()))
+            path = self.sample_path(row + 1, step)
+            with contextlib.suppress(FileNotFoundError), Image.open(path, formats=["PNG"]) as drawn:
+                if drawn.info.get("prompt", prompt) == prompt:  # others were asked for meanwhile
+                    drawn.thumbnail((side, side))
+                    sheet.paste(drawn, (left, top + label))
+        write_whole(folder / "strip.png", encode_png(sheet))
+        self.strip = str(folder / "strip.png")
 
     def finish(self) -> CompleteEvent:
         """Write the final file and the history, draw the last preview, and say so."""
@@ -7930,6 +8045,7 @@ class LoRATrainer:
                 peak_memory_bytes=memory_held(self.models.device)[1],
                 best_step=state.best_step,
                 best_path=plain(best),
+                strip_path=self.strip,
                 **learned,
             )
             said = {**self.origin, "asked": config.asked, "event": plain(done)}
@@ -7979,22 +8095,18 @@ class LoRATrainer:
 
     def put_copies(self, files: Mapping[str, Path], best: Path | None) -> dict[str, str]:
         """Put files where other programs look for them; what goes wrong there ends no run."""
-        config, copies, drawn = self.config, copies_of(self.config), self.sample_path(1)
+        config, copies, shown = self.config, copies_of(self.config), self.state.step
         if not copies:
             return {}
         if best and config.train_lora:  # people want what drew best, not what came last
-            files, drawn = (
-                {**files, "lora": best},
-                drawn.with_name(f"step_{self.state.best_step}.png"),
-            )
+            files, shown = {**files, "lora": best}, self.state.best_step or shown
         # What A1111 reads about it.
         words, kind = ", ".join(config.trigger_words), self.models.base.family.name.upper()
         said = {"activation text": words, "preferred weight": 1.0, "sd version": kind}
-        sources = {**files, "picture": drawn}
+        sources = {**files, "picture": self.sample_path(1, shown)}
         try:
-            contents = {
-                k: p.read_bytes() for k, p in sources.items() if k in copies and p.is_file()
-            }
+            there = {k: p for k, p in sources.items() if k in copies and p.is_file()}
+            contents = {k: p.read_bytes() for k, p in there.items()}
             if "card" in copies:
                 contents["card"] = json.dumps(said, indent=1).encode()
             # First of all, so that the run knows its own, whatever happens.

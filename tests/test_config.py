@@ -240,7 +240,7 @@ def python_type(name: str) -> Any:
 def test_fields_have_the_names_and_types_of_the_schema() -> None:
     """The class repeats the schema's names and types, and nothing else but the remarks."""
     hints = typing.get_type_hints(TrainingConfig)
-    del hints["remarks"], hints["processes"]
+    del hints["remarks"], hints["processes"], hints["given"]
     assert hints == {name: python_type(name) for name in KNOBS}
 
 
@@ -253,7 +253,7 @@ def test_no_default_is_written_in_python() -> None:
         for field in fields
         if field.default is not nothing or field.default_factory is not nothing
     ]
-    assert with_default == ["remarks", "processes"]
+    assert with_default == ["remarks", "processes", "given"]
 
 
 def test_a_config_cannot_be_written_to() -> None:

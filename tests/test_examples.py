@@ -96,7 +96,8 @@ def test_a_config_needs_no_package_beyond_the_requirements(path: Path) -> None:
 def test_every_preview_of_a_config_calls_the_concept(path: Path) -> None:
     """A prompt without a trigger word would show the base model alone."""
     config = TrainingConfig.from_json(path)
-    prompts = train_lora.preview_prompts(config)
+    prompts = config.sample_prompts
+    assert prompts
     assert [p for p in prompts if not any(word in p for word in config.trigger_words)] == []
 
 

@@ -80,7 +80,7 @@ def test_the_facts_come_one_by_one_before_the_report(workspace: Path) -> None:
     lines = validate(workspace).lines
     topics = [line["topic"] for line in lines if line["type"] == "info"]
     assert lines[0]["type"] == "start"
-    assert topics == ["model", "dataset", "device", "memory", "valid"]
+    assert topics == ["model", "dataset", "preset", "device", "memory", "valid"]
 
 
 def test_a_model_that_is_not_cached_leaves_gaps_and_a_warning(workspace: Path) -> None:
