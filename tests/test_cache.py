@@ -730,7 +730,7 @@ def test_every_text_is_read_once(here: Path, built: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(transformers.CLIPTextModel, "forward", counted)
     encoded = encode(built / "sd1", "a", "b", "a", "a", sample_negative_prompt="bad")
-    assert set(encoded.cache.texts) == {"a", "b", "zkb", "bad"}
+    assert set(encoded.cache.texts) == {"a", "b", "zkb in the snow", "bad"}
     assert len(read) == 4
 
 

@@ -138,7 +138,8 @@ def test_another_family_is_one_record(
     write_json(config_path, built | {"sample_size": None})
     write_json(folder / "scheduler" / "scheduler_config.json", {"shift": 3.0})
     write_image(tmp_path / "data" / "image.png", (256, 256))
-    config = load_config(resolution=256, sample_steps=2, steps=2, lora_rank=2, learning_rate=0.01)
+    short = {"sample_steps": 2, "sample_prompts": ["zkb"], "steps": 2}
+    config = load_config(resolution=256, lora_rank=2, learning_rate=0.01, **short)
     done = train_lora.LoRATrainer(config, train_lora.Emitter(recorder)).train()
     learned = load_file(done.final_path)
     assert all(name.startswith("lora_another_") for name in learned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from train_lora import (
     Learner,
     LoRATrainer,
     Models,
+    Picture,
     Record,
     StopRequest,
     TrainingInterrupted,
@@ -37,6 +39,7 @@ SMALL = {
     "sample_guidance": 7.0,
     "lora_rank": 2,
     "learning_rate": 0.01,
+    "sample_prompts": ["zkb"],
 }
 
 
@@ -84,7 +87,7 @@ def test_every_prompt_is_drawn_when_it_is_due_and_at_the_end(
         for suffix, prompt, seed in (("", "zkb cat", 7), ("_2", "zkb dog", 8))
     ]
     files = {path.name for path in (here / "out" / "samples").iterdir()}
-    assert files == {name for _, name, _, _ in told}
+    assert files == {name for _, name, _, _ in told} | {"strip.png"}
 
 
 def test_the_last_step_is_drawn_once(here: Path, built: Path, recorder: Recorder) -> None:
@@ -136,12 +139,110 @@ def test_the_vae_tells_how_many_pixels_a_latent_stands_for(
     assert fact["native_resolution"] == 8 * 16
 
 
-def test_without_prompts_the_trigger_words_are_drawn(
+# --- without prompts ---
+
+
+def prompts_of(*captions: str, words: tuple[str, ...] = ("zkb",)) -> list[str]:
+    """List what is drawn for pictures with these captions, the last one of another folder."""
+    config = load_config(trigger_words=words)
+    pictures = [Picture(f"{n}.png", Path(), 9, 9, c) for n, c in enumerate((*captions, "a house"))]
+    dataset = dataset_of(pictures)
+    dataset.facts.images = len(captions)  # type: ignore[misc]  # a stand-in
+    return [prompt for _, prompt in train_lora.preview_texts(config, dataset)]
+
+
+@pytest.mark.parametrize(
+    ("captions", "words", "prompts"),
+    [
+        (["zkb", "zkb, a cat", "a red zkb on a chair", "zkb, a dog"], ["zkb"], None),
+        (["zkb, person"] * 3, ["zkb", "person"], ["zkb, person", "zkb, person in the snow"]),
+        (["a cat", "a cat by the sea"], [], ["a cat by the sea"]),
+        (["a zkb\nzkb, a cat"], ["zkb"], ["a zkb", "zkb in the snow", "a"]),
+    ],
+)
+def test_without_prompts_those_are_drawn_that_tell_most(
+    here: Path, captions: list[str], words: list[str], prompts: list[str] | None
+) -> None:
+    """A caption of middling length, the trigger words elsewhere, and the caption without them."""
+    expected = prompts or ["zkb, a dog", "zkb in the snow", "a dog"]
+    assert prompts_of(*captions, words=tuple(words)) == expected
+
+
+def test_prompts_of_its_own_are_drawn_by_seeds_of_their_own(
     here: Path, built: Path, recorder: Recorder
 ) -> None:
-    """They are what was learned."""
-    run(built / "sd1", recorder, steps=1, trigger_words=["zkb", "person"])
-    assert [record["prompt"] for record in recorder.of_type("sample")] == ["zkb, person"]
+    """At every step; that they are cut is no matter of a warning."""
+    (here / "data" / "image.txt").write_text("a cat on zkb", encoding="utf-8")
+    run(built / "sd1", recorder, steps=2, validation_steps=1, sample_prompts=[], seed=3)
+    told = [(r["step"], r["prompt"], r["seed"]) for r in recorder.of_type("sample")]
+    prompts = ("a cat on zkb", 3), ("zkb in the snow", 4), ("a cat on", 5)
+    assert told == [(step, *each) for step in (1, 2) for each in prompts]
+    assert recorder.codes() == []
+
+
+# --- the strip ---
+
+CELL, BAND = 192, 20
+
+
+def drawn_at(folder: Path, prompts: list[str], *steps: int) -> Any:
+    """Lay out plain pictures, whose grey is their step, and return the pixels of their middles."""
+    config = load_config(output_path=str(folder), sample_prompts=prompts)
+    for step in steps:
+        for number, prompt in enumerate(prompts, start=1):
+            suffix = f"_{number}" if number > 1 else ""
+            grey = Image.new("RGB", (64 if number == 1 else 300, 300), (step, number, 0))
+            content = train_lora.encode_png(grey, prompt)
+            train_lora.write_whole(folder / "samples" / f"step_{step}{suffix}.png", content)
+    trainer = LoRATrainer(config, prompts=prompts)
+    trainer.write_strip()
+    assert trainer.strip == str(folder.absolute() / "samples" / "strip.png")
+    sheet = pixels(trainer.strip)
+    assert sheet.shape[0] == BAND + len(prompts) * (BAND + CELL)
+    return sheet[BAND * 2 + CELL // 2 :: BAND + CELL, 10::CELL]
+
+
+def test_the_strip_has_a_row_for_each_prompt_and_a_column_for_each_step(here: Path) -> None:
+    """In the order of the numbers, not of the names; narrow pictures keep their shape."""
+    rows = drawn_at(here / "out", ["a", "b"], 9, 10, 100)
+    assert rows[..., 0].tolist() == [[9, 10, 100]] * 2
+    assert rows[..., 1].tolist() == [[1] * 3, [2] * 3]
+
+
+def test_of_many_steps_the_strip_shows_some_evenly(here: Path) -> None:
+    """The first and the last are among them; a file of another name is none."""
+    write_image(here / "out" / "samples" / "step_x.png")
+    (row,) = drawn_at(here / "out", ["a"], *range(0, 200, 2))
+    shown = row[..., 0].tolist()
+    assert (len(shown), shown[0], shown[-1]) == (12, 0, 198)
+    assert all(16 <= later - sooner <= 20 for sooner, later in itertools.pairwise(shown))
+
+
+def test_what_was_drawn_for_other_prompts_is_left_out_of_the_strip(here: Path) -> None:
+    """They were changed on the way; the place stays white."""
+    drawn_at(here / "out", ["a dog"], 1)
+    (row,) = drawn_at(here / "out", ["a cat"], 2)
+    assert row[..., 0].tolist() == [255, 2]
+
+
+def test_the_last_line_names_the_strip(here: Path, built: Path, recorder: Recorder) -> None:
+    """It is there, with the picture of each step, and each says what it was asked to show."""
+    done = run(built / "sd1", recorder, steps=2, validation_steps=1)
+    assert done.strip_path == str(here / "out" / "samples" / "strip.png")
+    assert pixels(done.strip_path).shape == (2 * BAND + CELL, 2 * CELL, 3)
+    with Image.open(recorder.of_type("sample")[0]["image_path"]) as picture:
+        assert picture.info["prompt"] == "zkb"
+
+
+def test_a_strip_that_cannot_be_written_costs_nothing_but_a_warning(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """The run is complete, and says that there is none."""
+    (here / "out" / "samples" / "strip.png").mkdir(parents=True)
+    done = run(built / "sd1", recorder, steps=1)
+    assert (done.strip_path, recorder.codes()) == (None, ["sample_failed"])
+    assert len(recorder.of_type("sample")) == 1
+    assert Path(done.final_path).is_file()
 
 
 # --- against diffusers ---
@@ -355,7 +456,7 @@ def test_the_vae_is_read_once_for_all_previews(
     options: Record = {"steps": 3, "validation_steps": 1, "sample_prompts": ["a", "b"]}
     LoRATrainer(tiny_config(ground, output_path=str(tmp_path), **options)).train()
     assert len(opened) == 1
-    assert len(list(tmp_path.glob("samples/*.png"))) == 6
+    assert len(list(tmp_path.glob("samples/step_*.png"))) == 6
 
 
 @pytest.mark.parametrize("overflows", [False, True])

@@ -53,6 +53,7 @@ CHANCY: Record = {
     "checkpoint_steps": 10**6,
     "validation_steps": 10**6,
     "sample_steps": 1,
+    "sample_prompts": ["zkb"],
     "device": "cpu",
 }
 LORA, TABLE = "lora_final.safetensors", "loss_history.csv"

@@ -37,6 +37,7 @@ QUICK = "sd2"  # the tiny model with the fastest step, where the family does not
 
 # Four updates, two checkpoints, a preview on the way and one at the end.
 SHORT: Record = {
+    "sample_prompts": ["zkb"],
     "trigger_words": ["zkb"],
     "resolution": 256,
     "steps": 4,
@@ -209,7 +210,7 @@ def test_only_promised_files_are_left(trained: Trained) -> None:
     names = [p.name for p in sorted(output.glob("*/*"))]
     assert names == [
         *("lora_step_2.safetensors", "lora_step_4.safetensors"),
-        *("step_3.png", "step_4.png"),
+        *("step_3.png", "step_4.png", "strip.png"),
         *("complete.json", "step_2", "step_4"),
     ]
 

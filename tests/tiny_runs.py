@@ -44,6 +44,7 @@ def tiny_config(ground: Path, family: str = "sd1", **changes: Any) -> TrainingCo
         "lora_rank": 4,
         "lora_alpha": 4,
         "sample_steps": 1,
+        "sample_prompts": ["zkb"],
         "device": "cpu",
     }
     return TrainingConfig.from_json(write_config(ground, **values | changes))
