@@ -108,12 +108,6 @@ def tile(pictures: Sequence[Image.Image], columns: int, side: int = SIDE // 2) -
     return sheet
 
 
-def previews(output: Path) -> list[Image.Image]:
-    """Collect the first preview of each step that a run drew, in the order of the steps."""
-    found = [path for path in output.glob("samples/step_*.png") if path.stem.count("_") == 1]
-    return [Image.open(path) for path in sorted(found, key=lambda path: int(path.stem[5:]))]
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What a LoRA did: to prompts without the trigger word, and to those with it."""
@@ -162,8 +156,6 @@ def main() -> int:
     found = compare(load(chosen.base), load(chosen.base, chosen.output))
     sys.stdout.write(f"{found}\n")
     found.sheet.save(chosen.output / "before_and_after.png")
-    if strip := previews(chosen.output):
-        tile(strip, columns=len(strip)).save(chosen.output / "strip.png")
     return 0
 
 

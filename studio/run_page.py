@@ -63,6 +63,7 @@ class Told:
 
     position: str
     start: Record
+    preset: Record  # what it filled in
     progress: Record
     messages: list[Record]
     samples: list[Record]
@@ -73,9 +74,11 @@ class Told:
 def told_so_far(story: Story) -> Told:
     """Take all that a page shows at once, as the story goes on in another thread."""
     with story.lock:
+        preset = story.facts.get("preset", {})
         return Told(
             position=str(story.recent.end),
             start=story.start or {},
+            preset=preset.get("values", {}) if preset.get("verb") == "sets" else {},
             progress=story.progress or {},
             messages=list(story.messages)[-MOST_MESSAGES:],
             samples=list(story.samples),
@@ -88,7 +91,7 @@ def run_values(studio: State, job_id: str) -> Record:
     """Gather all that the page shows."""
     job, told = job_of(studio.store, job_id), told_so_far(studio.hub.story(job_id))
     folder = studio.settings.job(job_id)
-    config = {**job.config, **(told.start.get("config") or {})}
+    config = {**job.config, **(told.start.get("config") or {}), **told.preset}
     training = job.kind == "train"
     return {
         **state_values(studio, job, told),

@@ -64,6 +64,33 @@ def synonym_tables() -> str:
     return f"{table(['here', 'elsewhere'], called)}\n\n{table(['no knob, as', 'elsewhere'], none)}"
 
 
+def preset_tables() -> str:
+    """List the presets, and what they fill in, each with its reason."""
+    presets = train_lora.config_schema()["x-presets"]
+    about = [[f"`{name}`", text] for name, text in presets["about"].items()]
+    rows = [
+        [
+            f"`{row['knob']}`",
+            preset_value(row),
+            ", ".join(row["presets"]),
+            ", ".join(row["families"]),
+            f"{row['evidence']}: {row['reason']}",
+        ]
+        for row in presets["rows"]
+    ]
+    head = ["knob", "value", "presets", "families", "why"]
+    return f"{table(['preset', 'for what'], about)}\n\n{table(head, rows)}"
+
+
+def preset_value(row: Mapping[str, Any]) -> str:
+    """Write a value as it stands, or how it is worked out."""
+    if "value" in row:
+        return f"`{json.dumps(row['value'])}`"
+    words = {"minimum": "at least", "maximum": "at most"}
+    bounds = [f"{said} {row[word]}" for word, said in words.items() if word in row]
+    return ", ".join([f"{row['times']:g} × `{row['of']}`", *bounds])
+
+
 def by_number(path: Path) -> list[str | int]:
     """Order names as people do: a card of 8 GB before one of 12."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
@@ -153,6 +180,16 @@ both give a value.
 
 {knobs}
 
+## Presets
+
+What `preset` fills in where the config gives nothing, worked out in this order, after the images
+are counted and the family of the base model is known; `steps_per_epoch` is the number of updates
+in which every image is seen once. A number was measured here, on the small base in
+`examples/tiny-sd`, or published for the real models. What does not go with a value that is given
+is left out.
+
+{presets}
+
 ## Coming from another trainer
 
 What kohya's scripts, diffusers' examples, OneTrainer and ai-toolkit call things. The program gives
@@ -195,6 +232,7 @@ def reference() -> str:
     """Write REFERENCE.md."""
     return REFERENCE.format(
         knobs=knob_tables(),
+        presets=preset_tables(),
         synonyms=synonym_tables(),
         examples=examples_table(),
         events=event_table(),

@@ -101,6 +101,21 @@ def test_every_preview_of_a_config_calls_the_concept(path: Path) -> None:
     assert [p for p in prompts if not any(word in p for word in config.trigger_words)] == []
 
 
+@pytest.mark.parametrize("path", READY_MADE, ids=name_of)
+def test_a_config_learns_as_the_preset_of_its_kind_does(path: Path) -> None:
+    """At the same rate, by the same schedule, with alpha as it is to the rank; memory decides more."""
+    config, rows = TrainingConfig.from_json(path), train_lora.config_schema()["x-presets"]["rows"]
+    family = FAMILY_OF[config.base_model]
+    preset = {
+        row["knob"]: row
+        for row in rows
+        if family in row["families"] and set(row["presets"]) & set(path.stem.split("-"))
+    }
+    assert config.learning_rate == preset["learning_rate"]["value"]
+    assert config.lr_scheduler == preset["lr_scheduler"]["value"]
+    assert config.lora_alpha == preset["lora_alpha"]["times"] * config.lora_rank
+
+
 def test_configs_that_are_tried_one_after_another_stay_apart() -> None:
     """Each writes into a folder of its own."""
     outputs = [TrainingConfig.from_json(path).output_path for path in CONFIGS]

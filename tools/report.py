@@ -71,9 +71,11 @@ class Story:
 
     @property
     def config(self) -> Record:
-        """Recall what the latest start was asked to do."""
+        """Recall what the latest start was asked to do, with what its preset filled in."""
         said = self.starts[-1].get("config") if self.starts else None
-        return said if isinstance(said, dict) else {}
+        preset = self.facts.get("preset", {})
+        filled = preset.get("values") if preset.get("verb") == "sets" else None
+        return {**(said if isinstance(said, dict) else {}), **(filled or {})}
 
     def at_home(self, text: str) -> str:
         """Leave out of a text where somebody's folders lie: a page is made to be passed on."""
