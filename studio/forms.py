@@ -90,7 +90,7 @@ def control(knob: str, rule: Schema, required: bool) -> Control:
         default=rule.get("default"),
         required=required,
         fixed=rule.get("x-fixed", False),
-        options=tuple((plain(value), value) for value in values),
+        options=tuple(("" if value is None else plain(value), value) for value in values),
         single=rule.get("pattern", "") if types_of(rule) - {"array", "null"} else None,
         examples=examples_of(rule, kind),
         also=tuple(rule.get("x-also", ())),

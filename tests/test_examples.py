@@ -103,7 +103,7 @@ def test_every_preview_of_a_config_calls_the_concept(path: Path) -> None:
 
 @pytest.mark.parametrize("path", READY_MADE, ids=name_of)
 def test_a_config_learns_as_the_preset_of_its_kind_does(path: Path) -> None:
-    """At the same rate, by the same schedule, with alpha as it is to the rank; memory decides more."""
+    """At its rate, by its schedule, with its alpha for the rank; memory decides on more."""
     config, rows = TrainingConfig.from_json(path), train_lora.config_schema()["x-presets"]["rows"]
     family = FAMILY_OF[config.base_model]
     preset = {

@@ -243,6 +243,10 @@ NUMBERS = 8 * (8 + 8)
         ({"lora_rank": 1}, 3 * 2 * NUMBERS + 4 * 12 * NUMBERS + 11 * 3 * 512**2),
         ({"steps": 1}, 2 * 16 * NUMBERS + 4 * 12 * 16 * NUMBERS + 3 * 512**2),
         (
+            {"steps": 1, "sample_prompts": []},  # then there are up to three
+            2 * 16 * NUMBERS + 4 * 12 * 16 * NUMBERS + 3 * 3 * 512**2,
+        ),
+        (
             {"steps": 10, "checkpoint_steps": 3, "validation_steps": 5, "resolution": 256},
             4 * 2 * 16 * NUMBERS + 4 * 12 * 16 * NUMBERS + 3 * 3 * 256**2,
         ),
@@ -252,7 +256,7 @@ def test_the_space_needed_is_added_up_from_shapes(
     in_workspace: Path, changes: dict[str, Any], needed: int
 ) -> None:
     """LoRA files, the states kept for resuming, and previews, counted by hand."""
-    config = load_config(**changes)
+    config = load_config(**{"sample_prompts": ["zkb"]} | changes)
     _, structure = train_lora.inspect_model(config)
     assert structure is not None
     assert (
