@@ -265,7 +265,7 @@ class Reconciler:
         self._over.set()
         self._wanted.set()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(self._pace.stalled)  # it ends with us, also if an engine is mute
         self._store.leave()
         if self._settings.stop_jobs:
             self._stop_jobs()

@@ -321,7 +321,7 @@ class FakeCluster:
         self.over = True
         for pod in self.pods:
             pod.process.kill()
-            pod.process.wait()
+            pod.process.wait(30)
 
     # --- The API ---
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import uvicorn
 from PIL import Image
+from studio_ground import join
 
 from studio.app import create_app
 from studio.settings import Settings
@@ -56,7 +57,7 @@ def serving(root: Path, **options: Any) -> Iterator[Served]:
             timeout_graceful_shutdown=2,
         )
         server = app.state.server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         headers = {"Authorization": f"Bearer {settings.token}"}
         try:
@@ -64,7 +65,7 @@ def serving(root: Path, **options: Any) -> Iterator[Served]:
                 yield Served(settings, app, client)
         finally:
             server.should_exit = True
-            thread.join()
+            join(thread)
 
 
 def picture(format: str = "PNG", size: tuple[int, int] = (64, 48), **options: Any) -> bytes:  # noqa: A002, as Pillow calls it

@@ -11,10 +11,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,6 +26,9 @@ from studio.settings import Settings
 from studio.slots import Slot
 from studio.store import Job, Store, new_id
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 HERE = Path(__file__).resolve().parent
 ROOT, REPLAY = HERE.parent.parent, HERE / "replay.py"
 QUICK = Pace(round=0.05, saving=1.0, ending=0.5, pauses=(0.05, 0.1, 0.2), leaving=5.0)
@@ -34,11 +38,21 @@ CPUS = (Slot("cpu:0", "Processor"), Slot("cpu:1", "Processor"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Try again what waits for processes, sockets and a browser that share two cores.
 
-    Only here, and told at the end: the trainer's own promises hold at the first try.
+    Only here, and told at the end: the trainer's own promises hold at the first try, and so does
+    what takes minutes, which has the patience for a machine under load.
     """
     for item in items:
-        if item.path.is_relative_to(HERE):
+        if item.path.is_relative_to(HERE) and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=1))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Provide Chromium."""
+    from looking import chromium  # which skips the test where playwright is not installed
+
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
@@ -96,11 +110,14 @@ def attempt_folder(settings: Settings, job: Job, n: int = 1) -> Path:
 
 def rounds_until(reconciler: Reconciler, true: Callable[[], bool], seconds: float = 20.0) -> None:
     """Make rounds until something comes true, and fail when it does not."""
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
+
+    def look() -> bool:
+        if true():
+            return True
         reconciler.make_round()
-        time.sleep(0.02)
-    assert true()
+        return False
+
+    wait_until(look, seconds)
 
 
 def in_state(store: Store, job: Job, state: str) -> Callable[[], bool]:
@@ -145,9 +162,9 @@ def shim_of(folder: Path) -> int | None:
 def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait for something to come true, and fail when it does not."""
     deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
+    while not true():
+        assert time.monotonic() < deadline, f"not so after {seconds:.0f} s"
         time.sleep(0.02)
-    assert true()
 
 
 def at_step(store: Store, job: Job, step: int) -> Callable[[], bool]:
@@ -166,9 +183,27 @@ def service(settings: Settings, *options: str) -> Iterator[subprocess.Popen[str]
     own = ["--root", str(settings.root), "--port", "0", "--no-browser", "--slots", "cpu:2"]
     command = [sys.executable, "-m", "studio", *own, *options]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        process.stdout.readline()
         try:
+            first_line(process)
             yield process
         finally:
             process.kill()
+
+
+def first_line(process: subprocess.Popen[str], seconds: float = 60.0) -> str:
+    """Read what a program says first; one that says nothing is killed, and the test fails."""
+    said, stdout = list[str](), process.stdout
+    assert stdout
+    reader = threading.Thread(target=lambda: said.append(stdout.readline()), daemon=True)
+    reader.start()
+    reader.join(seconds)
+    if reader.is_alive():
+        process.kill()
+    assert any(said), f"{process.args!r} has said nothing in {seconds:.0f} s"
+    return said[0]
+
+
+def join(thread: threading.Thread, seconds: float = 30.0) -> None:
+    """Wait for a thread to end, and fail when it does not."""
+    thread.join(seconds)
+    assert not thread.is_alive(), f"{thread.name} has not ended in {seconds:.0f} s"

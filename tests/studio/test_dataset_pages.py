@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.parse import quote
 
 import pytest
 from serving import Served, picture, serving
+from studio_ground import wait_until
 
 from studio import datasets
 
@@ -146,15 +146,15 @@ def test_a_large_dataset_has_pages(served: Served, cat: Path) -> None:
     assert "Page 3 of 3" in show(served, cat, page=3)
 
 
-def finished(served: Served, kind: str) -> dict[str, Any]:
-    """Wait for the newest job of a kind."""
-    for _ in range(600):
-        job: dict[str, Any] = served.client.get("/jobs", params={"kind": kind}).json()["jobs"][0]
-        if job["state"] not in ("queued", "running"):
-            assert job["state"] == "completed", job
-            return job
-        time.sleep(0.1)
-    raise AssertionError(job)
+def newest(served: Served, kind: str) -> dict[str, Any]:
+    """Return the newest job of a kind, once it has ended."""
+
+    def jobs() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = served.client.get(f"/jobs?kind={kind}").json()["jobs"]
+        return found
+
+    wait_until(lambda: jobs()[0]["ended_at"] is not None, 60)
+    return jobs()[0]
 
 
 def test_captions_are_written_by_template_and_taken_back(served: Served, cat: Path) -> None:
@@ -163,7 +163,7 @@ def test_captions_are_written_by_template_and_taken_back(served: Served, cat: Pa
     assert send(served, cat, "caption", **form).status_code == 303
     answer = served.client.delete(f"/datasets/{quote(cat.name)}")
     assert answer.status_code == 409
-    assert finished(served, "caption")["state"] == "completed"
+    assert newest(served, "caption")["state"] == "completed"
     assert (cat / "a#3.txt").read_text() == "a photo of zkb\n"
     assert (cat / "a#1.txt").read_text() == "cat, grass\n"
     send(served, cat, "undo")
@@ -173,7 +173,7 @@ def test_captions_are_written_by_template_and_taken_back(served: Served, cat: Pa
 def test_the_report_of_the_tool_stands_beside_the_pictures(served: Served, cat: Path) -> None:
     """A check is a job; what it finds is on the page when it is done."""
     assert send(served, cat, "check", resolution="256").status_code == 303
-    assert finished(served, "prepare")["state"] == "completed"
+    assert newest(served, "prepare")["state"] == "completed"
     text = show(served, cat)
     assert "3 images looked at" in text
     assert "Only 3 pictures" in text
@@ -186,11 +186,7 @@ def test_a_job_that_failed_is_not_passed_over(served: Served, cat: Path) -> None
     for template in ("{nonsense}", "a zkb"):
         form = {"captioner": "template", "template": template}
         assert send(served, cat, "caption", **form).status_code == 303
-        newest: dict[str, Any] = {"kind": "caption", "limit": 1}
-        deadline = time.monotonic() + 60
-        while served.client.get("/jobs", params=newest).json()["jobs"][0]["ended_at"] is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert newest(served, "caption")["state"] == ("failed" if "{" in template else "completed")
         told = show(served, cat)
         assert ("{nonsense}" in told) == (template == "{nonsense}")
 

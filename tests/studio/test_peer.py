@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from acting import acting, is_in, status_when, wanted, write_dataset
 from serving import Served, picture
-from studio_ground import CPUS, QUICK, rounds_until, write_command
+from studio_ground import CPUS, QUICK, rounds_until, wait_until, write_command
 
 from studio import local, peer
 from studio.engines import EnginesUnusable, further
@@ -202,10 +202,7 @@ def test_what_was_not_written_down_comes_again(here: Here, there: Served) -> Non
     (folder / "stdout.jsonl").write_bytes(kept + lines[5] + b'{"type": "torn')
     (folder / "exit.json").unlink()
     engine = Peer(here.settings, there.settings.url, there.settings.token)
-    deadline = time.monotonic() + 30
-    while engine.observe(f"{job.id}/1").alive:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not engine.observe(f"{job.id}/1").alive)
     assert (folder / "stdout.jsonl").read_bytes() == whole
 
 
@@ -218,10 +215,7 @@ def test_a_note_that_was_lost_costs_nothing(here: Here, there: Served) -> None:
     (folder / "peer.json").unlink()
     (folder / "attempts" / "1" / "exit.json").unlink()
     engine = Peer(here.settings, there.settings.url, there.settings.token)
-    deadline = time.monotonic() + 30
-    while engine.observe(f"{job.id}/1").alive:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not engine.observe(f"{job.id}/1").alive)
     assert job_there(here, job) == before
     assert (folder / "attempts" / "1" / "stdout.jsonl").read_bytes() == whole
 

@@ -8,9 +8,9 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import pytest
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from studio.settings import Settings
 
 Record = dict[str, Any]
+Found = TypeVar("Found")
+
+
+def run(reading: Coroutine[Any, Any, Found]) -> Found:
+    """Read to the end, and fail where that does not come."""
+    return asyncio.run(asyncio.wait_for(reading, 120))
 
 
 def said(step: int, **more: Any) -> Record:
@@ -337,7 +343,7 @@ def test_fifty_readers_cost_one_read(
         return found
 
     monkeypatch.setattr(events, "read_lines", counted)
-    lines = asyncio.run(read_by_many(settings, store, watched, 50))
+    lines = run(read_by_many(settings, store, watched, 50))
     assert {len(each) for each in lines} == {104}
     assert len({tuple(line.position for line in each) for each in lines}) == 1
     assert sum(reads) == 104
@@ -386,7 +392,7 @@ def test_a_slow_reader_holds_up_nobody_and_misses_nothing(
         assert isinstance(quick, list)
         return slow, quick
 
-    slow, quick = asyncio.run(read())
+    slow, quick = run(read())
     steps = [line.record.get("step") for line in quick]
     assert steps == [None, *range(1, 2_004)]
     assert [line.position for line in slow] == [line.position for line in quick]
@@ -404,7 +410,7 @@ def test_the_end_of_the_service_lets_readers_go(
         await asyncio.gather(collect(hub, watched), looking)
         return time.monotonic() - begun
 
-    assert asyncio.run(read()) < 10
+    assert run(read()) < 10
 
 
 def test_a_job_deleted_under_its_readers_ends_their_streams(
@@ -423,7 +429,7 @@ def test_a_job_deleted_under_its_readers_ends_their_streams(
         looking.cancel()
         return len(found)
 
-    assert asyncio.run(read()) == 4
+    assert run(read()) == 4
 
 
 # --- Through HTTP ---
@@ -507,7 +513,7 @@ def test_curl_follows_a_run_to_its_end(studio: Served) -> None:
     url = f"{studio.settings.url}/jobs/{job}/events?follow=1"
     command = ["curl", "--silent", "--no-buffer", "--max-time", "60"]
     command += ["--header", f"Authorization: Bearer {studio.settings.token}", url]
-    done = subprocess.run(command, capture_output=True, check=True)
+    done = subprocess.run(command, capture_output=True, check=True, timeout=60)
     source = (studio.settings.job(job) / "attempts/1/stdout.jsonl").read_bytes()
     assert done.stdout == source
     assert json.loads(done.stdout.splitlines()[-1])["type"] == "complete"
@@ -528,10 +534,10 @@ def test_a_stream_of_all_jobs_tells_of_their_states(studio: Served) -> None:
                     break
         done.set()
 
-    threading.Thread(target=listen).start()
-    assert listening.wait(10)
+    threading.Thread(target=listen, daemon=True).start()
+    assert listening.wait(10), "the stream says nothing"
     job = submitted(studio)
-    assert done.wait(60)
+    assert done.wait(60), "no job was told to be completed"
     states = [each["state"] for each in heard if each.get("job_id") == job]
     assert states[-1] == "completed"
 
@@ -551,7 +557,7 @@ def test_fifty_pages_on_one_run_are_served_at_once(studio: Served) -> None:
             assert alive.status_code == 200
             return [answer.text for answer in answers]
 
-    texts = asyncio.run(read())
+    texts = run(read())
     lines = [[f["id"] for f in frames(text) if "id" in f] for text in texts]
     assert len({tuple(each) for each in lines}) == 1
     assert len(lines[0]) > 20

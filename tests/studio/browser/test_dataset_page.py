@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
-from looking import chromium, needs_chromium
+from looking import expect, logged_in, looking, needs_chromium
 from serving import Served, picture, serving
 
 from studio import datasets
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, FilePayload, Page
@@ -29,13 +27,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield studio
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Provide Chromium."""
-    with chromium() as started:
-        yield started
-
-
 @pytest.fixture
 def folder(served: Served, request: pytest.FixtureRequest) -> Path:
     """Provide an empty dataset of the test's own."""
@@ -44,24 +35,10 @@ def folder(served: Served, request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def page(served: Served, browser: Browser, folder: Path) -> Iterator[Page]:
-    """Provide a page that is logged in; anything that the browser complains of fails the test."""
-    context = browser.new_context(base_url=served.settings.url)
-    complaints: list[str] = []
-    tab = context.new_page()
-    tab.on("console", lambda said: complaints.extend([said.text] * (said.type == "error")))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("request", lambda asked: complaints.extend(foreign(served, asked.url)))
-    tab.goto(f"/login?once={served.app.state.nonces.issue()}")
-    tab.goto(f"/data/{quote(folder.name)}")
-    tab.set_default_timeout(20_000)
-    yield tab
-    context.close()
-    assert [each for each in complaints if "Failed to load resource" not in each] == []
-
-
-def foreign(served: Served, url: str) -> list[str]:
-    """Return the address of a request that leaves the studio."""
-    return [] if url.startswith((served.settings.url, "blob:", "data:")) else [url]
+    """Provide its page; anything that the browser complains of fails the test."""
+    address = f"/data/{quote(folder.name)}"
+    with logged_in(browser, served) as desk, looking(desk, served, address) as shown:
+        yield shown
 
 
 def file(name: str, content: bytes | None = None) -> FilePayload:
@@ -89,11 +66,6 @@ def drop(page: Page, files: dict[str, bytes]) -> None:
 def saved(page: Page, number: int) -> Any:
     """Find what the page says of a caption."""
     return page.locator(f"#caption-{number}-state")
-
-
-def expect(place: Any) -> Any:
-    """Wait until something is so."""
-    return sync_api.expect(place)
 
 
 def test_pictures_come_by_button_with_their_captions(page: Page, folder: Path) -> None:
@@ -236,7 +208,7 @@ def test_a_program_that_writes_captions_is_watched(page: Page, folder: Path) -> 
     page.fill("#trigger", "zkb")
     page.click("button:text('Write captions')")
     expect(page.locator(".job")).to_be_visible()
-    sync_api.expect(page.locator("#caption-1")).to_have_value("a photo of zkb", timeout=60_000)
+    expect(page.locator("#caption-1")).to_have_value("a photo of zkb", timeout=60_000)
     expect(page.locator(".job")).to_have_count(0)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from acting import MODEL, acting, is_in, status_when, submitted, wanted
-from looking import PHONE, chromium, expect, logged_in, looking, needs_chromium
+from looking import PHONE, expect, logged_in, looking, needs_chromium
 from serving import picture
 from test_pages import planted
 
@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from serving import Served
 
 pytestmark = [pytest.mark.browser, needs_chromium]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Provide Chromium."""
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +78,7 @@ def add_pictures(page: Page) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("cats")
     files = [{"name": f"{n}.png", "mimeType": "image/png", "buffer": picture()} for n in "abcd"]
+    page.get_by_text("Add images…").wait_for()  # the script is there
     page.set_input_files("#files", files)  # type: ignore[arg-type]
     expect(page.locator(".caption")).to_have_count(4)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from acting import acting, is_in, status_when, submitted, wanted
-from looking import DESK, PHONE, chromium, expect, logged_in, looking, needs_chromium
+from looking import DESK, PHONE, expect, logged_in, looking, needs_chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -52,13 +52,6 @@ def run(studio: Served) -> str:
     job_id = submitted(studio, **config, name=HOSTILE[:90])
     status_when(studio, job_id, is_in("completed"))
     return job_id
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Provide Chromium."""
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

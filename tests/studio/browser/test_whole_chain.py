@@ -6,12 +6,13 @@ Nothing acts here: the real service, the real trainer and the bundled model.
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from acting import MODEL
 from conftest import ROOT
 from looking import DESK, chromium, expect, needs_chromium
 from serving import bind
-from studio_ground import end_all, wait_until
+from studio_ground import end_all, first_line, wait_until
 
 from studio import local
 from studio.settings import Settings
@@ -35,16 +36,21 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1800), 
 
 IMPS = sorted((ROOT / "examples" / "images").glob("*.png"))
 PATIENCE_MS = 600_000  # a preview takes minutes where eight others use the same two cores
-TRUTH_SECONDS = 2.0  # from the address that a new service prints to what is true on the page
+# From the address that a new service prints to what is true on the page, where nothing else wants
+# the processors; and how often that may be tried.
+TRUTH_SECONDS, KILLS = 2.0, 3
+MORE_STEPS = 6  # after the stop: however fast a machine is, it is stopped before the end
 ASKED = {
     "base_model": str(MODEL),
     "trigger_words": "zkb",
-    "steps": "24",
+    "steps": "5000",
     "resolution": "256",
     "lora_rank": "4",
-    "validation_steps": "4",
+    "validation_steps": "8",
     "checkpoint_steps": "8",
-    "sample_steps": "2",
+    "sample_steps": "1",
+    "sample_width": "64",
+    "sample_height": "64",
     "sample_prompts": "zkb on a red background",
     "device": "cpu",
 }
@@ -64,8 +70,7 @@ class Service:
         options = ["--no-browser", "--slots", "cpu:1", "--allow-root", ROOT / "examples"]
         command = [sys.executable, "-m", "studio", *map(str, [*where, *options])]
         self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-        assert self.process.stdout
-        self.address = self.process.stdout.readline().split()[-1]
+        self.address = first_line(self.process).split()[-1]
         return time.monotonic()
 
     def kill(self) -> None:
@@ -104,6 +109,7 @@ def upload(page: Page) -> None:
     page.goto("/data")
     page.get_by_role("textbox").first.fill("imps")
     page.keyboard.press("Enter")
+    page.get_by_text("Add images…").wait_for()  # the script is there
     page.set_input_files("#files", [str(path) for path in IMPS])
     expect(page.locator(".caption")).to_have_count(len(IMPS))
 
@@ -118,11 +124,11 @@ def caption(page: Page) -> None:
     until_reloaded(page, "/data/imps", lambda: page.locator("#caption-1").input_value() == told)
 
 
-def until_reloaded(page: Page, address: str, true: Any) -> None:
+def until_reloaded(page: Page, address: str, true: Callable[[], bool]) -> None:
     """Look again and again until something is so."""
     deadline = time.monotonic() + PATIENCE_MS / 1000
     while not true():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"{address} does not come to show it"
         page.wait_for_timeout(1000)
         page.goto(address)
 
@@ -167,37 +173,58 @@ def watch_a_picture_come(page: Page) -> None:
 
 def survive(page: Page, service: Service, output: Path) -> None:
     """Kill the service under the page; the next one shows what is true, and soon."""
+    told = []
+    for _ in range(KILLS):
+        took, most = seconds_to_truth(page, service, output), TRUTH_SECONDS * crowd()
+        if took < most:
+            return
+        told.append(f"{took:.1f} of {most:.1f} s")
+    raise AssertionError(told)
+
+
+def crowd() -> float:
+    """Tell how many want each processor: by so much everything takes longer."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def seconds_to_truth(page: Page, service: Service, output: Path) -> float:
+    """Kill the service; tell how long after the next one is there the page knows all."""
     service.kill()
     expect(page.locator("#banner")).to_be_visible()
     before = step_in(output)
     wait_until(lambda: step_in(output) > before, PATIENCE_MS / 1000)  # the training goes on
     known, began = step_in(output), service.start()
-    page.goto(page.url)
-    took = time.monotonic() - began
+    page.goto(page.url, wait_until="domcontentloaded")  # pictures may come later
     assert "running" in page.locator("#state").inner_text()
     assert shown_step(page) >= known
-    assert took < TRUTH_SECONDS, f"{took:.1f} s"
+    return time.monotonic() - began
 
 
 def stop_and_continue(page: Page) -> None:
-    """Press the one button, and then the other."""
+    """Press the one button, and then the other, for a few more steps."""
     page.get_by_role("button", name="Stop").click()
     page.locator("#state .stopped").wait_for()
-    assert 0 < shown_step(page) < int(ASKED["steps"])
+    stopped = shown_step(page)
+    assert 0 < stopped < int(ASKED["steps"])
+    page.get_by_label("Continue to").fill(str(stopped + MORE_STEPS))
     page.get_by_role("button", name="Continue").click()
     page.locator("#state .completed").wait_for()
+    assert shown_step(page) == stopped + MORE_STEPS
 
 
 def trained_by_command(settings: Settings, job_id: str, output: Path) -> bytes:
-    """Train the same on the command line, without a stop."""
+    """Train the same on the command line, without a stop; what it measures then changes nothing."""
     config = json.loads((settings.job(job_id) / "config.json").read_bytes())
     alone = output.with_suffix(".json")
     alone.write_text(json.dumps({**config, "output_path": str(output)}), encoding="utf-8")
     command = [sys.executable, str(ROOT / "train_lora.py"), "--config", str(alone)]
-    subprocess.run(
-        command, env=local.environment(), check=True, timeout=1200, stdout=subprocess.DEVNULL
-    )
-    return (output / "lora_final.safetensors").read_bytes()
+    final = output / "lora_final.safetensors"
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, env=local.environment(), stdout=quiet) as process:
+        wait_until(lambda: final.exists() or process.poll() is not None, PATIENCE_MS / 1000)
+        process.terminate()
+        process.wait(60)
+    return final.read_bytes()
 
 
 def compare(page: Page, job_id: str) -> None:
@@ -208,7 +235,7 @@ def compare(page: Page, job_id: str) -> None:
     page.locator("#seeds").fill("1")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#grid-1 img").first.wait_for()
-    assert page.locator("#grid-1 img").count() >= 3
+    assert page.locator("#grid-1 img").count() == 5  # two files at two strengths, and neither
 
 
 def download(page: Page, job_id: str) -> bytes:
