@@ -21,6 +21,7 @@ NO_KNOBS = ("$schema", "$comment", "training_params")
 SET_BY_STUDIO = ("output_path",)
 FIRST_GROUPS = ("Required", "First of all")
 KINDS = {"boolean": "check", "integer": "integer", "number": "number", "object": "object"}
+WORDS = {"integer", "number", "string"}  # what is told apart as it is typed
 MOST_RADIOS = 4
 LONG_TEXT = 500  # letters from which on a text gets several lines
 
@@ -30,7 +31,7 @@ class Control:
     """How a knob is asked for."""
 
     knob: str
-    kind: str  # check, checks, choice, select, integer, number, numbers, lines, long, object, …
+    kind: str  # check, checks, choice, select, integer, number, numbers, lines, long, object, any
     label: str
     group: str
     help: str
@@ -79,7 +80,7 @@ def resolve(schema: Schema, rule: Schema) -> Schema:
 def control(knob: str, rule: Schema, required: bool) -> Control:
     """Make the control of one knob."""
     kind = kind_of(rule)
-    values = rule.get("enum", items_of(rule).get("enum", ()))
+    values = values_of(rule) or items_of(rule).get("enum", ())
     return Control(
         knob=knob,
         kind=kind,
@@ -99,35 +100,47 @@ def control(knob: str, rule: Schema, required: bool) -> Control:
 
 def kind_of(rule: Schema) -> str:
     """Choose how a value is asked for, by its types."""
-    types = types_of(rule)
-    if "enum" in rule:
-        return "choice" if len(rule["enum"]) <= MOST_RADIOS else "select"
+    types, values = types_of(rule) - {"null"}, values_of(rule)
+    if values:
+        return "choice" if len(values) <= MOST_RADIOS else "select"
     if rule.get("format") == "path":
         return "path"
     if "array" in types:
         items = items_of(rule)
         numbers = types_of(items) & {"integer", "number"}
         return "checks" if "enum" in items else "numbers" if numbers else "lines"
+    if len(types) > 1 and not types <= WORDS:
+        return "any"
     for name, kind in KINDS.items():
         if name in types:
             return kind
     return "long" if rule.get("maxLength", 0) >= LONG_TEXT else "text"
 
 
+def values_of(rule: Schema) -> Sequence[Any]:
+    """List the values among which one is chosen; none where it may be another, too."""
+    if "enum" in rule:
+        return list(rule["enum"])
+    if types_of(rule) == {"boolean", "null"}:
+        return [None, True, False]
+    known = [values_of(each) or [None] * (types_of(each) == {"null"}) for each in others_of(rule)]
+    return [value for each in known for value in each] if all(known) else []
+
+
 def types_of(rule: Schema) -> set[str]:
     """Name all types that a value may have."""
     own = rule.get("type", [])
-    others = (types_of(each) for each in alternatives(rule))
+    others = (types_of(each) for each in others_of(rule))
     return {own} if isinstance(own, str) else set(own).union(*others)
 
 
 def items_of(rule: Schema) -> Schema:
     """Find what the items of a list have to be."""
-    own = (each["items"] for each in (rule, *alternatives(rule)) if "items" in each)
+    own = (each["items"] for each in (rule, *others_of(rule)) if "items" in each)
     return next(own, {})
 
 
-def alternatives(rule: Schema) -> Sequence[Schema]:
+def others_of(rule: Schema) -> Sequence[Schema]:
     """List the rules of which a value has to meet one."""
     found: Sequence[Schema] = rule.get("anyOf") or rule.get("oneOf") or ()
     return found
@@ -190,8 +203,8 @@ def read_number(text: str) -> int | float | str:
     return number if math.isfinite(number) else cleaned
 
 
-def read_object(text: str) -> Any:
-    """Read an object, or leave what is none to the trainer."""
+def read_json(text: str) -> Any:
+    """Read a value in JSON, or leave what is none to the trainer as the text it is."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -217,8 +230,8 @@ def from_text(made: Control, text: str) -> Any:
         return None
     if made.kind in ("integer", "number"):
         return read_number(text)
-    if made.kind == "object":
-        value = read_object(text)
+    if made.kind in ("object", "any"):
+        value = read_json(text)
         return None if value == made.default else value
     return text.strip() if made.kind == "path" else text
 

@@ -34,7 +34,7 @@ def test_the_first_group_is_the_required_one_and_the_second_has_five_knobs() -> 
     """They stand before all others on the page."""
     first, second = forms.groups(SCHEMA, CONTROLS)[:2]
     assert (first.name, second.name) == forms.FIRST_GROUPS
-    assert [each.knob for each in second.controls] == [
+    assert [each.knob for each in second.controls if each.knob != "preset"] == [
         "learning_rate",
         "batch_size",
         "steps",
@@ -212,7 +212,12 @@ def test_every_problem_of_the_trainer_that_is_about_a_knob_finds_its_field() -> 
     for half in halves:
         wrong = {knob: {"no": "value"} for knob in half} | {"output_path": "/nowhere/x"}
         done = subprocess.run(
-            command, input=json.dumps(wrong), capture_output=True, text=True, check=False
+            command,
+            input=json.dumps(wrong),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
         placed += forms.placed(json.loads(done.stdout.splitlines()[-1])["problems"], CONTROLS)
     assert {each["field"] for each in placed} == set(CONTROLS)
@@ -233,6 +238,10 @@ EITHER = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "num
 PAIR = {"type": ["array", "null"], "items": {"type": "number"}, "default": None}
 TICKED = {"type": "array", "items": {"enum": ["color", "rotate"]}, "default": ["color"]}
 MORE = {"type": "object", "default": {}}
+PRESET = {"type": ["string", "null"], "enum": [None, "subject", "style"], "default": None}
+UNSAID = {"type": ["boolean", "null"], "default": None}
+ONE_OF = {"anyOf": [{"enum": ["low", "high"]}, {"type": "null"}], "default": None}
+ANY = {"type": ["boolean", "string", "integer"], "default": "auto"}
 
 TYPED: list[tuple[Any, str, Any]] = [
     (SIDES, "768", 768),
@@ -255,6 +264,15 @@ TYPED: list[tuple[Any, str, Any]] = [
     (MORE, "d0 = 1", "d0 = 1"),
     (MORE, "{}", None),
     (MORE, "", None),
+    (PRESET, "", None),
+    (PRESET, "style", "style"),
+    (UNSAID, "", None),
+    (UNSAID, "false", False),
+    (ONE_OF, "high", "high"),
+    (ANY, "false", False),
+    (ANY, "3", 3),
+    (ANY, "a place", "a place"),
+    (ANY, "auto", None),
 ]
 
 
@@ -267,6 +285,14 @@ def test_lists_and_what_may_stand_for_them_are_read_as_people_write_them(
     assert forms.from_text(made, text) == value
     if value not in (None, "d0 = 1"):
         assert forms.from_text(made, forms.to_text(made, value)) == value
+
+
+@pytest.mark.parametrize("rule", [PRESET, UNSAID, ONE_OF])
+def test_a_choice_that_nobody_made_is_the_one_that_is_shown(rule: forms.Schema) -> None:
+    """A browser sends what is shown, and nothing of that may get into a config."""
+    made = forms.control("knob", rule, required=False)
+    assert made.kind == "choice"
+    assert [value for text, value in made.options if text == made.default_text] == [None]
 
 
 def test_all_boxes_that_are_ticked_count() -> None:
