@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +22,9 @@ from conftest import ROOT
 from fastapi.routing import APIRoute
 from serving import Served, tree
 from starlette.routing import Mount, Route
+from studio_ground import wait_until
 
-from studio import local, security
+from studio import forms, local, security
 from studio.problems import Problem
 from studio.security import HEADERS, KNOBS, Failures, Nonces
 from studio.settings import Settings
@@ -300,11 +303,11 @@ def dripped(connection: socket.socket) -> bytes:
 # --- Credentials ---
 
 
-def routes(studio: Served) -> list[tuple[str, str]]:
-    """List all routes by method and an address that they answer."""
+def routes(studio: Served, **known: str) -> list[tuple[str, str]]:
+    """List all routes by method and an address that they answer, of what is known to be there."""
     found = []
     for route in walk(studio.app.routes):
-        path = re.sub(r"\{[^}]+\}", "x", route.path)
+        path = re.sub(r"\{(\w+)[^}]*\}", lambda name: known.get(name[1], "x"), route.path)
         found += [(method, path) for method in sorted(route.methods or ())]
     return found
 
@@ -511,15 +514,25 @@ def test_a_mistake_of_ours_shows_a_number_and_no_more(
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_looking_changes_nothing(studio: Served) -> None:
-    """S7: no GET writes to the disk, whatever it is asked for."""
+def test_looking_changes_nothing(studio: Served, trained: str) -> None:
+    """S7: no GET writes to the disk or the database, whatever it is asked for."""
     for client_path in ("/jobs", "/healthz"):  # what they read has been opened once
         studio.client.get(client_path)
-    before = quiet_tree(studio)
-    for method, path in routes(studio):
+    file = {"job_id": trained, "path": "output/events.jsonl", "part": "state"}
+    there = {**file, "name": "imps", "file": "0.png"}
+    before = quiet_tree(studio), rows(studio)
+    seen = []
+    for method, path in [*routes(studio), *routes(studio, **there)]:
         if method == "GET" and path != "/events":
-            studio.client.get(path)
-    assert quiet_tree(studio) == before
+            seen.append(studio.client.get(path).status_code)
+    assert seen.count(200) > 20
+    assert (quiet_tree(studio), rows(studio)) == before
+
+
+def rows(studio: Served) -> list[str]:
+    """Read all that the database holds."""
+    with contextlib.closing(sqlite3.connect(studio.settings.database)) as db:
+        return list(db.iterdump())
 
 
 def quiet_tree(studio: Served) -> dict[str, tuple[int, int, int]]:
@@ -610,12 +623,10 @@ def test_nested_knobs_are_no_way_around(ground: Settings) -> None:
 def test_every_knob_that_names_a_place_has_a_rule() -> None:
     """S17: a new knob of the trainer that names a path cannot be forgotten here."""
     for name, knob in security.knobs_of(ROOT).items():
-        kinds = knob.get("type", [])
-        kinds = [kinds] if isinstance(kinds, str) else kinds
         prose = knob.get("description", "")
         names_place = bool(re.search(r"path|dir$|folder|file$", name)) or knob.get("format")
         names_place = names_place or bool(re.search(r"^(Folder|File|Path)|local folder", prose))
-        if names_place and "string" in kinds:
+        if names_place and "string" in forms.types_of(knob):
             assert name in KNOBS, name
 
 
@@ -636,10 +647,7 @@ def trained(studio: Served) -> str:
     """Provide a job with all kinds of things in its folder."""
     job = submitted(studio)
     output = studio.settings.job(job) / "output"
-    deadline = time.monotonic() + 60
-    while not (output / "lora_final.safetensors").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((output / "lora_final.safetensors").exists, 60)
     (output / "passwd.txt").symlink_to("/etc/passwd")
     (output / "elsewhere").symlink_to("/etc")
     (output / "a.html").write_text("<script>alert(1)</script>", encoding="utf-8")
@@ -756,6 +764,14 @@ def test_children_know_no_secret_of_ours(studio: Served, monkeypatch: pytest.Mon
     assert studio.settings.token not in "".join(known.values())
 
 
+def test_versions_are_pinned() -> None:
+    """S32: what is installed tomorrow is what was tried today."""
+    lines = (ROOT / "studio" / "requirements.txt").read_text("ascii").splitlines()
+    packages = [line for line in lines if line and not line.startswith("#")]
+    assert packages
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in packages)
+
+
 def test_the_log_holds_no_secret(studio: Served, caplog: pytest.LogCaptureFixture) -> None:
     """S26: logging in leaves a line, and no token in it."""
     with caplog.at_level("DEBUG"):
@@ -777,8 +793,8 @@ def test_nothing_hostile_hangs_the_service(studio: Served) -> None:
         assert studio.client.get("/healthz").status_code == 200
         done.set()
 
-    threading.Thread(target=ask).start()
-    assert done.wait(20)
+    threading.Thread(target=ask, daemon=True).start()
+    assert done.wait(20), "/healthz was not answered"
     for connection in idle:
         connection.close()
 
