@@ -6,12 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from studio import jobs, words
 from studio.film import film_of
-from studio.problems import Problem, problem_at, problem_of, sentence
-from studio.run_page import THUMBNAIL, files_of, newest_picture, told_so_far
+from studio.problems import invalid, problem_at
+from studio.run_page import THUMBNAIL, file_of, loras_of, newest_picture, told_so_far
 from studio.status import briefs, job_of, read_result
 from studio.store import UnknownJob
 from studio.views import show_number
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     from starlette.datastructures import State
 
     from studio.forms import Form
+    from studio.problems import Problem
     from studio.store import Job
 
 Record = dict[str, Any]
@@ -269,7 +268,7 @@ def form_of(studio: State, runs: Sequence[Job], asked: Form | None) -> Record:
     """Fill the form that asks for pictures."""
     (run,) = runs
     output = studio.settings.job(run.id) / "output"
-    files = files_of(output, (".safetensors",))
+    files = [file_of(path, output) for path in loras_of(output)]
     prompts = jobs.knob(studio.settings, run.config, "sample_prompts") or []
     known = dict(asked or [])
     chosen = [value for name, value in asked or [] if name == "checkpoint"]
@@ -303,14 +302,10 @@ def order_pictures(studio: State, job_id: str, form: Form) -> Job:
     asked["steps"] = jobs.knob(studio.settings, config, "sample_steps")
     asked["guidance"] = jobs.knob(studio.settings, config, "sample_guidance")
     asked["negative"] = jobs.knob(studio.settings, config, "sample_negative_prompt") or None
-    try:
-        if last.get("do") == "judge":
-            asked["class_word"] = last.get("class_word", "").strip() or None
-            return jobs.evaluate(studio, jobs.Judging(**asked))
-        return jobs.generate(studio, jobs.Drawing(**asked))
-    except ValidationError as error:
-        found = [problem_of({**each, "loc": ("body", *each["loc"])}) for each in error.errors()]
-        raise Problem(422, "request_invalid", sentence(found), found) from error
+    if last.get("do") == "judge":
+        asked["class_word"] = last.get("class_word", "").strip() or None
+        return jobs.begin(studio, jobs.Judging, asked)
+    return jobs.begin(studio, jobs.Drawing, asked)
 
 
 def numbers(field: str, text: str, kind: type[float] | type[int]) -> list[Any]:
@@ -319,8 +314,7 @@ def numbers(field: str, text: str, kind: type[float] | type[int]) -> list[Any]:
         return [kind(word) for word in re.split(r"[,;\s]+", text.strip()) if word]
     except ValueError as error:
         expected = "numbers with commas between, such as " + ("0.6, 1" if kind is float else "0, 1")
-        problem = problem_at(field, expected, text)
-        raise Problem(422, "request_invalid", sentence([problem]), [problem]) from error
+        raise invalid(problem_at(field, expected, text)) from error
 
 
 def wrong_of(problem: Problem | None) -> dict[str, str]:

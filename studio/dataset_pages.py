@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
-from pydantic import BaseModel, ValidationError
 
 from studio import captions, datasets, jobs, pictures
 from studio.dataset_api import (
@@ -24,15 +23,14 @@ from studio.dataset_api import (
     view,
 )
 from studio.datasets import LIMITS
-from studio.engine import Record
-from studio.jobs import Captioning, Preparing
-from studio.problems import Problem, problem_of, sentence
+from studio.problems import Problem
 from studio.security import MOST_IMAGE_BYTES
 from studio.store import Job, Store
 from studio.views import first_values, go_to, read_form, render
 
+Record = dict[str, Any]
+
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
-Kind = TypeVar("Kind", bound=BaseModel)
 COVERS = 4  # pictures that stand for a dataset in the list
 
 
@@ -180,7 +178,7 @@ def caption(request: Request, name: str, form: Form) -> RedirectResponse:
     knobs = ("captioner", "model", "template", "prefix")
     said: Record = {knob: form[knob].strip() for knob in knobs if form.get(knob, "").strip()}
     said |= {"dataset": name, "overwrite": "overwrite" in form}
-    jobs.caption(request.app.state, wanted(Captioning, said))
+    jobs.begin(request.app.state, jobs.Captioning, said)
     return to_page(name, form)
 
 
@@ -190,14 +188,5 @@ def check(request: Request, name: str, form: Form) -> RedirectResponse:
     resolution = form.get("resolution", "")
     value = int(resolution) if resolution.isdecimal() else resolution
     said = {"dataset": name, "resolution": value}
-    jobs.prepare(request.app.state, wanted(Preparing, said))
+    jobs.begin(request.app.state, jobs.Preparing, said)
     return to_page(name, form)
-
-
-def wanted(kind: type[Kind], said: Record) -> Kind:
-    """Make a request of a form, as strictly as of JSON."""
-    try:
-        return kind.model_validate(said)
-    except ValidationError as error:
-        found = [problem_of({**each, "loc": ("form", *each["loc"])}) for each in error.errors()]
-        raise Problem(422, "request_invalid", sentence(found), found) from error

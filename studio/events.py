@@ -235,7 +235,6 @@ class Story:
         self.series = Series()
         self.start: Record | None = None
         self.progress: Record | None = None
-        self.validation: Record | None = None
         self.terminal: Record | None = None  # the last line, where it was one
         self.phase: str | None = None
         self.facts: dict[str, Record] = {}  # what the last info of each topic said
@@ -275,8 +274,6 @@ class Story:
             self.samples.append(line)
         elif kind == "checkpoint":
             self.checkpoints.append(line)
-        elif kind == "validation":
-            self.validation = line
         elif kind == "warning":
             self.warnings = [*self.warnings[-MOST_WARNINGS + 1 :], line]
         elif kind == "info":

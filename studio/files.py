@@ -141,10 +141,13 @@ def attachment(name: str) -> str:
 
 
 def download_name(job: Job, name: str) -> str:
-    """Name a LoRA as its job: in a folder of downloads, lora_final says nothing."""
+    """Name a LoRA as its job: in a folder of downloads, lora_final says nothing.
+
+    A learned word keeps its name, by which programs call it.
+    """
     stem, ending = Path(name).stem, Path(name).suffix
     words = UNFIT.sub("_", job.name).replace("/", "_").strip(". ")
-    if ending != ".safetensors" or not words:
+    if ending != ".safetensors" or not stem.startswith("lora_") or not words:
         return Path(name).name
     kept = stem.removeprefix("lora_").removeprefix("final")
     return f"{words}_{kept}{ending}" if kept else f"{words}{ending}"

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from studio import captions, datasets, webhook
-from studio.preflight import ask_trainer
-from studio.problems import Problem, problem_at, sentence, show
+from studio.preflight import TOPICS, ask_trainer
+from studio.problems import Problem, invalid, problem_at, problem_of, sentence, show
 from studio.security import audit, confine, confine_config, knobs_of
 from studio.status import job_of
 from studio.store import FINAL, Job, StateConflict, new_id, utc
@@ -258,8 +258,7 @@ def plan_training(studio: State, wanted: Training, folder: Path) -> Order:
     """Check a config by the trainer's own rules, and keep the dataset as it is."""
     settings = studio.settings
     if wanted.engine not in studio.engines:
-        problem = problem_at("engine", "one of " + ", ".join(studio.engines), wanted.engine)
-        raise Problem(422, "request_invalid", sentence([problem]), [problem])
+        raise invalid(problem_at("engine", "one of " + ", ".join(studio.engines), wanted.engine))
     config = ready(settings, wanted.config, wanted.dataset, folder)
     if wanted.dataset:
         refuse_while_captioning(studio, wanted.dataset, "dataset_changing")
@@ -281,7 +280,7 @@ def ready(
     if dataset is not None:
         if "dataset_path" in config:
             problem = problem_at("dataset_path", "nothing beside dataset", config["dataset_path"])
-            raise Problem(422, "config_invalid", sentence([problem]), [problem])
+            raise invalid(problem, code="config_invalid")
         found["dataset_path"] = str(datasets.folder_of(settings, dataset))
     return found | {"output_path": str(folder / "output")}
 
@@ -312,7 +311,7 @@ def preflight(studio: State, config: Mapping[str, Any], dataset: str | None = No
     except Problem as problem:
         if problem.status != 422:
             raise
-        nothing = dict.fromkeys(("report", "device", "model", "dataset", "memory"))
+        nothing = dict.fromkeys(("report", *TOPICS))
         told = {"code": problem.code, "message": problem.detail, "hint": None}
         return {"valid": False, "warnings": [], "problems": problem.problems, **told, **nothing}
 
@@ -375,8 +374,8 @@ def plan_drawing(studio: State, wanted: Drawing, folder: Path) -> Order:
     seeds, scales = dict.fromkeys(wanted.seeds), dict.fromkeys(wanted.scales)
     pictures = (len(files) * len(scales) + 1) * len(wanted.prompts) * len(seeds)
     if pictures > MOST_PICTURES:
-        problem = problem_at("prompts", f"at most {MOST_PICTURES:,} pictures", f"{pictures:,}")
-        raise Problem(422, "request_invalid", sentence([problem]), [problem])
+        most = f"at most {MOST_PICTURES:,} pictures"
+        raise invalid(problem_at("prompts", most, f"{pictures:,}"))
     write_json(folder / "prompts.json", wanted.prompts)
     said = {
         "base": parent.config["base_model"],
@@ -388,7 +387,7 @@ def plan_drawing(studio: State, wanted: Drawing, folder: Path) -> Order:
         "steps": wanted.steps,
         "guidance": wanted.guidance,
         "negative": wanted.negative,
-        "resolution": wanted.resolution or largest_of(studio, parent.config),
+        "resolution": wanted.resolution or side_of(studio.settings, parent.config),
         "out": folder / "output",
     }
     loras = [f"--lora={file}" for file in files]
@@ -398,10 +397,10 @@ def plan_drawing(studio: State, wanted: Drawing, folder: Path) -> Order:
     return Order("generate", name, config, [command], parent=parent.id)
 
 
-def largest_of(studio: State, config: Record) -> int:
-    """Return the resolution of a training, or the largest of several."""
-    said: Any = knob(studio.settings, config, "resolution")
-    return max(said) if isinstance(said, list) else int(said)
+def side_of(settings: Settings, config: Record) -> Any:
+    """Return how large pictures of a training are drawn: of several sizes, the largest."""
+    sides = knob(settings, config, "resolution")
+    return max(sides) if isinstance(sides, list) else sides
 
 
 def plan_judging(studio: State, wanted: Judging, folder: Path) -> Order:
@@ -430,8 +429,7 @@ def training_of(studio: State, job_id: str) -> Job:
     """Find a training."""
     job = job_of(studio.store, job_id)
     if job.kind != "train":
-        problem = problem_at("job_id", "a training", job.kind)
-        raise Problem(422, "request_invalid", sentence([problem]), [problem])
+        raise invalid(problem_at("job_id", "a training", job.kind))
     return job
 
 
@@ -444,8 +442,8 @@ def chosen(folder: Path, names: list[str] | None) -> list[Path]:
         raise Problem(409, "no_checkpoint", "This training has no LoRA yet.")
     for number, name in enumerate(names or []):
         if name not in there:
-            problem = problem_at(f"checkpoints.{number}", "one of " + ", ".join(there), name)
-            raise Problem(422, "request_invalid", sentence([problem]), [problem])
+            expected = "one of " + ", ".join(there)
+            raise invalid(problem_at(f"checkpoints.{number}", expected, name))
     return [there[name] for name in dict.fromkeys(names or there)]
 
 
@@ -465,28 +463,13 @@ PLANS: dict[type[Wanted], Callable[[State, Any, Path], Order]] = {
 }
 
 
-def train(studio: State, wanted: Training) -> Job:
-    """Train a LoRA."""
-    return submit(studio, wanted)[0]
-
-
-def caption(studio: State, wanted: Captioning) -> Job:
-    """Write captions."""
-    return submit(studio, wanted)[0]
-
-
-def prepare(studio: State, wanted: Preparing) -> Job:
-    """Judge a dataset."""
-    return submit(studio, wanted)[0]
-
-
-def generate(studio: State, wanted: Drawing) -> Job:
-    """Draw what a training has come to."""
-    return submit(studio, wanted)[0]
-
-
-def evaluate(studio: State, wanted: Judging) -> Job:
-    """Draw and judge what a training has come to."""
+def begin(studio: State, kind: type[Wanted], said: Mapping[str, Any]) -> Job:
+    """Make a job of what a form says, as strictly as of JSON."""
+    try:
+        wanted = kind(**said)
+    except ValidationError as error:
+        found = ({**each, "loc": ("form", *each["loc"])} for each in error.errors())
+        raise invalid(*map(problem_of, found)) from error
     return submit(studio, wanted)[0]
 
 
@@ -544,7 +527,7 @@ def changed_config(settings: Settings, job: Job, changes: Mapping[str, Any]) -> 
     if wrong := [name for name in changes if name not in free]:
         expected = "a knob that may change: " + (", ".join(sorted(free)) or "none of this job")
         problems = [problem_at(name, expected, changes[name]) for name in wrong]
-        raise Problem(422, "config_invalid", sentence(problems), problems)
+        raise invalid(*problems, code="config_invalid")
     config = job.config | dict(changes)
     if isinstance(config.get("training_params"), dict):
         nested = config["training_params"]

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from studio import datasets, forms, jobs
-from studio.problems import Problem, problem_of, show
-from studio.run_page import controls_of, schema_of
+from studio.problems import Problem
+from studio.run_page import buckets_of, controls_of, schema_of
 from studio.status import job_of, read_result
 from studio.views import plural
 
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from starlette.datastructures import State
 
     from studio.settings import Settings
+    from studio.store import Job
 
 Record = dict[str, Any]
 
@@ -182,18 +181,23 @@ def check_of(studio: State, draft: Draft) -> Record:
         nothing = {"valid": False, "message": problem.detail, "problems": problem.problems}
         answer = {**nothing, "warnings": []}
     config = json.dumps(draft.config, indent=2, ensure_ascii=False)
-    return {**answer, "placed": placed(studio, answer["problems"]), "config": config}
+    told: Record = {"placed": placed(studio, answer["problems"]), "config": config}
+    told |= {"buckets": buckets_of(answer.get("report") or {})}
+    return {**answer, **told, "filled": filled_in(studio, answer.get("preset") or {})}
 
 
-def training_of(draft: Draft) -> jobs.Training:
-    """Make the request that a program would make."""
+def filled_in(studio: State, told: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Lay out what a preset sets: knob by knob, with its value and the reason."""
+    knobs, reasons = knobs_of(studio), told.get("reasons", {})
+    return [
+        (knobs[knob].label, forms.to_text(knobs[knob], value), str(reasons.get(knob, "")))
+        for knob, value in told.get("values", {}).items()
+        if knob in knobs
+    ]
+
+
+def start(studio: State, draft: Draft) -> Job:
+    """Ask for what a program would ask for."""
     asked: Record = {"config": draft.config, "engine": draft.engine}
     asked |= {"dataset": draft.dataset or None, "name": draft.name or None}
-    try:
-        return jobs.Training(**asked)
-    except ValidationError as error:
-        found = [problem_of({**each, "loc": ("body", *each["loc"])}) for each in error.errors()]
-        detail = (
-            f"{found[0]['path']}: expected {found[0]['expected']}, got {show(found[0]['found'])}"
-        )
-        raise Problem(422, "request_invalid", detail, found) from error
+    return jobs.begin(studio, jobs.Training, asked)

@@ -20,11 +20,11 @@ from studio.new_page import (
     draft_of_job,
     draft_of_preset,
     form_values,
-    training_of,
+    start,
 )
 from studio.problems import Problem
 from studio.run_page import newest_picture, part_values, run_values
-from studio.status import briefs, job_of
+from studio.status import briefs, final_of, job_of
 from studio.store import FINAL, KINDS, Job
 from studio.views import THEMES, environment, first_values, go_to, read_form, render
 
@@ -78,7 +78,7 @@ def rows_of(studio: State, found: Sequence[Job]) -> list[Record]:
 
 def row_of(studio: State, job: Job, brief: Record) -> Record:
     """Complete what a list says of a job."""
-    final = job.final if job.state == "completed" else None
+    final = final_of(studio.settings.job(job.id), job)
     whole = {**brief, "final": final, "continues_from": job.continues_from}
     return {**words.shown(whole), "picture": newest_picture(studio, job)}
 
@@ -195,7 +195,7 @@ def take_form(request: Request, form: Form) -> Response:
         values = form_values(studio, draft, check=check_of(studio, draft))
         return render(request, "new.html", **values, focus="")
     try:
-        job = jobs.train(studio, training_of(draft))
+        job = start(studio, draft)
     except Problem as problem:
         values = form_values(studio, draft, problem=problem)
         return render(request, "new.html", status_code=problem.status, **values, focus="problems")

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 AGAIN_SECONDS = 3.0  # after a connection was lost
 QUICK_SECONDS = 3.0  # for an answer that others wait for
 STREAM, NEWS, END, ASKED = "stdout.jsonl", "peer.json", "exit.json", "asked"
-PLACES = ("image_path", "path", "final_path")  # of events, which name files
+# Of events, what names files.
+PLACES = ("image_path", "path", "embedding_path", "final_path", "best_path", "strip_path")
 OURS = ("output_path", "dataset_path")  # knobs that each studio sets itself
 
 log = logging.getLogger("studio")

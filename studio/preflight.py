@@ -27,6 +27,7 @@ WAITING_SECONDS = 30
 AT_WORK = threading.BoundedSemaphore(2)
 CHILDREN: set[subprocess.Popen[bytes]] = set()
 TAIL = 500  # characters of stderr
+TOPICS = ("device", "model", "dataset", "memory", "preset")  # of what it found
 
 
 def ask_trainer(settings: Settings, config: Mapping[str, Any]) -> Record:
@@ -50,7 +51,7 @@ def ask_trainer(settings: Settings, config: Mapping[str, Any]) -> Record:
         "code": failed.get("code"),
         "message": last.get("message"),
         "hint": failed.get("hint"),
-        **{topic: facts.get(topic) for topic in ("device", "model", "dataset", "memory")},
+        **{topic: facts.get(topic) for topic in TOPICS},
     }
 
 

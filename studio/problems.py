@@ -70,6 +70,11 @@ def show(value: object) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
 
+def invalid(*problems: Mapping[str, str], code: str = "request_invalid") -> Problem:
+    """Refuse a request for the values it holds."""
+    return Problem(422, code, sentence(problems), problems)
+
+
 def respond(request: Request, problem: Problem) -> Response:
     """Answer a program with a document, and a person with a page."""
     if "text/html" in request.headers.get("accept", ""):
@@ -102,8 +107,7 @@ def as_problem(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
-        found = [problem_of(each) for each in error.errors()]
-        return Problem(422, "request_invalid", sentence(found), found)
+        return invalid(*(problem_of(each) for each in error.errors()))
     if isinstance(error, HTTPException):
         code = HTTPStatus(error.status_code).name.lower()
         return Problem(error.status_code, code, str(error.detail), headers=error.headers)

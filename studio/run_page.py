@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studio import forms, preflight, words
-from studio.events import attempts_of, clean
+from studio.files import read_log
 from studio.film import film_of, natural
-from studio.local import tail_of
-from studio.status import job_of, status
+from studio.series import VALIDATION
+from studio.status import final_of, job_of, status
 from studio.store import FINAL
-from studio.views import show_bytes, show_duration, show_number
+from studio.views import show_bytes, show_duration, show_number, show_share
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from studio.store import AttemptRow, Job
 
 Record = dict[str, Any]
+Points = list[tuple[int, float]]
 
 THUMBNAIL = "?thumb=384"
-SHOWN_FILES = {"train": (".safetensors", ".csv")}
-OTHER_FILES = (".json", ".html", ".csv", ".txt")
+OTHER_FILES = {"train": (".csv",)}  # beside tensors; of jobs of other kinds, what follows
+TOLD_FILES = (".json", ".html", ".csv", ".txt")
 MOST_PICTURES = 400
 MOST_MESSAGES = 500
 NOTES = {"warning": "warn", "error": "bad", "complete": "good", "interrupted": "warn"}
@@ -63,27 +64,30 @@ class Told:
 
     position: str
     start: Record
-    preset: Record  # what it filled in
     progress: Record
     messages: list[Record]
     samples: list[Record]
     checkpoints: list[Record]
-    losses: list[tuple[int, float]]
+    dataset: Record
+    preset: Record  # what it filled in
+    losses: Points
+    held_losses: Points  # on images held back
 
 
 def told_so_far(story: Story) -> Told:
     """Take all that a page shows at once, as the story goes on in another thread."""
     with story.lock:
-        preset = story.facts.get("preset", {})
         return Told(
             position=str(story.recent.end),
             start=story.start or {},
-            preset=preset.get("values", {}) if preset.get("verb") == "sets" else {},
             progress=story.progress or {},
             messages=list(story.messages)[-MOST_MESSAGES:],
             samples=list(story.samples),
             checkpoints=list(story.checkpoints),
+            dataset=story.facts.get("dataset", {}),
+            preset=story.facts.get("preset", {}),
             losses=list(story.series.curves.get("loss", ())),
+            held_losses=list(story.series.curves.get(VALIDATION, ())),
         )
 
 
@@ -91,8 +95,7 @@ def run_values(studio: State, job_id: str) -> Record:
     """Gather all that the page shows."""
     job, told = job_of(studio.store, job_id), told_so_far(studio.hub.story(job_id))
     folder = studio.settings.job(job_id)
-    config = {**job.config, **(told.start.get("config") or {}), **told.preset}
-    training = job.kind == "train"
+    config, training = used(job, told), job.kind == "train"
     return {
         **state_values(studio, job, told),
         **film_values(job, told),
@@ -102,14 +105,21 @@ def run_values(studio: State, job_id: str) -> Record:
         "position": told.position,
         "messages": [message_of(line) for line in told.messages],
         "curves": list(CURVES.items()),
-        "curve": polyline(averaged(told.losses)),
+        "lines": polylines(averaged(told.losses), told.held_losses),
+        "buckets": buckets_of(told.dataset),
         "checkpoint_steps": [line["step"] for line in told.checkpoints if line.get("step")],
         "pictures": [] if training else pictures_of(folder / "output"),
         "settings": settings_of(config, knobs_of(studio)) if training else [],
         "attempts": studio.store.attempts(job.id),
         "steps_of": steps_of,
-        "log": log_of(folder),
+        "log": read_log(folder, None, None)["text"],
     }
+
+
+def used(job: Job, told: Told) -> Record:
+    """Say with which config a run works, or would: a preset's values are told apart from it."""
+    filled = told.preset.get("values") if told.preset.get("verb") == "sets" else None
+    return {**job.config, **(told.start.get("config") or {}), **(filled or {})}
 
 
 def part_values(studio: State, job_id: str, part: str) -> Record:
@@ -119,7 +129,7 @@ def part_values(studio: State, job_id: str, part: str) -> Record:
         return state_values(studio, job, told)
     if part == "film":
         return film_values(job, told)
-    return file_values(studio, job, {**job.config, **(told.start.get("config") or {})})
+    return file_values(studio, job, used(job, told))
 
 
 def state_values(studio: State, job: Job, told: Told) -> Record:
@@ -129,7 +139,7 @@ def state_values(studio: State, job: Job, told: Told) -> Record:
         "job": words.shown(status(studio.settings, studio.store, job, story)),
         "problems": forms.placed((job.error or {}).get("problems") or [], knobs_of(studio)),
         "facts": facts_of(job, told.progress),
-        "chart_told": sentence(averaged(told.losses)),
+        "chart_told": sentences(told),
     }
 
 
@@ -141,9 +151,10 @@ def film_values(job: Job, told: Told) -> Record:
 
 def file_values(studio: State, job: Job, config: Record) -> Record:
     """List the files."""
-    output = studio.settings.job(job.id) / "output"
+    folder = studio.settings.job(job.id)
+    best = (final_of(folder, job) or {}).get("best_checkpoint")
     return {
-        "files": files_of(output, SHOWN_FILES.get(job.kind, OTHER_FILES)),
+        "files": files_of(folder / "output", OTHER_FILES.get(job.kind, TOLD_FILES), best),
         "files_at": f"/jobs/{job.id}/files/output/",
         "first_checkpoint": config.get("checkpoint_steps") if job.kind == "train" else None,
     }
@@ -178,10 +189,27 @@ def ended_facts(final: Record) -> list[tuple[str, str | None]]:
     """Say what a finished run came to."""
     return [
         ("Loss at the end", known(final.get("final_loss"), show_number)),
+        *learned_facts(final),
         ("Time", known(final.get("total_time"), show_duration)),
         ("Images per second", known(final.get("images_per_second"), show_number)),
         ("Memory at most", known(final.get("peak_memory_bytes"), show_bytes)),
         ("Size", known(final.get("bytes"), show_bytes)),
+    ]
+
+
+def learned_facts(final: Record) -> list[tuple[str, str | None]]:
+    """Say what was learned: by the loss with and without it, and by what it changes."""
+    numbers = (final.get("loss_before"), final.get("loss_after"))
+    before, after = (known(value, show_number) for value in numbers)
+    images = "the images" if final.get("best_step") is None else "images held back"
+    moved, otherwise = (
+        known(final.get(name), show_share) for name in ("moved", "moved_without_trigger")
+    )
+    without = f", {otherwise} without the trigger words" if otherwise else ""
+    return [
+        (f"Loss on {images}", f"{after}, {before} without it" if before and after else None),
+        ("Least at step", known(final.get("best_step"), show_number)),
+        ("It changes predictions by", moved and moved + without),
     ]
 
 
@@ -207,15 +235,23 @@ def message_of(line: Mapping[str, Any]) -> Record:
     }
 
 
-def files_of(output: Path, suffixes: Sequence[str]) -> list[Record]:
-    """List what there is to take along: the LoRA, its checkpoints from the newest on, the rest."""
-    found = [path for path in listed(output) if path.suffix in suffixes]
-    checkpoints = [p for p in listed(output / "checkpoints") if p.suffix == ".safetensors"]
-    checkpoints.sort(key=lambda path: natural(path.name), reverse=True)
-    loras = [path for path in found if path.suffix == ".safetensors"]
-    rest = [path for path in found if path.suffix != ".safetensors"]
-    ordered = [*loras, *checkpoints, *rest]
-    return [file_of(path, output) for path in ordered]
+def files_of(output: Path, others: Sequence[str], best: str | None = None) -> list[Record]:
+    """List what there is to take along: LoRAs, learned words, files with some other endings."""
+    found = [*loras_of(output), *newest_first(output / "embeddings")]
+    found += [path for path in listed(output) if path.suffix in others]
+    return [file_of(path, output, best) for path in found]
+
+
+def loras_of(output: Path) -> list[Path]:
+    """List the LoRA and its checkpoints, the newest first."""
+    return [*newest_first(output), *newest_first(output / "checkpoints")]
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """List the tensors of a folder: what is finished, and then the steps before."""
+    found = [path for path in listed(folder) if path.suffix == ".safetensors"]
+    steps = {path: words.step_of(path.stem) for path in found}
+    return sorted(found, key=lambda path: (steps[path] is not None, -(steps[path] or 0)))
 
 
 def listed(folder: Path) -> list[Path]:
@@ -229,19 +265,27 @@ def listed(folder: Path) -> list[Path]:
     return []
 
 
-def file_of(path: Path, output: Path) -> Record:
+def file_of(path: Path, output: Path, best: str | None = None) -> Record:
     """Say what a file is called and how large it is; one that has just gone is of no size."""
-    step = words.step_of(path.stem)
-    final = path.name == "lora_final.safetensors"
-    with contextlib.suppress(OSError):
-        size = path.stat().st_size
-        return {
-            "name": path.relative_to(output).as_posix(),
-            "title": "Finished LoRA" if final else f"Step {step:,}" if step else path.name,
-            "note": path.name if final else "",
-            "bytes": size,
-        }
-    return {"name": path.name, "title": path.name, "note": "gone", "bytes": 0}
+    name = path.relative_to(output).as_posix()
+    title, note = titled(path)
+    if best == f"output/{name}":
+        note = "least loss on images held back"
+    try:
+        return {"name": name, "title": title, "note": note, "bytes": path.stat().st_size}
+    except OSError:
+        return {"name": name, "title": title, "note": "gone", "bytes": 0}
+
+
+def titled(path: Path) -> tuple[str, str]:
+    """Say what people call a file, and what they may want to know beside that."""
+    step, tensors = words.step_of(path.stem), path.suffix == ".safetensors"
+    word = path.parent.name == "embeddings"
+    if not tensors:
+        return path.name, ""
+    if step is not None:
+        return f"Step {step:,}", "learned word" if word else ""
+    return ("Learned word" if word else "Finished LoRA"), path.name
 
 
 def pictures_of(output: Path) -> list[str]:
@@ -266,19 +310,27 @@ def settings_of(config: Mapping[str, Any], knobs: Mapping[str, forms.Control]) -
     return sorted(rows, key=lambda row: not row["changed"])
 
 
+def buckets_of(dataset: Mapping[str, Any]) -> list[tuple[str | None, ...]]:
+    """Lay out at which sizes images are trained, how many, and what cropping takes of them."""
+    table = dataset.get("buckets")
+    rows = table.items() if isinstance(table, dict) else ()
+    return [
+        (
+            size.replace("x", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"),
+            known(row.get("images"), show_number),
+            known(row.get("cropped"), show_share),
+            known(row.get("cropped_at_most"), show_share),
+        )
+        for size, row in rows
+        if isinstance(row, dict)
+    ]
+
+
 def steps_of(attempt: AttemptRow) -> str:
     """Say from which step to which an attempt came."""
     if attempt.last_step is None:
         return "none"
     return f"{show_number(attempt.first_step or 0)} to {show_number(attempt.last_step)}"
-
-
-def log_of(folder: Path) -> str:
-    """Read the end of what the last attempt said beside its events."""
-    attempts = attempts_of(folder)
-    if not attempts:
-        return ""
-    return clean(tail_of(folder / "attempts" / str(attempts[-1]) / "stderr.log"))
 
 
 def newest_picture(studio: State, job: Job) -> str | None:
@@ -295,27 +347,39 @@ def newest_picture(studio: State, job: Job) -> str | None:
 # --- The curve that needs no script ---
 
 
-def averaged(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def averaged(points: Points) -> Points:
     """Sum up a curve in a few points."""
     size = max(1, -(-len(points) // BUCKETS))
     groups = [points[begin : begin + size] for begin in range(0, len(points), size)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def polyline(points: Sequence[tuple[int, float]]) -> str:
-    """Write points as SVG does."""
-    if len(points) < 2:
-        return ""
-    first, last = points[0][0], points[-1][0]
-    values = [value for _, value in points]
-    low, high = min(values), max(values)
-    across = WIDTH / max(1, last - first)
-    up = HEIGHT / ((high - low) or 1)
-    places = (((step - first) * across, HEIGHT - (value - low) * up) for step, value in points)
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+def polylines(*curves: Points) -> list[str]:
+    """Write curves as SVG does, in one frame; what has less than two points is no curve."""
+    points = [point for curve in curves for point in curve]
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    across = WIDTH / max(1, max(steps, default=0) - min(steps, default=0))
+    up = HEIGHT / ((max(values, default=0) - min(values, default=0)) or 1)
+
+    def place(step: int, value: float) -> str:
+        return f"{(step - min(steps)) * across:.1f},{HEIGHT - (value - min(values)) * up:.1f}"
+
+    return [" ".join(place(*point) for point in curve) if curve[1:] else "" for curve in curves]
 
 
-def sentence(points: Sequence[tuple[int, float]]) -> str:
+def sentences(told: Told) -> str:
+    """Say what the losses did."""
+    said = [sentence("The loss", averaged(told.losses))]
+    if len(told.held_losses) > 1:
+        least, value = min(told.held_losses, key=lambda point: point[1])
+        best = f" It was least at step {show_number(least)}: {show_number(value)}."
+        said.append(
+            sentence("On images held back (the line with dots) it", told.held_losses) + best
+        )
+    return " ".join(said)
+
+
+def sentence(what: str, points: Points) -> str:
     """Say what a loss did, by its first and last tenth."""
     if len(points) < 2:
         return "The loss is drawn here from the second measurement on."
@@ -325,7 +389,7 @@ def sentence(points: Sequence[tuple[int, float]]) -> str:
     word = "rose" if word == "fell" and after > before else word
     numbers = f"from {show_number(before)} to {show_number(after)}"
     numbers = f"about {show_number(after)}" if word == "stayed" else numbers
-    return f"The loss {word} {numbers} over {show_number(points[-1][0])} steps."
+    return f"{what} {word} {numbers} over {show_number(points[-1][0])} steps."
 
 
 def mean(points: Iterable[tuple[int, float]]) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studio.events import STREAM, Story, step_of
+from studio.events import STREAM, Story
 from studio.problems import Problem, show
 from studio.store import ACTIVE, UnknownJob
 
@@ -21,6 +21,13 @@ Record = dict[str, Any]
 
 MOST_RESULT_BYTES = 16 * 2**20
 PROGRESS = ("loss", "learning_rate", "images_per_second", "eta_seconds")
+# Of the last line of a job, what is told as it is, and which files are, by other names.
+ENDED = (
+    *("bytes", "sha256", "total_time", "final_loss", "images_per_second", "peak_memory_bytes"),
+    *("best_step", "loss_before", "loss_after", "loss_spread", "moved", "moved_without_trigger"),
+    *("summary", "files"),
+)
+NAMED = {"path": "final_path", "best_checkpoint": "best_path", "embedding": "embedding_path"}
 
 
 def job_of(store: Store, job_id: str) -> Job:
@@ -83,7 +90,7 @@ def status(settings: Settings, store: Store, job: Job, story: Story) -> Record:
         "attempt": last,
         "silent_seconds": silence(folder, last) if job.state in ACTIVE else None,
         "continues_from": inside(folder, job.continues_from),
-        "final": final_of(folder, job, story),
+        "final": final_of(folder, job),
         "results": results_of(folder, job),
         "warnings": [
             {name: line.get(name) for name in ("code", "message")} for line in story.warnings
@@ -116,25 +123,16 @@ def inside(folder: Path, path: object) -> str | None:
     return Path(path).name
 
 
-def final_of(folder: Path, job: Job, story: Story) -> Record | None:
+def final_of(folder: Path, job: Job) -> Record | None:
     """Say what came of a job."""
     if job.final is None or job.state != "completed":
         return None
-    kept = ("bytes", "sha256", "total_time", "final_loss", "peak_memory_bytes", "summary", "files")
-    found = {name: job.final[name] for name in kept if name in job.final}
+    found = {name: job.final[name] for name in ENDED if name in job.final}
     if "files" in found:
         found["files"] = [inside(folder, path) for path in found["files"]]
     if "final_path" in job.final:
-        found["path"] = inside(folder, job.final["final_path"])
-        found["best_checkpoint"] = best_checkpoint(folder, story)
+        found |= {name: inside(folder, job.final.get(key)) for name, key in NAMED.items()}
     return found
-
-
-def best_checkpoint(folder: Path, story: Story) -> str | None:
-    """Name the checkpoint at which the held-back images were met best, where any were."""
-    best = story.validation and story.validation.get("best_step")
-    found = (line for line in story.checkpoints if best and step_of(line) == best)
-    return next((inside(folder, line.get("path")) for line in found), None)
 
 
 def results_of(folder: Path, job: Job) -> Record | None:

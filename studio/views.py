@@ -75,6 +75,11 @@ def show_number(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.1f}"
 
 
+def show_share(value: float) -> str:
+    """Show a part of a whole: 12 %, 0.4 %."""
+    return f"{show_number(float(f'{100 * value:.2g}'))} %"
+
+
 def show_clock(value: str | None) -> str:
     """Show a time as people on this machine say it: 14:32, or 3 Nov 14:32 on another day."""
     if value is None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
 from studio.views import show_bytes, show_clock, show_duration, show_number
 
@@ -21,6 +22,12 @@ KINDS = {
 FINAL = ("completed", "stopped", "failed", "cancelled")
 SILENT = 120  # seconds without an event that are worth a word
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
+# What the trainer doubts of a finished run, and what to do about it.
+REMEDIES = {
+    "nothing_learned": "Train on to more steps, or begin anew with a higher learning rate.",
+    "overfitted": "Take the LoRA of that step; next time, fewer steps or a lower rank will do.",
+    "measure_failed": "Look at the previews.",
+}
 
 
 def shown(status: Status) -> dict[str, Any]:
@@ -35,6 +42,7 @@ def shown(status: Status) -> dict[str, Any]:
         "left_told": left_told(status),
         "stale": stale(status),
         "download": download(status),
+        "doubts": doubts(status),
         "resumable": status["state"] in ("stopped", "failed", "cancelled"),
     }
 
@@ -166,9 +174,18 @@ def stale(status: Status) -> str | None:
     return f"No news for {show_duration(silent)}. The process is alive; a step may take long."
 
 
-def download(status: Status) -> str | None:
-    """Name the address of the finished LoRA."""
-    final = status.get("final")
-    if status["state"] != "completed" or status["kind"] != "train" or not final:
+def download(status: Status, name: str = "path") -> str | None:
+    """Name the address of what a training came to, or of another of its files."""
+    path = (status.get("final") or {}).get(name)
+    if status["kind"] != "train" or not path:
         return None
-    return f"/jobs/{status['job_id']}/files/output/lora_final.safetensors"
+    return f"/jobs/{status['job_id']}/files/{quote(path)}"
+
+
+def doubts(status: Status) -> list[tuple[str, str | None]]:
+    """Say of a finished training what speaks against it, and which file to take instead."""
+    if status["state"] != "completed":
+        return []
+    found = [each for each in status.get("warnings") or [] if each["code"] in REMEDIES]
+    better = {"overfitted": download(status, "best_checkpoint")}
+    return [(f"{w['message']}. {REMEDIES[w['code']]}", better.get(w["code"])) for w in found]

@@ -5,6 +5,8 @@ const FORMATS = {
   memory_bytes: (value) => `${(value / 1e9).toFixed(1)} GB`,
 };
 
+const HELD = "validation_loss"; // on images held back: drawn beside the loss
+
 // Custom properties hold light-dark(…); only an element in place says which of both it is.
 function colour(name) {
   const probe = document.createElement("i");
@@ -17,7 +19,7 @@ function colour(name) {
 
 export class Chart {
   constructor(box, controls) {
-    Object.assign(this, { box, controls, plot: null, steps: [], values: {}, checkpoints: [], sessions: [] });
+    Object.assign(this, { box, controls, plot: null, steps: [], values: {}, checkpoints: [], sessions: [], meanwhile: null });
     for (const control of Object.values(controls)) control.addEventListener("input", () => this.draw(true));
     new ResizeObserver(() => this.plot?.setSize(this.size())).observe(box);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw(true));
@@ -27,28 +29,36 @@ export class Chart {
     return { width: this.box.clientWidth, height: this.box.clientHeight };
   }
 
-  // Takes all there is, as the server has summed it up; a restart may have taken steps back.
+  // Takes all there is, as the server has summed it up; a restart may have taken steps back. What
+  // is heard while the answer is on its way comes behind it.
   async load(address) {
-    const answer = await fetch(address);
-    if (!answer.ok) return;
-    const { steps, series, sessions } = await answer.json();
-    this.steps = steps;
-    this.sessions = sessions;
-    this.values = Object.fromEntries(Object.entries(series).map(([name, columns]) => [name, columns.mean]));
+    const meanwhile = (this.meanwhile = []);
+    const answer = await fetch(address).catch(() => null);
+    const told = answer?.ok ? await answer.json() : null;
+    if (meanwhile !== this.meanwhile) return; // a later answer says more
+    this.meanwhile = null;
+    if (!told) return;
+    this.steps = told.steps;
+    this.sessions = told.sessions;
+    this.values = Object.fromEntries(Object.entries(told.series).map(([name, columns]) => [name, columns.mean]));
+    for (const line of meanwhile) this.add(line);
     this.draw(true);
   }
 
-  // Takes one line of progress; what is known already is left alone.
+  // Takes one line of progress, or of the loss on images held back; what is known already is left
+  // alone. That loss is told behind the progress of its step, which may have been left out.
   add(line) {
-    if (line.step <= (this.steps.at(-1) ?? -1)) return;
-    this.steps.push(line.step);
-    for (const option of this.controls.series.options) {
-      const name = option.value;
-      this.values[name] ??= new Array(this.steps.length - 1).fill(null);
-      this.values[name].push(line[name] ?? null);
+    this.meanwhile?.push(line);
+    const held = line.type === "validation";
+    const last = this.steps.at(-1) ?? -1;
+    if (line.step < last || (line.step === last && !held)) return;
+    if (line.step > last) this.steps.push(line.step);
+    const at = this.steps.length - 1;
+    const numbers = held ? { [HELD]: line.loss } : line;
+    for (const name of [HELD, ...[...this.controls.series.options].map((option) => option.value)]) {
+      this.values[name] ??= new Array(at).fill(null);
+      this.values[name][at] = numbers[name] ?? this.values[name][at] ?? null;
     }
-    for (const [name, column] of Object.entries(this.values))
-      if (column.length < this.steps.length) column.push(null);
     this.draw(false);
   }
 
@@ -58,7 +68,7 @@ export class Chart {
     if (!raw || this.steps.length < 2) return;
     const weight = this.controls.smooth.value / 100;
     const data = [this.steps, raw, smoothed(raw, weight)];
-    if (name === "loss") data.push(this.values.validation_loss ?? new Array(this.steps.length).fill(null));
+    if (name === "loss") data.push(this.values[HELD] ?? new Array(this.steps.length).fill(null));
     if (this.plot && !anew) {
       this.plot.setData(data);
       return;
@@ -78,7 +88,7 @@ export class Chart {
       { stroke: faint(accent), width: 1, points: { show: false } },
       { stroke: accent, width: 2.25, points: { show: false } },
     ];
-    if (data.length > 3) series.push({ stroke: colour("warn"), dash: [2, 4], width: 2, spanGaps: true });
+    if (data.length > 3) series.push({ stroke: colour("warn"), width: 2, spanGaps: true, points: { show: true, size: 6 } });
     return {
       ...this.size(),
       series,
@@ -98,7 +108,8 @@ export class Chart {
     if (!this.controls.clip.checked) return {};
     const sorted = data[1].filter((value) => value !== null).sort((a, b) => a - b);
     const at = (share) => sorted[Math.floor(share * (sorted.length - 1))];
-    return { range: () => uPlot.rangeNum(at(0.02), at(0.98), 0.1, false) };
+    const held = (data[3] ?? []).filter((value) => value !== null);
+    return { range: () => uPlot.rangeNum(Math.min(at(0.02), ...held), Math.max(at(0.98), ...held), 0.1, false) };
   }
 
   mark(plot, stroke) {
@@ -125,9 +136,11 @@ export class Chart {
     const at = plot.cursor.idx;
     this.bubble.hidden = at === null || at === undefined;
     if (this.bubble.hidden) return;
-    const [steps, raw, smooth] = plot.data;
-    if (smooth[at] === null) return;
-    this.bubble.textContent = `Step ${steps[at].toLocaleString("en")}: ${told(raw[at] ?? smooth[at])}, smoothed ${told(smooth[at])}`;
+    const [steps, raw, smooth, held] = plot.data;
+    if (smooth[at] === null && !held?.[at]) return;
+    const numbers = smooth[at] === null ? [] : [told(raw[at] ?? smooth[at]), `smoothed ${told(smooth[at])}`];
+    if (held?.[at]) numbers.push(`held back ${told(held[at])}`);
+    this.bubble.textContent = `Step ${steps[at].toLocaleString("en")}: ${numbers.join(", ")}`;
     if (this.bubble.parentElement !== this.box) this.box.append(this.bubble);
   }
 }

@@ -33,11 +33,10 @@ async function check() {
 }
 
 function show(html) {
-  const open = $("check").querySelector("details")?.open;
+  const open = new Set([...$("check").querySelectorAll("details[open] > summary")].map((each) => each.textContent));
   const fresh = new DOMParser().parseFromString(html, "text/html");
   $("check").replaceChildren(...fresh.body.childNodes);
-  const details = $("check").querySelector("details");
-  if (details) details.open = open ?? false;
+  for (const summary of $("check").querySelectorAll("summary")) summary.parentElement.open = open.has(summary.textContent);
   clearWrong();
   const problems = [...$("check").querySelectorAll("[data-field]")];
   for (const each of problems) setWrong(each.dataset.field, each.dataset.text);

@@ -133,7 +133,7 @@ function setUpLog() {
   async function read() {
     const answer = await fetch(`/jobs/${job}/log`).catch(() => null);
     if (answer?.ok) {
-      const said = await answer.text();
+      const said = (await answer.json()).text;
       const atEnd = text.scrollTop + text.clientHeight > text.scrollHeight - 24;
       if (said.trim() && said !== text.textContent) text.textContent = said;
       if (atEnd) text.scrollTop = text.scrollHeight;
@@ -202,7 +202,7 @@ log.scrollTop = log.scrollHeight;
 
 function takeLine(line) {
   remember(line);
-  if (line.type === "progress") chart?.add(line);
+  if (line.type === "progress" || line.type === "validation") chart?.add(line);
   if (line.type === "start") chart?.load(`/jobs/${job}/metrics?points=800`);
   if (line.type === "start" || line.type === "sample") refreshFilm();
   if (line.type === "checkpoint" || line.type === "complete") refreshFiles();

@@ -88,7 +88,7 @@ def write_dataset(folder: Path) -> None:
     """Write three pictures with captions."""
     folder.mkdir(parents=True)
     for number in range(3):
-        write_image(folder / f"{number}.png", (300, 300))
+        write_image(folder / f"{number}.png", (300, 300 + number))
         (folder / f"{number}.txt").write_text(f"zkb number {number}", encoding="utf-8")
 
 

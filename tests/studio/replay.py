@@ -2,10 +2,11 @@
 
     python replay.py --config CONFIG [--SWITCH VALUE ...]
 
-It takes output_path, steps, checkpoint_steps, validation_steps and sample_prompts from the config,
-holds the lock of the output folder, honours signals and the stop file, saves, goes on from what was
-saved, and ends with the same bytes however often it was stopped. The switches make it misbehave.
-They may also stand in replay.json beside the program, where the command line is another's.
+It takes output_path, steps, checkpoint_steps, validation_steps, validation_split and sample_prompts
+from the config, holds the lock of the output folder, honours signals and the stop file, saves, goes
+on from what was saved, and ends with the same bytes however often it was stopped. The switches make
+it misbehave. They may also stand in replay.json beside the program, where the command line is not
+ours to write.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Replay:
         self.output.mkdir(parents=True, exist_ok=True)
         self.lines, self.seq, self.began = recorded(), 0, time.monotonic()
         self.step, self.sum, self.resumed_step, self.asked = 0, b"", 0, ""
+        self.held: dict[int, float] = {}  # losses on images held back, by step
 
     def say(self, kind: str, number: int = 0, **changes: Any) -> None:
         """Say a recorded line again, with other values."""
@@ -181,7 +183,21 @@ class Replay:
         if self.step % self.config.get("checkpoint_steps", 8) == 0:
             self.save("periodic")
         if self.step % self.config.get("validation_steps", 12) == 0:
+            self.measure()
             self.draw()
+
+    def measure(self) -> None:
+        """Tell how images held back are met, where any are: best half-way, and then worse again."""
+        if not self.config.get("validation_split"):
+            return
+        self.held[self.step] = 0.25 + abs(self.step / self.total - 0.5)
+        facts: Record = {"step": self.step, "loss": self.held[self.step]}
+        facts["best_step"] = self.best_step()
+        self.say("validation", message=f"Loss on images held back at {self.step}", **facts)
+
+    def best_step(self) -> int | None:
+        """Return where the loss on images held back was least."""
+        return min(self.held, key=self.held.__getitem__, default=None)
 
     def elapsed(self) -> float:
         """Tell how long this start has taken."""
@@ -205,7 +221,8 @@ class Replay:
         part = self.output / "state.part"
         part.write_text(json.dumps({"step": self.step, "sum": self.sum.hex()}), encoding="ascii")
         part.replace(self.output / "state.json")
-        self.say("checkpoint", step=self.step, path=str(path), bytes=len(self.sum), reason=reason)
+        facts: Record = {"step": self.step, "path": str(path), "bytes": len(self.sum)}
+        self.say("checkpoint", message=f"Checkpoint at step {self.step}", reason=reason, **facts)
         return path
 
     def draw(self) -> None:
@@ -224,8 +241,18 @@ class Replay:
         final.write_bytes(self.sum)
         facts: Record = {"final_path": str(final), "bytes": len(self.sum), "step": self.total}
         facts |= {"sha256": hashlib.sha256(self.sum).hexdigest(), "total_time": self.elapsed()}
+        facts |= {"best_step": self.best_step(), "best_path": None}
+        if self.held:
+            best = self.output / "checkpoints" / f"lora_step_{self.best_step()}.safetensors"
+            facts["best_path"] = str(best)
+            self.warn("overfitted", f"Overfitted since step {self.best_step()}")
         self.say("complete", message=f"Complete: {self.total} steps", **facts)
         raise Ended(0)
+
+    def warn(self, code: str, message: str) -> None:
+        """Say what speaks against the run."""
+        self.lines["warning"] = [{"type": "warning", "data": {}}]
+        self.say("warning", code=code, message=message)
 
     def interrupt(self) -> NoReturn:
         """Save and end, as was asked."""

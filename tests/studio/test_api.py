@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 from acting import PROBLEM_SCHEMA, acting, is_in, status_when, submitted, wanted
 from conftest import ROOT
+from studio_ground import wait_until
 
 from studio import files, jobs, metrics, preflight
 from studio.problems import Problem
@@ -280,11 +281,10 @@ def test_a_check_under_way_does_not_hold_up_the_end(tmp_path: Path) -> None:
         program = studio.settings.repository / "train_lora.py"
         program.write_text("import subprocess; subprocess.run(['sleep', '300'])", "utf-8")
         waiting = pool.submit(studio.client.post, "/validate", json={"config": {}})
-        while not preflight.CHILDREN:
-            time.sleep(0.05)
+        wait_until(lambda: bool(preflight.CHILDREN))
         studio.app.state.server.should_exit = True
         begun = time.monotonic()
-        assert waiting.result().status_code == 503
+        assert waiting.result(60).status_code == 503
         assert time.monotonic() - begun < 30
 
 
@@ -436,12 +436,13 @@ def test_jobs_are_listed_page_by_page(studio: Served, done: str, running: str) -
     """The newest first, each once, by state and kind where asked."""
     seen: list[str] = []
     before = ""
-    while True:
+    for _ in range(200):
         page = studio.client.get(f"/jobs?limit=2{before}").json()
         seen += [job["job_id"] for job in page["jobs"]]
         if page["next"] is None:
             break
         before = f"&before={page['next']}"
+    assert page["next"] is None
     assert seen == sorted(set(seen), reverse=True)
     assert {done, running} <= set(seen)
     found = studio.client.get("/jobs?state=running&kind=train").json()["jobs"]
@@ -681,7 +682,7 @@ def test_paths_of_events_that_lie_elsewhere_are_not_linked(studio: Served, done:
 def test_a_form_of_a_page_is_no_way_around_the_checks(studio: Served) -> None:
     """What pages call is what routes call: the same refusals."""
     with pytest.raises(Problem) as caught:
-        jobs.train(studio.app.state, jobs.Training(config={"base_model": "/etc"}))
+        jobs.begin(studio.app.state, jobs.Training, {"config": {"base_model": "/etc"}})
     assert caught.value.code == "path_refused"
 
 
@@ -692,4 +693,4 @@ def test_answers_come_while_configs_are_checked(studio: Served) -> None:
         begun = time.monotonic()
         assert studio.client.get("/jobs").status_code == 200
         assert time.monotonic() - begun < 10
-        assert {check.result().status_code for check in checks} == {200}
+        assert {check.result(60).status_code for check in checks} == {200}

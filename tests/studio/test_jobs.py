@@ -21,6 +21,7 @@ import jsonschema
 import pytest
 from acting import MODEL, acting, is_in, status_when, submitted, wanted
 from conftest import EVENT_VALIDATOR, ROOT
+from studio_ground import first_line, join, wait_until
 
 from studio import chain, jobs, webhook
 from studio.problems import Problem
@@ -243,6 +244,12 @@ def test_pictures_are_asked_for_as_the_tool_takes_it(studio: Served, trained: st
     assert (told_of["parent"], told_of["kind"]) == (trained, "generate")
 
 
+@pytest.mark.parametrize(("sides", "drawn"), [(768, 768), ([512, 768, 640], 768)])
+def test_pictures_are_as_large_as_previews(studio: Served, sides: Any, drawn: int) -> None:
+    """Which follow the largest of several sizes."""
+    assert jobs.side_of(studio.settings, {"resolution": sides}) == drawn
+
+
 def test_an_evaluation_draws_and_then_judges(studio: Served, trained: str) -> None:
     """Two programs in a row, the second with what the first has drawn."""
     job = submitted(studio, "/evaluate", job_id=trained, prompts=["zkb"], class_word="imp")
@@ -341,11 +348,10 @@ def test_a_stop_reaches_the_program_at_work(tmp_path: Path, number: signal.Signa
     text = STOPPABLE.replace("SIGTERM", number.name)
     commands = [program(tmp_path, "one", text), program(tmp_path, "two", complete("two"))]
     words = [sys.executable, chain.__file__, json.dumps(commands)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as running:
-        assert running.stdout is not None
-        assert b"ready" in running.stdout.readline()
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as running:
+        assert "ready" in first_line(running)
         running.send_signal(number)
-        last = json.loads(running.stdout.read().splitlines()[-1])
+        last = json.loads(running.communicate(timeout=60)[0].splitlines()[-1])
     assert running.returncode == 128 + number
     assert (last["type"], last["reason"]) == ("interrupted", number.name)
 
@@ -431,13 +437,13 @@ def listening(answer: Answer) -> Iterator[tuple[str, list[Record]]]:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/hook", heard
     finally:
         server.shutdown()
-        thread.join()
+        join(thread)
         server.server_close()
 
 
@@ -459,18 +465,10 @@ def test_a_webhook_hears_of_every_state(studio: Served) -> None:
     with listening(say(204)) as (url, heard):
         job = submitted(studio, **wanted(), notify_url=url)
         status_when(studio, job, is_in("completed"))
-        until(lambda: bool(heard) and heard[-1]["state"] == "completed")
+        wait_until(lambda: bool(heard) and heard[-1]["state"] == "completed")
     assert {each["job_id"] for each in heard} == {job}
     assert [each["state"] for each in heard] == ["running", "completed"]
     assert heard[-1]["percent"] == 100
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_webhook_follows_no_redirect(studio: Served) -> None:
@@ -481,7 +479,7 @@ def test_a_webhook_follows_no_redirect(studio: Served) -> None:
     ):
         job = submitted(studio, **wanted(), notify_url=url)
         status_when(studio, job, is_in("completed"))
-        until(lambda: len(heard) == 2)
+        wait_until(lambda: len(heard) == 2)
         assert heard_there == []
 
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from acting import MODEL, acting, is_in, status_when, submitted, wanted
 
-from studio import film, machine_page, views, words
+from studio import film, machine_page, new_page, run_page, views, words
 from studio.store import Job, new_id
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ TEMPLATES, STATIC = STUDIO / "templates", STUDIO / "static"
 HTML = {"Accept": "text/html"}
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}'
 NUMBERS = itertools.count()
+# What a preflight says in the end, as far as the page shows it.
+REPORT: dict[str, Any] = {
+    "images": 3,
+    "captions_found": 3,
+    "captions_missing": 0,
+    "total_steps": 12,
+}
+REPORT |= {"effective_batch": 1, "steps_per_epoch": 3, "disk_needed_bytes": None}
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +325,102 @@ def test_a_run_shows_its_pictures_files_messages_and_settings(
     )
 
 
+@pytest.fixture(scope="module")
+def overfitted(studio: Served) -> str:
+    """Provide a run with an image held back, which was met best half-way."""
+    asked = wanted(steps=16, checkpoint_steps=4, validation_steps=4, validation_split=1)
+    job_id = submitted(studio, **asked)
+    status_when(studio, job_id, is_in("completed"))
+    return job_id
+
+
+def test_a_run_shows_how_images_held_back_are_met(studio: Served, overfitted: str) -> None:
+    """By a curve, a sentence, and the file that met them best."""
+    text = unescape(get(studio, f"/runs/{overfitted}"))
+    assert text.count("<polyline") == 2
+    assert re.search(r"On images held back \(the line with dots\) it (fell|rose|stayed)", text)
+    assert "It was least at step 8: 0.25." in text
+    assert re.search(r"Step 8 <small>least loss on images held back</small>", text)
+    final = studio.client.get(f"/status/{overfitted}").json()["final"]
+    assert final["best_checkpoint"] == "output/checkpoints/lora_step_8.safetensors"
+    assert final["best_step"] == 8
+
+
+def test_what_speaks_against_a_run_is_told_with_what_to_take(
+    studio: Served, overfitted: str
+) -> None:
+    """Nobody looks for it among the messages."""
+    text = unescape(get(studio, f"/runs/{overfitted}/part/state"))
+    better = f"/jobs/{overfitted}/files/output/checkpoints/lora_step_8.safetensors"
+    assert "Overfitted since step 8. Take the LoRA of that step" in text
+    assert f'href="{better}" download' in text
+
+
+def ended(studio: Served, **final: Any) -> str:
+    """Plant a training that has ended so; files that are named are there."""
+    job_id = planted(studio, "completed", step=12, total_steps=12)
+    output = studio.settings.job(job_id) / "output"
+    for name in [name for name in final if name.endswith("_path")]:
+        final[name] = str(output / final[name])
+        path = Path(final[name])
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"LoRA")
+    with studio.app.state.store.writing() as db:
+        db.execute("UPDATE jobs SET final = ? WHERE id = ?", (json.dumps(final), job_id))
+    return job_id
+
+
+def test_a_run_says_what_was_learned(studio: Served) -> None:
+    """The loss with and without it, on which images, and how much it changes."""
+    numbers = {"loss_before": 0.2, "loss_after": 0.15, "moved": 0.123, "best_step": None}
+    told = unescape(get(studio, f"/runs/{ended(studio, **numbers)}"))
+    assert "<dt>Loss on the images</dt><dd>0.15, 0.2 without it</dd>" in told
+    assert "<dt>It changes predictions by</dt><dd>12 %</dd>" in told
+    numbers |= {"best_step": 8, "moved_without_trigger": 0.004}
+    told = unescape(get(studio, f"/runs/{ended(studio, **numbers)}"))
+    assert "<dt>Loss on images held back</dt>" in told
+    assert "<dt>Least at step</dt><dd>8</dd>" in told
+    assert "<dd>12 %, 0.4 % without the trigger words</dd>" in told
+
+
+def test_a_learned_word_is_offered_as_loras_are(studio: Served) -> None:
+    """Under its own name, by which programs call it; alone, it is what the run came to."""
+    word = "embeddings/zkb_embedding.safetensors"
+    job_id = ended(studio, final_path=word, embedding_path=word)
+    early = studio.settings.job(job_id) / "output" / "embeddings" / "embedding_step_4.safetensors"
+    early.write_bytes(b"early")
+    text = unescape(get(studio, f"/runs/{job_id}"))
+    assert re.search(r"Learned word <small>zkb_embedding.safetensors</small>", text)
+    assert re.search(r"Step 4 <small>learned word</small>", text)
+    at = f"/jobs/{job_id}/files/output/{word}"
+    assert text.count(f'href="{at}"') == 2
+    assert (
+        'filename="zkb_embedding.safetensors"'
+        in studio.client.get(at).headers["content-disposition"]
+    )
+    assert studio.client.get(f"/status/{job_id}").json()["final"]["embedding"] == f"output/{word}"
+    assert "embedding" not in get(studio, f"/compare?run={job_id}")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "rows"),
+    [
+        ({}, []),
+        ({"buckets": [1]}, []),
+        ({"buckets": {"64x32": 5}}, []),
+        (
+            {"buckets": {"64x32": {"images": 1500, "cropped": 0.1234, "cropped_at_most": "much"}}},
+            [("64\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}32", "1,500", "12 %", None)],
+        ),
+    ],
+)
+def test_sizes_of_training_are_laid_out_where_they_are_told(
+    dataset: dict[str, Any], rows: list[tuple[str, ...]]
+) -> None:
+    """Whatever an event says."""
+    assert run_page.buckets_of(dataset) == rows
+
+
 def test_what_the_page_links_to_is_there(studio: Served, finished: str) -> None:
     """Every file and every picture of it."""
     text = unescape(get(studio, f"/runs/{finished}"))
@@ -459,6 +563,26 @@ def test_a_check_tells_what_the_trainer_thinks_and_starts_nothing(studio: Served
         assert re.search(r"Fits: about [\d.]+ .B of [\d.]+ .B free", text)
         assert "12 steps, 1 image each" in text
     assert len(studio.app.state.store.jobs(limit=1000)) == before
+
+
+def test_what_a_preset_fills_in_is_told_with_its_reasons(studio: Served) -> None:
+    """Before the start beside the form, and after it among the settings."""
+    values = {"learning_rate": 1e-4, "lora_rank": 8, "unheard_of": 1}
+    told = {"verb": "sets", "preset": "style", "values": values, "reasons": {"lora_rank": "Small."}}
+    rows = new_page.filled_in(studio.app.state, told)
+    assert rows == [("Learning rate", "0.0001", ""), ("LoRA rank", "8", "Small.")]
+    check = {"valid": True, "report": REPORT, "warnings": [], "preset": told, "filled": rows}
+    page = views.environment().get_template("new_check.html")
+    text = page.render(check={**check, "memory": None, "buckets": []})
+    assert "The preset style sets 2 settings" in text
+    assert "Small." in text
+    job_id = planted(studio, "completed", config={"lora_rank": None})
+    folder = studio.settings.job(job_id) / "attempts" / "1"
+    folder.mkdir(parents=True)
+    line = {"type": "info", "topic": "preset", "message": "m", "data": told}
+    (folder / "stdout.jsonl").write_text(json.dumps(line) + "\n", encoding="ascii")
+    text = get(studio, f"/runs/{job_id}")
+    assert re.search(r">LoRA rank</th><td class=\"mono\">8</td>", text)
 
 
 def test_other_machines_are_offered_when_there_are_any(studio: Served) -> None:

@@ -15,9 +15,9 @@ import pytest
 import uvicorn
 from acting import acting, is_in, status_when, submitted, wanted, write_dataset, write_repository
 from conftest import ROOT
-from looking import chromium, expect, logged_in, looking, needs_chromium
+from looking import expect, logged_in, looking, needs_chromium
 from serving import Served, bind
-from studio_ground import end_all, wait_until
+from studio_ground import end_all, join, wait_until
 
 from studio.app import create_app
 from studio.settings import Settings
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
 pytestmark = [pytest.mark.browser, needs_chromium]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Provide Chromium."""
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +52,7 @@ def until(page: Page, true: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something comes true."""
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"not so after {seconds:.0f} s"
         page.wait_for_timeout(100)
 
 
@@ -234,6 +227,22 @@ def test_a_preview_is_asked_for_by_button(desk: BrowserContext, studio: Served) 
     studio.client.post(f"/jobs/{job_id}/stop", json={})
 
 
+def test_the_log_is_read_on_while_it_is_open(desk: BrowserContext, studio: Served) -> None:
+    """As the program wrote it, and without what would move a terminal's cursor."""
+    job_id = submitted(studio, **wanted(steps=300, checkpoint_steps=300, validation_steps=300))
+    with looking(desk, studio, f"/runs/{job_id}") as page:
+        until(page, lambda: step_of(page) > 2)
+        page.get_by_text("Log", exact=True).click()
+        log = studio.settings.job(job_id) / "attempts" / "1" / "stderr.log"
+        with log.open("ab") as file:
+            file.write(b"\x1b[31m<b>Careful</b>\x1b[0m\n")
+        expect(page.locator("#log-text")).to_have_text("<b>Careful</b>")
+        studio.client.post(f"/jobs/{job_id}/stop", json={})
+        expect(page.locator("#state")).to_contain_text("stopped")
+        page.reload()
+        expect(page.locator("#log-text")).to_have_text("<b>Careful</b>")
+
+
 # --- The service goes away under an open page ---
 
 
@@ -258,7 +267,7 @@ class Service:
         config = uvicorn.Config(self.app, log_level="warning", port=self.settings.port)
         config.timeout_graceful_shutdown = 1
         self.server = self.app.state.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started or not self.thread.is_alive())
         assert self.server.started  # or the port was taken meanwhile
@@ -266,7 +275,7 @@ class Service:
     def end(self) -> None:
         """End it; what runs goes on."""
         self.server.should_exit = True
-        self.thread.join()
+        join(self.thread)
 
 
 @pytest.fixture
@@ -337,6 +346,24 @@ def test_a_page_that_was_offline_catches_up_without_a_gap(
         told = studio.client.get(f"/jobs/{job_id}/metrics?points=800").json()["steps"]
         assert drawn == told
         assert page.evaluate("window.unchanged")
+
+
+def test_the_loss_on_images_held_back_is_drawn_as_it_is_measured(
+    desk: BrowserContext, studio: Served
+) -> None:
+    """Beside the loss, without a reload, each point at its step."""
+    asked = wanted(steps=80, checkpoint_steps=20, validation_steps=20, validation_split=1)
+    job_id = submitted(studio, **asked)
+    desk.add_init_script(KEPT_PLOT)
+    with looking(desk, studio, f"/runs/{job_id}") as page:
+        page.evaluate("window.unchanged = true")
+        expect(page.locator("#state")).to_contain_text("completed")
+        expect(page.locator("#chart-told")).to_contain_text("It was least at step 40")
+        points = "window.plot?.data[0].filter((_, at) => plot.data[3][at] !== null)"
+        until(page, lambda: page.evaluate(points) == [20, 40, 60, 80])
+        assert page.evaluate("window.unchanged")
+        page.reload()
+        until(page, lambda: page.evaluate(points) == [20, 40, 60, 80])
 
 
 # --- Much of everything ---
