@@ -135,10 +135,16 @@ def end_all(settings: Settings) -> None:
     """End whatever still runs below a data root, and wait for it."""
     for folder in settings.jobs.glob("*/attempts/*"):
         deadline = time.monotonic() + 5
-        while local.is_locked(folder / "alive") and time.monotonic() < deadline:
+        while lives(folder) and time.monotonic() < deadline:
             if pid := pid_of(folder):
                 kill_group(pid)
             time.sleep(0.02)
+
+
+def lives(folder: Path) -> bool:
+    """Tell whether an attempt runs, or is about to: a killed service may just have started it."""
+    begins = (folder / "stderr.log").exists() and not (folder / "stdout.jsonl").exists()
+    return begins or local.is_locked(folder / "alive")
 
 
 def kill_group(pid: int) -> None:
