@@ -149,6 +149,8 @@ def put(page: Page, name: str, value: Any) -> None:
     """Put a value into its control."""
     if isinstance(value, bool):
         page.locator(f"#{name}").set_checked(value)
+    elif page.locator(f"select#{name}").count():
+        page.locator(f"#{name}").select_option(value)
     elif page.locator(f"fieldset#{name}").count():
         page.locator(f"#{name} input[value='{value}']").check()
     else:
