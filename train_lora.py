@@ -72,6 +72,7 @@ import traceback
 import types
 import typing
 import uuid
+import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -3500,20 +3501,24 @@ def library_class(part: Part) -> Any:
     return getattr(importlib.import_module(part.library), part.class_name)
 
 
-def load_part(base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cpu") -> Any:
+def load_part(
+    base: BaseModel, part: Part, dtype: torch.dtype, device: Any = "cpu", packing: str = "auto"
+) -> Any:
     """Load one network by its explicit class, from safetensors alone, frozen."""
     located = base.parts[part]
     place = located.folder if located.original is None else located.files[0]
     load = load_with_transformers if part.library == "transformers" else load_with_diffusers
+    near = "cpu" if packing in QUANTISED else device  # the package packs on the way to a card
     with blaming(place, "what cannot be loaded"):
-        model, missing = load(part, located, dtype, device)
-    if missing:  # the libraries would go on with random numbers in their place
-        raise damaged_model(place, f"{len(missing)} weights missing")
+        model, missing = load(part, located, dtype, near)
+        if missing:  # the libraries would go on with random numbers in their place
+            raise damaged_model(place, f"{len(missing)} weights missing")
+        read_weights(model, device, part, packing)
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_with_transformers(part: Part, located: Located, dtype: torch.dtype, _: Any) -> Loaded:
-    """Load a text encoder; the library knows the published names, with their first word or not."""
+def load_with_transformers(part: Part, located: Located, dtype: torch.dtype, device: Any) -> Loaded:
+    """Build a text encoder; the library knows the published names, with their first word or not."""
     cls = library_class(part)
     config = cls.config_class.from_pretrained(located.folder, local_files_only=True)
     dropped = part.unread_layers if part.cut else located.skipped
@@ -3521,7 +3526,7 @@ def load_with_transformers(part: Part, located: Located, dtype: torch.dtype, _: 
         config.num_hidden_layers -= dropped
         if kinds := vars(config).get("layer_types"):
             config.layer_types = kinds[: config.num_hidden_layers]
-    state = read_all(part, located, dtype, layers=config.num_hidden_layers if dropped else None)
+    state = open_weights(part, located, dtype, device)
     if located.original is not None and part.publish:
         state = part.publish(part, state, config)
     state = {name.removeprefix(part.original or ""): value for name, value in state.items()}
@@ -3533,12 +3538,11 @@ def load_with_transformers(part: Part, located: Located, dtype: torch.dtype, _: 
 
 
 def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device: Any) -> Loaded:
-    """Load a denoiser or VAE; the library's way held 1.6 GiB more of an SD 1.5 denoiser."""
+    """Build a denoiser or VAE; the library's way held 1.6 GiB more of an SD 1.5 denoiser."""
     from accelerate import init_empty_weights
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
-    cls, tensors = library_class(part), read_all(part, located, dtype, near)
+    cls, tensors = library_class(part), open_weights(part, located, dtype, device)
     config = cls.load_config(located.folder, local_files_only=True)
     if located.original is not None:
         known: Any = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]
@@ -3550,47 +3554,88 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
     return model, lacks
 
 
-def read_all(
-    part: Part, located: Located, dtype: torch.dtype, device: str = "cpu", layers: int | None = None
-) -> Tensors:
-    """Read a network's tensors to where they are to be; mapped, the file would count as memory."""
+@functools.cache
+def unread_kind() -> Any:
+    """Define tensors that are still in their file, which takes torch."""
+    from torch.utils._pytree import tree_map_only
+
+    class Unread(torch.Tensor):
+        """Stands for a tensor of a file, or for what a library makes of some."""
+
+        @staticmethod
+        def __new__(cls, like: Tensor, read: Callable[[], Tensor]) -> Any:
+            """Look like one without numbers, and know how to get these."""
+            made = cls._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+            made.like, made.read = like, read
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, act: Any, _: Any, given: Any, options: Any = None) -> Any:
+            """Put off what is done with it: taking apart, joining, another order."""
+
+            def do(see: Callable[[Any], Tensor]) -> Any:
+                return act(*tree_map_only(cls, see, given), **(options or {}))
+
+            like, read = do(lambda each: each.like), lambda: do(lambda each: each.read())
+            if isinstance(like, torch.Tensor):
+                return cls(like, read)
+            return [cls(piece, lambda n=n: read()[n]) for n, piece in enumerate(like)]
+
+    return Unread
+
+
+def open_weights(part: Part, located: Located, dtype: torch.dtype, device: Any) -> Tensors:
+    """Name a network's tensors, which are read one by one; mapped, a file would count as memory."""
     tensors: Tensors = {}
     prefix = part.inner if located.original is None else located.original
     drop = part.inner if located.original is None else prefix if part.bare else ""
-    exact, numbered = re.compile(part.exact), re.compile(r"(.*\.)?layers\.(\d+)\.")
-
-    def wanted(name: str) -> bool:
-        layer = numbered.match(name) if layers else None
-        return name.startswith(prefix) and not (layer and int(layer[2]) >= (layers or 0))
-
+    near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
     for file in located.files:
-        with safetensors.safe_open(file, framework="pt", device=device, backend="pread") as opened:
-            for name in filter(wanted, opened.keys()):
-                kind = torch.float32 if exact.fullmatch(name) else dtype
-                tensors[name.removeprefix(drop)] = opened.get_tensor(name).to(kind)
+        opened = safetensors.safe_open(file, framework="pt", device=near, backend="pread")
+        for name in opened.keys():  # noqa: SIM118, it is no dict
+            if name.startswith(prefix):
+                kind = torch.float32 if re.fullmatch(part.exact, name) else dtype
+                like = torch.empty(opened.get_slice(name).get_shape(), dtype=kind, device="meta")
+                read = functools.partial(opened.get_tensor, name)
+                tensors[name.removeprefix(drop)] = unread_kind()(like, read)
     return tensors
 
 
-def pack_linears(network: Any, part: Part, precision: str, dtype: torch.dtype) -> None:
-    """Replace linear layers by packed ones, which bitsandbytes fills when they are moved."""
+def read_weights(network: Any, device: Any, part: Part, packing: str) -> None:
+    """Read weight by weight to where it computes; each is packed before the next is read."""
+    may = re.compile(part.packed or ".*" if packing in QUANTISED else "")
+    shared: Any = weakref.WeakValueDictionary()  # by more than one layer, such as T5's words
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        place, _, key = name.rpartition(".")
+        layer, value = network.get_submodule(place), shared.get(id(tensor))
+        packs = type(layer) is torch.nn.Linear and may.fullmatch(place)
+        if value is None:
+            value = tensor.read().to("cpu" if packs else device, tensor.dtype)
+            if value.untyped_storage().nbytes() > value.nbytes:  # a piece would keep the whole
+                value = value.clone()
+            if isinstance(tensor, torch.nn.Parameter):
+                value = torch.nn.Parameter(value, requires_grad=False)
+        shared[id(tensor)] = value
+        setattr(layer, key, value)
+        if packs:
+            network.set_submodule(place, pack_linear(layer, device, packing))
+    # PEFT asks for these before it puts an adapter beside a packed layer.
+    network.is_loaded_in_4bit, network.is_loaded_in_8bit = packing == "nf4", packing == "int8"
+
+
+def pack_linear(layer: Any, device: Any, precision: str) -> Any:
+    """Make a packed layer of a linear one, whose bias may be still to be read."""
     from bitsandbytes import nn as packed
 
-    four = precision == "nf4"
-    make, pack = packed.Linear8bitLt, packed.Int8Params
-    kind: Record = {"has_fp16_weights": False}
-    if four:
-        make = functools.partial(packed.Linear4bit, compute_dtype=dtype)
-        pack, kind = packed.Params4bit, {"quant_type": "nf4"}
-    may = re.compile(part.packed or ".*")
-    every = ((n, m) for n, m in network.named_modules() if may.fullmatch(n))
-    linears = [(name, layer) for name, layer in every if type(layer) is torch.nn.Linear]
-    for name, layer in linears:
-        slim = make(layer.in_features, layer.out_features, layer.bias is not None, **kind)
-        slim.weight = pack(layer.weight.data, requires_grad=False, **kind)
-        slim.bias = layer.bias
-        network.set_submodule(name, slim.requires_grad_(False))
-    # PEFT asks for these before it puts an adapter beside such a layer.
-    network.is_loaded_in_4bit, network.is_loaded_in_8bit = four, not four
+    make, fill, kind = packed.Linear8bitLt, packed.Int8Params, {"has_fp16_weights": False}
+    if precision == "nf4":
+        make = functools.partial(packed.Linear4bit, compute_dtype=layer.weight.dtype)
+        fill, kind = packed.Params4bit, {"quant_type": "nf4"}
+    sides, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    slim = make(*sides, bias, device="meta", **kind)
+    slim.weight = fill(layer.weight.data, requires_grad=False, **kind).to(device)
+    slim.bias = layer.bias
+    return slim
 
 
 def load_tokenizer(base: BaseModel, part: Part, encoder: Part) -> Any:
@@ -3668,16 +3713,9 @@ class Models:
     def load_text_encoders(self, dtype: torch.dtype) -> None:
         """Load the networks that read captions; large ones are packed where the denoiser is."""
         parts, large = self.base.family.text_encoders, self.base.family.text_precision == "bf16"
+        load = functools.partial(load_part, self.base, dtype=dtype, device=self.device)
         packing = self.base_precision if large else "auto"
-        self.text_encoders = [self._load(part, dtype, packing) for part in parts]
-
-    def _load(self, part: Part, dtype: torch.dtype, packing: str) -> Any:
-        """Load a network to where it computes; what is packed is packed on its way to a card."""
-        packs = packing in QUANTISED and self.device.type == "cuda"
-        network = load_part(self.base, part, dtype, "cpu" if packs else self.device)
-        if packs:
-            pack_linears(network, part, packing, dtype)
-        return network.to(self.device)
+        self.text_encoders = [load(part, packing=packing) for part in parts]
 
     def load_vae(self) -> Any:
         """Load the VAE once, in full precision, to where it waits for pictures."""
@@ -3690,7 +3728,8 @@ class Models:
         on_card, asked = self.device.type == "cuda", self.base_precision
         dtype = kinds.get(asked, self.dtype) if on_card else self.dtype
         self.mixes = dtype != self.dtype
-        self.denoiser = self.denoiser or self._load(self.base.family.denoiser, dtype, asked)
+        part = self.base.family.denoiser
+        self.denoiser = self.denoiser or load_part(self.base, part, dtype, self.device, asked)
         if on_card:
             # Convolutions in half precision read this order of numbers, and else convert to it.
             self.denoiser.to(memory_format=torch.channels_last)

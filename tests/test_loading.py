@@ -24,8 +24,17 @@ import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
-from conftest import Recorder, change_json, load_config, write_config, write_image, write_json
+from conftest import (
+    Install,
+    Recorder,
+    change_json,
+    load_config,
+    write_config,
+    write_image,
+    write_json,
+)
 from peft import LoraConfig
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from processes import Ended, run_program
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build_tiny, change_weights
@@ -231,19 +240,89 @@ def test_packed_layers_compute_and_pass_gradients_on(
     """The package packs on a CPU too, though only slowly: what comes out is nearly the same."""
     pytest.importorskip("bitsandbytes")
     base = locate(built / "sd1")
-    unet = train_lora.load_part(base, base.family.denoiser, torch.float32)
+    part = base.family.denoiser
+    unet = train_lora.load_part(base, part, torch.float32)
     torch.manual_seed(0)
     width = unet.config.cross_attention_dim
     given = (torch.randn(2, 4, 32, 32), torch.tensor([10, 900]), torch.randn(2, 16, width))
     expected = unet(*given).sample
-    train_lora.pack_linears(unet, base.family.denoiser, precision, torch.float32)
-    unet.to(CPU).add_adapter(LoraConfig(r=2, target_modules=base.family.denoiser.targets))
+    unet = train_lora.load_part(base, part, torch.float32, packing=precision)
+    unet.add_adapter(LoraConfig(r=2, target_modules=part.targets))
     found = unet(*given).sample
     assert (found - expected).norm() < error * expected.norm()
     found.square().mean().backward()
     learning = [weight for weight in unet.parameters() if weight.requires_grad]
     assert learning
     assert all(weight.grad is not None for weight in learning)
+
+
+@pytest.mark.parametrize("lay_out", [lay_out_as_one_file, lay_out_in_shards])
+def test_packing_while_reading_packs_the_very_same(
+    here: Path, built: Path, lay_out: Layout
+) -> None:
+    """Bit for bit what the package makes of a layer that was read before."""
+    packed = pytest.importorskip("bitsandbytes.nn")
+    base = locate(lay_out("sd1", built, here))
+    part = base.family.denoiser
+    plain = train_lora.load_part(base, part, torch.bfloat16)
+    slim = train_lora.load_part(base, part, torch.bfloat16, packing="nf4")
+    layers = [n for n, layer in plain.named_modules() if type(layer) is torch.nn.Linear]
+    assert layers
+    for name in layers:
+        own, weight = slim.get_submodule(name).weight, plain.get_submodule(name).weight.data
+        theirs = packed.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
+        assert own.dtype == torch.uint8
+        assert torch.equal(own, theirs)
+        assert torch.equal(own.quant_state.absmax, theirs.quant_state.absmax)
+
+
+# What the package has, with a packing that is as small, and that counts what waits unpacked.
+PACKER = """
+import gc
+import torch
+
+LIVING = []
+
+class Params4bit(torch.nn.Parameter):
+    def __new__(cls, data, requires_grad=False, quant_type=""):
+        assert quant_type == "nf4"
+        return torch.Tensor._make_subclass(cls, data, requires_grad)
+
+    def to(self, *args, **options):
+        if self.dtype == torch.uint8:
+            return self
+        loose = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        loose = [t for t in loose if t.is_cpu and t.dtype == torch.bfloat16 and t.dim() == 2]
+        kept = {t.data_ptr(): t.nbytes for t in loose}
+        LIVING.append(sum(kept.values()) / self.nbytes)
+        return Params4bit(self.data[:, ::4].to(torch.uint8), quant_type="nf4")
+
+class Linear4bit(torch.nn.Linear):
+    def __init__(self, inputs, outputs, bias, compute_dtype, quant_type, device):
+        assert compute_dtype == torch.bfloat16
+        super().__init__(inputs, outputs, bias, device)
+
+class Linear8bitLt: pass
+class Int8Params: pass
+"""
+
+
+@pytest.mark.parametrize("source", ["sd1", "sd1.safetensors"])
+def test_one_layer_at_a_time_waits_to_be_packed(
+    here: Path, built: Path, source: str, install: Install
+) -> None:
+    """What was read is packed before the next is read, in either layout."""
+    assert is_bnb_available() == is_bnb_4bit_available()  # remembered, so that PEFT finds no fake
+    install("bitsandbytes/nn.py", PACKER)
+    base = locate(built / source, model_config_path=str(built / "sd1"))
+    slim = train_lora.load_part(base, base.family.denoiser, torch.bfloat16, packing="nf4")
+    import bitsandbytes.nn
+
+    layers = [layer for layer in slim.modules() if type(layer) is bitsandbytes.nn.Linear4bit]
+    assert len(layers) == len(bitsandbytes.nn.LIVING) > 20
+    assert max(bitsandbytes.nn.LIVING) == 1
+    assert slim.is_loaded_in_4bit
+    assert not any(weight.is_meta for weight in slim.parameters())
 
 
 def test_a_loaded_part_is_frozen_and_does_not_drop_out(here: Path, built: Path) -> None:
