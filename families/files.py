@@ -17,6 +17,11 @@ def is_class(headers: Headers, name: str) -> bool:
     return headers.configs.get("transformer", {}).get("_class_name") == name
 
 
+def is_called(headers: Headers, word: str) -> bool:
+    """Tell whether a single file's name has a word, where nothing in it tells as much."""
+    return bool(headers.weights) and word in headers.path.stem.lower()
+
+
 def refuse_packed(headers: Headers) -> str | None:
     """Name a file whose numbers mean nothing without scales that are read elsewhere."""
     if headers.dtypes & {"F8_E4M3", "F8_E5M2", "I8", "U8", "F4"}:

@@ -55,6 +55,12 @@ def reference(headers: Headers) -> str:
     return f"black-forest-labs/FLUX.2-klein-base-{size}"
 
 
+def is_distilled(headers: Headers, _: Record) -> bool:
+    """Tell by the index of a folder, or by the name of a file: the weights look alike."""
+    named = files.is_called(headers, "klein") and not files.is_called(headers, "base")
+    return named or bool(headers.index.get("is_distilled"))
+
+
 def measure(parts: Mapping[Part, Located]) -> Record:
     """Take the sizes that are told of a model from its configs."""
     config = PUBLISHED | parts[TRANSFORMER].config
@@ -210,7 +216,7 @@ FAMILY = Family(
     ),
     refuses=refuse,
     states=lambda _, __: flow.FLOW_STATES,
-    distilled=lambda headers, _: bool(headers.index.get("is_distilled")),
+    distilled=is_distilled,
     measure=measure,
     tokenize=tokenize,
     read_text=read_text,

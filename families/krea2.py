@@ -197,7 +197,9 @@ FAMILY = Family(
     ),
     refuses=refuse,
     states=lambda _, __: flow.FLOW_STATES,
-    distilled=lambda headers, _: bool(headers.index.get("is_distilled")),
+    distilled=lambda headers, _: (
+        bool(headers.index.get("is_distilled")) or files.is_called(headers, "turbo")
+    ),
     measure=measure,
     tokenize=tokenize,
     read_text=read_text,

@@ -31,6 +31,11 @@ def recognise(headers: Headers, _: Family) -> bool:
     return in_file or files.is_class(headers, TRANSFORMER.class_name)
 
 
+def is_turbo(headers: Headers, sampler: Record) -> bool:
+    """Tell Turbo by its sampler, or by the name of a file, which may stand beside the base's."""
+    return sampler.get("shift") == TURBO_SHIFT or files.is_called(headers, "turbo")
+
+
 def measure(parts: Mapping[Part, Located]) -> Record:
     """Take the sizes that are told of a model from its configs."""
     config = PUBLISHED | parts[TRANSFORMER].config
@@ -85,11 +90,13 @@ FAMILY = Family(
     text_encoders=(flow.QWEN3,),
     tokenizers=(flow.QWEN_TOKENIZER,),
     sampler=flow.SAMPLER,
-    reference=lambda _: "Tongyi-MAI/Z-Image",
+    reference=lambda headers: (
+        "Tongyi-MAI/Z-Image-Turbo" if is_turbo(headers, {}) else "Tongyi-MAI/Z-Image"
+    ),
     recognises=recognise,
     refuses=lambda headers, _: files.refuse_packed(headers),
     states=lambda _, __: flow.FLOW_STATES,
-    distilled=lambda _, sampler: sampler.get("shift") == TURBO_SHIFT,
+    distilled=is_turbo,
     measure=measure,
     tokenize=tokenize,
     read_text=read_text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import diffusers
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, Recorder, change_json, write_config, write_image
+from conftest import ROOT, Recorder, change_json, write_config, write_image, write_safetensors
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file
 from tiny_flow import FLOW_FAMILIES, build_flow
 from tiny_runs import Ready, prepare
@@ -358,7 +361,40 @@ def test_previews_take_steps_and_guidance_of_the_family(place: Path, tmp_path: P
 
 
 # How published files name what diffusers names otherwise, in this order.
+FLUX_NAMES = [
+    (r"^x_embedder\.", "img_in."),
+    (r"^context_embedder\.", "txt_in."),
+    (r"^time_\w+_embed\.timestep_embedder\.", "time_in."),
+    (r"^time_\w+_embed\.text_embedder\.", "vector_in."),
+    (r"^time_\w+_embed\.guidance_embedder\.", "guidance_in."),
+    (r"_in\.linear_1\.", "_in.in_layer."),
+    (r"_in\.linear_2\.", "_in.out_layer."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
+    (r"^proj_out\.", "final_layer.linear."),
+    (r"_modulation(_img|_txt|)\.linear\.", r"_modulation\1.lin."),
+    (r"\.norm1\.linear\.", ".img_mod.lin."),
+    (r"\.norm1_context\.linear\.", ".txt_mod.lin."),
+    (r"\.norm\.linear\.", ".modulation.lin."),
+    (r"\.ff\.(net\.0\.proj|linear_in)\.", ".img_mlp.0."),
+    (r"\.ff\.(net\.2|linear_out)\.", ".img_mlp.2."),
+    (r"\.ff_context\.(net\.0\.proj|linear_in)\.", ".txt_mlp.0."),
+    (r"\.ff_context\.(net\.2|linear_out)\.", ".txt_mlp.2."),
+    (r"\.attn\.to_out\.0\.", ".img_attn.proj."),
+    (r"\.attn\.to_add_out\.", ".txt_attn.proj."),
+    (r"\.attn\.norm_added_q\.weight$", ".txt_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_added_k\.weight$", ".txt_attn.norm.key_norm.scale"),
+    (r"^(single_.*)\.attn\.norm_q\.weight$", r"\1.norm.query_norm.scale"),
+    (r"^(single_.*)\.attn\.norm_k\.weight$", r"\1.norm.key_norm.scale"),
+    (r"\.attn\.norm_q\.weight$", ".img_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_k\.weight$", ".img_attn.norm.key_norm.scale"),
+    (r"\.attn\.to_qkv_mlp_proj\.", ".linear1."),
+    (r"\.(attn\.to_out|proj_out)\.", ".linear2."),
+    (r"^single_transformer_blocks\.", "single_blocks."),
+    (r"^transformer_blocks\.", "double_blocks."),
+]
 OWN_NAMES = {
+    "flux2_klein": FLUX_NAMES,
+    "flux1": FLUX_NAMES,
     "z_image": [
         (r"\.to_out\.0\.", ".out."),
         (r"\.norm_([qk])\.", r".\1_norm."),
@@ -390,13 +426,38 @@ OWN_NAMES = {
 }
 
 
+JOINED = (  # what is one layer in published files, and its parts by diffusers' names
+    (r"(.*attention)\.to_q\.(.*)", r"\1.qkv.\2", ("to_q", "to_k", "to_v")),
+    (
+        r"(single_.*)\.attn\.to_q\.(.*)",
+        r"\1.linear1.\2",
+        (*("attn.to_q", "attn.to_k", "attn.to_v"), "proj_mlp"),
+    ),
+    (r"(.*)\.attn\.to_q\.(.*)", r"\1.img_attn.qkv.\2", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    (
+        r"(.*)\.attn\.add_q_proj\.(.*)",
+        r"\1.txt_attn.qkv.\2",
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ),
+)
+
+
+def join_layers(weights: dict[str, torch.Tensor]) -> None:
+    """Make one layer of those that are one in published files."""
+    for pattern, joined, parts in JOINED:
+        for name in list(weights):
+            if match := re.fullmatch(pattern, name):
+                rows = [weights.pop(f"{match[1]}.{part}.{match[2]}") for part in parts]
+                weights[match.expand(joined)] = torch.cat(rows)
+
+
 def write_transformer(folder: Path, target: Path, prefix: str) -> Path:
     """Write a transformer alone, as published for ComfyUI."""
     weights = load_file(next((folder / "transformer").glob("*.safetensors")))
-    if folder.name == "z_image":  # has q, k and v in one
-        for query in [name for name in weights if name.endswith(".to_q.weight")]:
-            three = [weights.pop(query.replace(".to_q.", f".to_{letter}.")) for letter in "qkv"]
-            weights[query.replace(".to_q.", ".qkv.")] = torch.cat(three)
+    if folder.name != "krea2":
+        join_layers(weights)
+    for name in [name for name in weights if name.startswith("norm_out.linear.")]:
+        weights[name] = torch.cat(weights[name].chunk(2)[::-1])  # shift before scale
     named = {own_name(folder.name, name): value for name, value in weights.items()}
     for name in [n for n in named if n.startswith("blocks.") and n.endswith(".mod.lin")]:
         named[name] = named[name].flatten()
@@ -426,9 +487,10 @@ def test_a_folder_is_recognised(family: str, place: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("family", OWN_NAMES)
 def test_a_transformer_alone_learns_what_its_folder_learns(
-    family: str, prefix: str, place: Path, tmp_path: Path
+    family: str, prefix: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file brings neither texts nor VAE; these come from the folder that is named for them."""
+    narrow_flux1(monkeypatch)
     file = write_transformer(place / family, tmp_path / "own.safetensors", prefix)
     learned = []
     for name, base in (("folder", place / family), ("file", file)):
@@ -438,6 +500,16 @@ def test_a_transformer_alone_learns_what_its_folder_learns(
         ready.make_updates(2)
         learned.append(ready.learner.learned.clone())
     assert torch.equal(*learned)
+
+
+def narrow_flux1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let diffusers take FLUX.1's file apart at the tiny width: it has 3,072 written into it."""
+    known: Any = SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
+    made = convert_flux_transformer_checkpoint_to_diffusers
+    widths = tuple(32 if value == 3072 else value for value in made.__code__.co_consts)
+    code = made.__code__.replace(co_consts=widths)
+    narrow = types.FunctionType(code, made.__globals__)
+    monkeypatch.setitem(known, "checkpoint_mapping_fn", narrow)
 
 
 def test_texts_and_vae_of_a_file_come_from_its_reference(
@@ -506,6 +578,42 @@ def test_a_distilled_base_is_told(
     _, found = train_lora.inspect_model(config)
     assert found
     assert found.family.previews[found.distilled][0] < 10
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "distilled"),
+    [
+        ("z_image", "z_image_bf16", False),
+        ("z_image", "z_image_turbo_bf16", True),
+        ("krea2", "Krea2-Raw", False),
+        ("krea2", "Krea2-Turbo", True),
+        ("flux2_klein", "flux-2-klein-base-4b", False),
+        ("flux2_klein", "flux-2-klein-4b", True),
+        ("flux2_klein", "mine", False),
+        ("flux1", "flux1-dev", False),
+        ("flux1", "flux1-schnell", True),
+    ],
+)
+def test_a_distilled_file_is_told(
+    family: str, name: str, distilled: bool, place: Path, tmp_path: Path
+) -> None:
+    """By what is in it where that tells, or else by its published name."""
+    file = tmp_path / f"{name}.safetensors"
+    weights = MARKS[family] | ({} if distilled else {"guidance_in.in_layer.weight": (4, 4)})
+    write_safetensors(file, weights if family == "flux1" else MARKS[family])
+    beside = {"base_model": str(file), "model_config_path": str(place / family)}
+    _, base = train_lora.inspect_model(config_of(place, family, tmp_path / "out", **beside))
+    assert base
+    assert (base.family.name, base.distilled) == (family, distilled)
+
+
+# By which the files of each family are known.
+MARKS: dict[str, dict[str, tuple[int, ...]]] = {
+    "z_image": {"noise_refiner.0.attention.k_norm.weight": (4,), "cap_embedder.1.weight": (32, 16)},
+    "krea2": {"txtfusion.projector.weight": (1, 3)},
+    "flux2_klein": {"double_stream_modulation_img.lin.weight": (4, 4)},
+    "flux1": {"double_blocks.0.img_attn.norm.key_norm.scale": (4,)},
+}
 
 
 @pytest.mark.parametrize(
