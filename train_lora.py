@@ -3572,9 +3572,10 @@ def unread_kind() -> Any:
         @classmethod
         def __torch_dispatch__(cls, act: Any, _: Any, given: Any, options: Any = None) -> Any:
             """Put off what is done with it: taking apart, joining, another order."""
+            more = {n: v for n, v in (options or {}).items() if n != "device"}  # is chosen later
 
             def do(see: Callable[[Any], Tensor]) -> Any:
-                return act(*tree_map_only(cls, see, given), **(options or {}))
+                return act(*tree_map_only(cls, see, given), **more)
 
             like, read = do(lambda each: each.like), lambda: do(lambda each: each.read())
             if isinstance(like, torch.Tensor):
