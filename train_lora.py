@@ -3562,6 +3562,9 @@ def unread_kind() -> Any:
     class Unread(torch.Tensor):
         """Stands for a tensor of a file, or for what a library makes of some."""
 
+        like: Tensor
+        read: Callable[[], Tensor]
+
         @staticmethod
         def __new__(cls, like: Tensor, read: Callable[[], Tensor]) -> Any:
             """Look like one without numbers, and know how to get these."""
@@ -3577,10 +3580,13 @@ def unread_kind() -> Any:
             def do(see: Callable[[Any], Tensor]) -> Any:
                 return act(*tree_map_only(cls, see, given), **more)
 
-            like, read = do(lambda each: each.like), lambda: do(lambda each: each.read())
+            def piece(number: int) -> Any:
+                return do(lambda each: each.read())[number]
+
+            like = do(lambda each: each.like)
             if isinstance(like, torch.Tensor):
-                return cls(like, read)
-            return [cls(piece, lambda n=n: read()[n]) for n, piece in enumerate(like)]
+                return cls(like, lambda: do(lambda each: each.read()))
+            return [cls(each, functools.partial(piece, n)) for n, each in enumerate(like)]
 
     return Unread
 
@@ -3592,7 +3598,7 @@ def open_weights(part: Part, located: Located, dtype: torch.dtype, device: Any) 
     drop = part.inner if located.original is None else prefix if part.bare else ""
     near = str(device) if "cuda" in str(device) else "cpu"  # which reads any precision
     for file in located.files:
-        opened = safetensors.safe_open(file, framework="pt", device=near, backend="pread")
+        opened: Any = safetensors.safe_open(file, framework="pt", device=near, backend="pread")
         for name in opened.keys():  # noqa: SIM118, it is no dict
             if name.startswith(prefix):
                 kind = torch.float32 if re.fullmatch(part.exact, name) else dtype
@@ -3628,10 +3634,10 @@ def pack_linear(layer: Any, device: Any, precision: str) -> Any:
     """Make a packed layer of a linear one, whose bias may be still to be read."""
     from bitsandbytes import nn as packed
 
-    make, fill, kind = packed.Linear8bitLt, packed.Int8Params, {"has_fp16_weights": False}
+    make, fill, kind = packed.Linear8bitLt, packed.Int8Params, Record(has_fp16_weights=False)
     if precision == "nf4":
         make = functools.partial(packed.Linear4bit, compute_dtype=layer.weight.dtype)
-        fill, kind = packed.Params4bit, {"quant_type": "nf4"}
+        fill, kind = packed.Params4bit, Record(quant_type="nf4")
     sides, bias = (layer.in_features, layer.out_features), layer.bias is not None
     slim = make(*sides, bias, device="meta", **kind)
     slim.weight = fill(layer.weight.data, requires_grad=False, **kind).to(device)

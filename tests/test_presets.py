@@ -39,7 +39,7 @@ def filled(
     config = load_config(**given | ({"preset": preset} if preset else {}))
     pictures = [Picture(f"{n}.png", Path(f"{n}.png"), 512, 512, "zkb") for n in range(images)]
     facts = ModelFacts(source="hub", cached=family is not None, family=family)
-    return Preflight(config, facts, None, dataset_of(pictures)).preset()
+    return Preflight(config, facts, None, dataset_of(pictures, config)).preset()
 
 
 @pytest.fixture(autouse=True)

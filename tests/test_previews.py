@@ -146,7 +146,7 @@ def prompts_of(*captions: str, words: tuple[str, ...] = ("zkb",)) -> list[str]:
     """List what is drawn for pictures with these captions, the last one of another folder."""
     config = load_config(trigger_words=words)
     pictures = [Picture(f"{n}.png", Path(), 9, 9, c) for n, c in enumerate((*captions, "a house"))]
-    dataset = dataset_of(pictures)
+    dataset = dataset_of(pictures, config)
     dataset.facts.images = len(captions)  # type: ignore[misc]  # a stand-in
     return [prompt for _, prompt in train_lora.preview_texts(config, dataset)]
 
