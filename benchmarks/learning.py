@@ -94,7 +94,7 @@ RECIPES = {
     "quarter, 2e-3": Recipe(150, QUARTER | {"learning_rate": 2e-3}),
     "quarter, rank 32": Recipe(150, QUARTER | {"lora_rank": 32, "lora_alpha": 32}),
     "example": Recipe(400, TOLD | {"lora_rank": 32, "lora_alpha": 32}),
-    "example, all": Recipe(300, TOLD | ALL),
+    "new example": Recipe(300, QUARTER | {"batch_size": 8, "learning_rate": 2e-3}),
     "all, min-snr": Recipe(150, COSINE | ALL | {"snr_gamma": 5}),
     "all, noisy times": Recipe(150, COSINE | ALL | {"timestep_range": [0.3, 1.0]}),
     "all, caption dropout": Recipe(150, COSINE | ALL | {"caption_dropout": 0.1}),

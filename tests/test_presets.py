@@ -123,7 +123,7 @@ def test_epochs_that_are_given_say_when_the_run_ends() -> None:
 def test_what_does_not_go_with_a_given_value_is_left_out() -> None:
     """An optimizer that has no schedule is the user's choice, and no reason to refuse the run."""
     facts = filled("style", "sd1", optimizer="schedulefree", learning_rate=1e-3)
-    assert {"lr_scheduler", "ema_decay"}.isdisjoint(facts.values)
+    assert "lr_scheduler" not in facts.values
     assert facts.values["lora_rank"] == 32
 
 
