@@ -315,25 +315,51 @@ def read(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text("utf-8").splitlines()]
 
 
-def interval(values: Sequence[float], digits: int) -> str:
+def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Write a mean with its 95 percent interval."""
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
     if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    spread = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+        return mean
+    return f"{mean} ± {1.96 * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Write one line per recipe: means over concepts and seeds."""
-    lines = [
-        "| recipe | updates | runs | loss, seen backgrounds | loss, held out | right | drift | s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    """Write a line per recipe: means, and what they are off from the same runs of the textbook."""
+    off = "off the textbook's"
+    columns = ["recipe", "updates", "runs", "loss", off, "loss, new backgrounds", off]
+    columns += ["every part right", "drift", off]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    known = {(r["concept"], r["seed"]): r for r in rows if r["recipe"] == TEXTBOOK}
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         mine = [row for row in rows if row["recipe"] == recipe]
-        columns = [("loss", 4), ("loss_held_out", 4), ("right", 2), ("drift", 4), ("seconds", 0)]
-        cells = [interval([row[name] for row in mine], digits) for name, digits in columns]
-        lines.append(f"| {recipe} | {mine[0]['steps']} | {len(mine)} | {' | '.join(cells)} |")
+        pairs = [(row, known.get((row["concept"], row["seed"]))) for row in mine]
+        cells = [recipe, str(mine[0]["steps"]), str(len(mine))]
+        for name in ("loss", "loss_held_out", "right", "drift"):
+            mean = statistics.mean(row[name] for row in mine)
+            cells.append(f"{mean:.0%}" if name == "right" else f"{mean:.3f}")
+            gaps = [row[name] - other[name] for row, other in pairs if other]
+            if name != "right":
+                cells.append(interval(gaps, 3, "+") if gaps and recipe != TEXTBOOK else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_concept(rows: list[dict[str, Any]]) -> str:
+    """Write a line per concept and recipe."""
+    lines = [
+        "| concept | recipe | runs | loss | loss, new backgrounds | every part right | drift |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for concept, recipe in itertools.product(CONCEPTS, dict.fromkeys(r["recipe"] for r in rows)):
+        mine = [r for r in rows if (r["concept"], r["recipe"]) == (concept, recipe)]
+        if mine:
+            means = [
+                statistics.mean(r[n] for r in mine) for n in ("loss", "loss_held_out", "drift")
+            ]
+            right = f"{statistics.mean(r['right'] for r in mine):.0%}"
+            first, second, drifted = (f"{mean:.3f}" for mean in means)
+            cells = [concept, recipe, str(len(mine)), first, second, right, drifted]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -353,7 +379,8 @@ def main() -> int:
         every = itertools.product(given.recipes, given.seeds, given.concepts)
         tasks = [Task(recipe, concept, seed) for recipe, seed, concept in every]
         run(tasks, given.results, given.jobs, Wish(given.pictures, given.sheets))
-    sys.stdout.write(table(read(given.results)) + "\n")
+    rows = read(given.results)
+    sys.stdout.write(f"{table(rows)}\n\n{by_concept(rows)}\n")
     return 0
 
 

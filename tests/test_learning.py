@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,15 +122,18 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert learning.read(results) == [row]
 
 
-def test_a_table_has_means_and_intervals() -> None:
-    """Half the width is 1.96 standard errors."""
-    rows = [
-        {"recipe": "half", "concept": "pair", "seed": seed, "steps": 150, "seconds": 10.0}
-        | {"loss": loss, "loss_held_out": 0.2, "right": 0.5, "drift": 0.01}
-        for seed, loss in enumerate((0.1, 0.2))
+def test_a_table_holds_runs_against_the_same_of_the_textbook() -> None:
+    """Half the width of an interval is 1.96 standard errors of the differences."""
+    rows: list[dict[str, Any]] = [
+        {"recipe": recipe, "concept": "pair", "seed": seed, "steps": 150, "loss": loss}
+        | {"loss_held_out": 0.2, "right": 0.5, "drift": 0.01}
+        for recipe, losses in {learning.TEXTBOOK: (0.2, 0.4), "half": (0.1, 0.1)}.items()
+        for seed, loss in enumerate(losses)
     ]
-    line = learning.table(rows).splitlines()[-1]
-    assert line.startswith("| half | 150 | 2 | 0.1500 ± 0.0980 | 0.2000 ± 0.0000 | 0.50 ± 0.00 |")
+    first, second = learning.table(rows).splitlines()[2:]
+    assert first.startswith("| textbook | 150 | 2 | 0.300 |  | 0.200 |  | 50% | 0.010 |  |")
+    assert second.startswith("| half | 150 | 2 | 0.100 | -0.200 ± 0.196 | 0.200 | +0.000 ± 0.000 |")
+    assert "| pair | half | 2 | 0.100 | 0.200 | 50% | 0.010 |" in learning.by_concept(rows)
 
 
 @pytest.mark.slow
