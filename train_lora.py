@@ -444,10 +444,10 @@ class PriorFacts(Facts, topic="prior"):
 
 
 class PhaseFacts(Facts, topic="phase"):
-    """How far a longer preparation has come."""
+    """How far a longer preparation or measure has come."""
 
     says = "{name}, {done} of {total} {unit}"
-    name: Annotated[str, "what is done: `checking images`, …"]
+    name: Annotated[str, "what is done: `checking images`, `measuring`, …"]
     done: Annotated[int, "how much is done"]
     total: Annotated[int | None, "how much there is in all"]
     unit: Annotated[str, "`items` or `MiB`"] = "items"
@@ -909,7 +909,7 @@ class LineWriter(Follower):
 
 @dataclass
 class Phase:
-    """Tell at most once a second how far a preparation has come; leave when asked to stop."""
+    """Tell at most once a second how far something has come; leave when asked to stop."""
 
     name: str
     total: int
@@ -7890,9 +7890,10 @@ class LoRATrainer:
         config, models = dataclasses.replace(self.config, caption_dropout=0.0), self.models
         cache = dataclasses.replace(self.cache, images=tuple(measured(images, config.seed)))
         objective = models.base.objective
+        phase = Phase("measuring", self.asking, self.events, self.stop)
         for number, turn in enumerate(shuffled(config.seed, 0, self.asking, "turns")):
             if self.team.size == 1:  # else the others would wait for what does not come
-                self.stop.check()
+                phase.at(number)
             # Update 0 is never made, and has chance of its own.
             share = torch.tensor((number + 0.5) / self.asking)
             batch = draw_batch(models, cache, config, 0, [(number, turn % len(cache.images))])
