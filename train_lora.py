@@ -7228,7 +7228,8 @@ class LoRATrainer:
     cache: Cache = field(init=False)
     learner: Learner = field(init=False)
     replay: Replay | None = None
-    prompts: Sequence[str] = ()  # of previews; others may be asked for while it runs
+    prompts: Sequence[str] = ()  # of previews
+    asked_prompts: Sequence[str] = ()  # in place of these, while it runs
     deaf: bool = False  # to request.json, which cannot be removed
     written: int | None = None  # the step of the newest LoRA file
     previewed: int | None = None  # that of the newest previews
@@ -7939,7 +7940,7 @@ class LoRATrainer:
         wanted = (("sample_prompts", each) for each in prompts)
         texts = self.encode_texts(wanted, Team())  # the others know nothing of it
         self.cache = dataclasses.replace(self.cache, texts=self.cache.texts | texts)
-        self.prompts = prompts
+        self.asked_prompts = prompts
 
     def owes(self, path: Path) -> bool:
         """Tell whether a file of this step is to be made; after a restart, if it is not there."""
@@ -8005,7 +8006,7 @@ class LoRATrainer:
 
     def preview(self) -> None:
         """Draw one picture for every prompt. What goes wrong here does not end a run."""
-        step, prompts = self.state.step, enumerate(self.prompts, start=1)
+        step, prompts = self.state.step, enumerate(self.asked_prompts or self.prompts, start=1)
         if self.previewed == step:  # somebody asked for them
             return
         self.previewed = step

@@ -139,6 +139,13 @@ FACTS: list[Facts] = [
     DeviceFacts(kind="cpu", name="A chip", memory_total_bytes=8, memory_free_bytes=4, driver=None),
     ModelFacts(source="hub", cached=True, family="sd1", parameters=860_000_000),
     DatasetFacts(**COUNTS),
+    train_lora.PresetFacts(
+        verb="would set",
+        preset="style",
+        family="sd1",
+        values={"lora_rank": 32, "lora_targets": "all"},
+        reasons={"lora_rank": "published: so others have it"},
+    ),
     train_lora.PriorFacts(missing=5, updates=34),
     PhaseFacts(name="checking images", done=1, total=2),
     MemoryFacts(phase="encoding", in_use_bytes=1, peak_bytes=2, planned_bytes=3),

@@ -207,7 +207,8 @@ def test_previews_of_their_own_size_take_memory_and_disk_of_their_own(in_workspa
     }
     assert abs(square.previews_at_once - 2 * wide.previews_at_once) <= 1
     disk = [train_lora.disk_needed(each.config, each.structure, 100) for each in (square, wide)]
-    assert disk[1] - disk[0] == 2 * 3 * 1024**2  # two rounds of one picture
+    pictures = 2 * train_lora.OWN_PROMPTS  # two rounds
+    assert disk[1] - disk[0] == pictures * 3 * 1024**2
 
 
 def test_weights_that_are_packed_take_less(in_workspace: Path) -> None:

@@ -52,6 +52,7 @@ def config_for(place: Path, output: Path, family: str = "sd1", **changes: Any) -
         "lora_rank": 4,
         "lora_alpha": 4,
         "lora_name": "team",
+        "sample_prompts": ["zkb"],
         "learning_rate": 1e-4,
         "save_precision": "fp32",
         "steps": 12,

@@ -701,8 +701,8 @@ def test_what_is_asked_for_and_due_anyway_is_made_once(
 def test_an_empty_list_of_prompts_means_those_of_the_config(
     tmp_path: Path, bases: dict[str, Path]
 ) -> None:
-    """As in the config, where it means the trigger words."""
-    changes: Record = {"steps": 2, "validation_steps": 1}
+    """As in the config, where it means those of the program."""
+    changes: Record = {"steps": 2, "validation_steps": 1, "sample_prompts": ["zkb"]}
     folder = write_workspace(tmp_path, bases[QUICK], **changes)
     heard = asking(folder, {"sample_prompts": ["a dog"]}, at("progress"))
     heard.moment = lambda record: record["type"] in ("progress", "sample")

@@ -429,6 +429,7 @@ def test_a_run_that_is_watched_learns_the_same(ground: Path, workspace: Path) ->
         "resolution": 256,
         "steps": 2,
         "sample_steps": 1,
+        "sample_prompts": ["zkb"],
     }
     same |= {"device": "cpu", "lora_rank": 2, "lora_name": "zkb", "cache_dir": "cache"}
     watched = {"report_to": ["tensorboard"], "metrics_file": "m.prom", "http_port": free_port()}
