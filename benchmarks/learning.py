@@ -61,7 +61,6 @@ BASE: dict[str, Any] = {"batch_size": 4, "lora_rank": 8, "lora_alpha": 8, "learn
 COSINE = {"lr_scheduler": "cosine"}
 ALL = {"lora_targets": "all"}
 KNOWN = {"regularization_path": str(ROOT / "examples" / "regularization")}
-TOLD = COSINE | KNOWN | {"train_text_encoder": True, "batch_size": 8}  # as example_config.json
 QUARTER = COSINE | ALL | KNOWN | {"train_text_encoder": True, "regularization_share": 0.25}
 RECIPES = {
     TEXTBOOK: Recipe(300),
@@ -93,8 +92,8 @@ RECIPES = {
     "quarter": Recipe(150, QUARTER),
     "quarter, 2e-3": Recipe(150, QUARTER | {"learning_rate": 2e-3}),
     "quarter, rank 32": Recipe(150, QUARTER | {"lora_rank": 32, "lora_alpha": 32}),
-    "example": Recipe(400, TOLD | {"lora_rank": 32, "lora_alpha": 32}),
-    "new example": Recipe(300, QUARTER | {"batch_size": 8, "learning_rate": 2e-3}),
+    "example": Recipe(200, QUARTER | {"learning_rate": 2e-3}),  # as example_config.json
+    "example, batch 8": Recipe(300, QUARTER | {"batch_size": 8, "learning_rate": 2e-3}),
     "all, min-snr": Recipe(150, COSINE | ALL | {"snr_gamma": 5}),
     "all, noisy times": Recipe(150, COSINE | ALL | {"timestep_range": [0.3, 1.0]}),
     "all, caption dropout": Recipe(150, COSINE | ALL | {"caption_dropout": 0.1}),
