@@ -175,7 +175,7 @@ def rimmed_wrongly(case: Case) -> list[list[Layer]]:
 
 
 def cornered(case: Case) -> list[Layer]:
-    """Any shape in the upper left corner, a white dot in the lower right one; which, is no matter."""
+    """Any shape, whichever, in the upper left corner, a white dot in the lower right one."""
     thing = Layer(case.shape, (case.colour,), 0.45, (-0.5, -0.5))
     return [thing, Layer("circle", ("white",), 0.2, (0.6, 0.6))]
 
