@@ -381,6 +381,7 @@ def held(page: Page) -> tuple[float, float]:
     return found["JSHeapUsedSize"] / 2**20, found["Nodes"]
 
 
+@pytest.mark.slow
 def test_a_page_that_is_left_open_does_not_grow(browser: Browser, tmp_path: Path) -> None:
     """From its first third to the end of a run of three thousand steps (B22, shortened)."""
     with (
