@@ -4462,14 +4462,14 @@ def contrast(
     with models.unadapted():
         plain_answers = [ask(models, batch)[0] for batch in questions()]
     rows = []
-    for (mask, after, wanted), before in zip(asked, plain_answers, strict=True):
-        columns = before - wanted, after - wanted, after - before, before
+    for (mask, answer, wanted), plain_one in zip(asked, plain_answers, strict=True):
+        columns = plain_one - wanted, answer - wanted, answer - plain_one, plain_one
         rows.append(torch.cat([averaged(each.square(), mask) for each in columns]).cpu())
     table = torch.stack(rows)  # [questions, 4]
     if len(begun) == len(rows):  # a run that was asked for more has more questions
         table[:, 0] = torch.tensor(begun)
-    before_, after_, way, length = table.mean(dim=0).tolist()
-    told = {"loss_before": before_, "loss_after": after_, "moved": math.sqrt(way / length)}
+    before, after, way, length = table.mean(dim=0).tolist()
+    told = {"loss_before": before, "loss_after": after, "moved": math.sqrt(way / length)}
     return told | {"loss_spread": float((table[:, 0] - table[:, 1]).std()) / math.sqrt(len(rows))}
 
 
@@ -7862,10 +7862,9 @@ class LoRATrainer:
 
     def validate_held(self) -> None:
         """Measure the loss on what is held back, and say so; all of a team take part."""
-        state, count = self.state, self.asking
+        state, width = self.state, self.asking // BANDS
         losses = self.team.gather(self.losses(self.cache.held, self.team))
-        width = count // BANDS
-        bands = [losses[begin : begin + width] for begin in range(0, count, width)]
+        bands = [losses[begin : begin + width] for begin in range(0, len(losses), width)]
         loss, *by_time = plain([math.fsum(each) / len(each) for each in (losses, *bands)])
         state.held.append((state.step, loss))
         told: Record = {"step": state.step, "loss": loss, "by_time": tuple(by_time)}
@@ -8104,6 +8103,12 @@ class LoRATrainer:
         self.events.emit(done)
         return done
 
+    def contrast(
+        self, images: Sequence[CachedImage], begun: Sequence[float] = ()
+    ) -> dict[str, float]:
+        """Hold the run's adapter against the base, by the questions about some images."""
+        return contrast(self.models, functools.partial(self.questions, images), begun)
+
     def judge(self) -> Record:
         """Measure what was learned; warn where that is nothing, or by heart."""
         own, held, quiet = self.cache.images[: self.order.pictures], self.cache.held, []
@@ -8114,11 +8119,10 @@ class LoRATrainer:
             with self.models.at_rest(), self.learner.showing():
                 change = weight_change(self.models)
                 begun_own, begun_held = self.state.begun or ([], [])
-                found_on = functools.partial(contrast, self.models)
-                elsewhere = found_on(functools.partial(self.questions, quiet))
-                found = trained = found_on(functools.partial(self.questions, own), begun_own)
+                elsewhere = self.contrast(quiet)
+                found = trained = self.contrast(own, begun_own)
                 if held:
-                    found = found_on(functools.partial(self.questions, held), begun_held)
+                    found = self.contrast(held, begun_held)
         except Exception as error:  # noqa: BLE001, whatever it is, the files are whole
             message, reason = f"What was learned is not known: {error}", type(error).__name__
             self.events.warn(WarningCode.MEASURE_FAILED, message, reason=reason)

@@ -358,11 +358,12 @@ def polylines(*curves: Points) -> list[str]:
     """Write curves as SVG does, in one frame; what has less than two points is no curve."""
     points = [point for curve in curves for point in curve]
     steps, values = [step for step, _ in points], [value for _, value in points]
-    across = WIDTH / max(1, max(steps, default=0) - min(steps, default=0))
-    up = HEIGHT / ((max(values, default=0) - min(values, default=0)) or 1)
+    first, low = min(steps, default=0), min(values, default=0)
+    across = WIDTH / max(1, max(steps, default=0) - first)
+    up = HEIGHT / ((max(values, default=0) - low) or 1)
 
     def place(step: int, value: float) -> str:
-        return f"{(step - min(steps)) * across:.1f},{HEIGHT - (value - min(values)) * up:.1f}"
+        return f"{(step - first) * across:.1f},{HEIGHT - (value - low) * up:.1f}"
 
     return [" ".join(place(*point) for point in curve) if curve[1:] else "" for curve in curves]
 

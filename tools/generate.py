@@ -245,7 +245,8 @@ def readings_of(
         numbers = {k: int(n) for k, n in said.items() if re.fullmatch("[0-9]{1,3}", n)}
         reading = {k: n for k, n in numbers.items() if n != usual[k]}
         try:
-            find_model(config_of(arguments, **reading), events)
+            if reading:  # else as above
+                find_model(config_of(arguments, **reading), events)
         except TrainError as error:
             remark(events, f"{source.name} was read as the base cannot be: {error}")
             reading = {}
