@@ -4226,13 +4226,15 @@ def ahead(
     work: Callable[[T], R], items: Iterable[T], threads: int = 2
 ) -> Iterator[tuple[T, Future[R]]]:
     """Work on the next few items in other threads while the caller is busy with one."""
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[tuple[T, Future[R]]] = deque()
+    pool, pending = ThreadPoolExecutor(threads), deque[tuple[T, Future[R]]]()
+    try:
         for item in items:
             pending.append((item, pool.submit(work, item)))
             if len(pending) > 2 * threads:
                 yield pending.popleft()
         yield from pending
+    finally:  # left early, this may be called by the garbage collector, which must not wait
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # === Objective ===============================================================

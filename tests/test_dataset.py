@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -1131,6 +1132,25 @@ def test_a_stop_request_ends_the_check(
 
 
 # --- captions of another kind ---
+
+
+def test_whoever_leaves_early_waits_for_no_picture() -> None:
+    """It may be the garbage collector, in the middle of a thread's start, which would hang."""
+    begun, over = threading.Event(), threading.Event()
+
+    def look(_: int) -> bool:
+        begun.set()
+        return over.wait(10)
+
+    looked = train_lora.ahead(look, range(100))
+    try:
+        next(looked)
+        begun.wait(60)
+        at = time.monotonic()
+        looked.close()
+        assert time.monotonic() - at < 5
+    finally:
+        over.set()
 
 
 def test_captions_stand_in_files_of_the_ending_that_was_asked_for(
