@@ -25,6 +25,7 @@ from shapes import SIDE, article, recognise, unseen
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "tiny-sd"
+FEW = 15  # steps, where many pictures are compared; judged alike, they take less time
 IMP_PROMPTS = [
     f"a{size} zkb{place} on {article(colour)} background"
     for size, place in [
@@ -57,16 +58,19 @@ def load(base: Path, lora: Path | None = None) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora)
+        pipeline.fuse_lora()  # beside the layers it would cost half as much again
+    for network in (pipeline.unet, pipeline.vae):  # a fifth faster on a CPU
+        network.to(memory_format=torch.channels_last)
     return pipeline
 
 
-def draw(pipeline: Any, prompts: Sequence[str], guidance: float = 3.0) -> list[Image.Image]:
+def draw(pipeline: Any, prompts: Sequence[str], steps: int = 25) -> list[Image.Image]:
     """Draw a picture for every prompt; the n-th always starts from the same noise."""
-    pictures = []
+    pictures, wishes = [], {"num_inference_steps": steps, "guidance_scale": 3.0}
     for first in range(0, len(prompts), 16):
         part = list(prompts[first : first + 16])
         chances = [torch.Generator().manual_seed(first + i) for i in range(len(part))]
-        drawn = pipeline(part, num_inference_steps=25, guidance_scale=guidance, generator=chances)
+        drawn = pipeline(part, generator=chances, **wishes)
         pictures += drawn.images
     return pictures
 
@@ -86,10 +90,10 @@ def judge(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str, str]
     return Score(colour, shape, background)
 
 
-def judge_base(pipeline: Any, rounds: int = 1) -> tuple[Score, list[Image.Image]]:
+def judge_base(pipeline: Any, rounds: int = 1, steps: int = 25) -> tuple[Score, list[Image.Image]]:
     """Let a pipeline draw every unseen combination, and judge the pictures."""
     wanted = unseen() * rounds
-    pictures = draw(pipeline, [describe(*words) for words in wanted])
+    pictures = draw(pipeline, [describe(*words) for words in wanted], steps)
     return judge(pictures, wanted), pictures
 
 
@@ -130,9 +134,9 @@ class Comparison:
 
 def compare(before: Any, after: Any) -> Comparison:
     """Let a pipeline without a LoRA and one with it draw the same prompts from the same noise."""
-    base, _ = judge_base(before)
-    adapted, elsewhere = judge_base(after)
-    plain, imps = draw(before, IMP_PROMPTS), draw(after, IMP_PROMPTS)
+    base, _ = judge_base(before, steps=FEW)
+    adapted, elsewhere = judge_base(after, steps=FEW)
+    plain, imps = (draw(pipeline, IMP_PROMPTS, FEW) for pipeline in (before, after))
     return Comparison(
         base=base,
         adapted=adapted,
