@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import signal
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "train_lora.py"
 
 pytest_plugins = ["studio_ground"]  # fixtures of tests/studio
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs inherit it
 
 Record = dict[str, Any]
 

@@ -19,16 +19,16 @@ Record = dict[str, Any]
 
 REPLAY = Path(__file__).with_name("replay.py")
 PROGRAM = """
-import json, runpy, sys, tempfile
+import json, os, runpy, sys
 program = {replay!r}
 words = {words!r}
 if "--validate-only" in sys.argv:
     config = json.load(sys.stdin)
     config["output_path"] += " of nobody"  # a replay's states are none that the trainer knows
-    file = tempfile.NamedTemporaryFile("w", suffix=".json")
-    json.dump(config, file)
-    file.flush()
-    sys.argv[sys.argv.index("-")] = file.name
+    ready, tell = os.pipe()
+    os.write(tell, json.dumps(config).encode())
+    os.close(tell)
+    os.dup2(ready, 0)
     program, words = {real!r}, []
 sys.argv += words
 runpy.run_path(program, run_name="__main__")
