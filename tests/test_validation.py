@@ -433,7 +433,8 @@ def example_run(folder: Path, **changes: Any) -> list[Record]:
     """Train the bundled model on drawings of its imp; return what was told."""
     root = Path(train_lora.__file__).parent / "examples"
     config = json.loads((root.parent / "example_config.json").read_text("utf-8"))
-    del config["regularization_path"], config["sample_prompts"]
+    for knob in ("regularization_path", "regularization_share", "sample_prompts"):
+        del config[knob]
     config |= {"dataset_path": str(root / "images"), "base_model": str(root / "tiny-sd")}
     config |= {"output_path": str(folder / "out"), "cache_dir": str(folder.parent / "cache")}
     config |= {"sample_steps": 1, "sample_at_start": False, "batch_size": 2, "device": "cpu"}
@@ -456,8 +457,12 @@ KINDS: dict[str, Record] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("code", KINDS)
 def test_real_runs_are_told_apart(code: str, tmp_path: Path) -> None:
-    """Of twenty seeds, at least nineteen get the warning that is due, and no other."""
+    """Of twenty seeds, at least nineteen get the warning that is due, and no other.
+
+    Of attention alone: where all layers learn, 1e-5 moves the loss by one to three percent.
+    """
     changes = {"validation_steps": 10, "lr_scheduler": "constant", "validation_split": 3}
+    changes |= {"lora_targets": "attention", "train_text_encoder": False}
     said = []
     for seed in range(20):
         records = example_run(tmp_path / str(seed), **changes | KINDS[code], seed=seed)
