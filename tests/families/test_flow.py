@@ -803,3 +803,19 @@ def test_every_size_of_card_has_a_config() -> None:
     """From 8 GB to 24."""
     sizes = {int(re.findall(r"(\d+)gb", path.stem)[0]) for path in CONFIGS}
     assert sizes == {8, 12, 16, 24}
+
+
+@pytest.mark.parametrize(
+    ("title", "blocks", "block", "width"),
+    [
+        ("Z-Image", 32, 4 * 3840**2 + 3 * 3840 * 10_240, 3840),
+        ("Krea 2", 28, 3 * 6144**2 + 2 * 6144 * 1536 + 3 * 6144 * 16_384, 6144),
+    ],
+)
+def test_operations_are_those_counted_by_hand(
+    title: str, blocks: int, block: int, width: int
+) -> None:
+    """Of 4,096 tokens of a picture and 128 of a caption: 2 a weight and token, 4 n^2 d to look."""
+    tokens = 4096 + 128
+    there = blocks * (2 * block * tokens + 4 * tokens**2 * width) / 1e12
+    assert on_meta.operations(*on_meta.look_at(title)) == pytest.approx(2 * there, rel=0.01)
