@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -463,9 +464,12 @@ def join_layers(weights: dict[str, torch.Tensor]) -> None:
                 weights[match.expand(joined)] = torch.cat(rows)
 
 
-def write_transformer(folder: Path, target: Path, prefix: str) -> Path:
-    """Write a transformer alone, as published for ComfyUI."""
-    weights = load_file(next((folder / "transformer").glob("*.safetensors")))
+def write_transformer(folder: Path, target: Path, prefix: str | None) -> Path:
+    """Write a transformer alone, as published for ComfyUI; without a prefix, as diffusers does."""
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    if prefix is None:
+        return Path(shutil.copy(file, target))
+    weights = load_file(file)
     if folder.name != "krea2":
         join_layers(weights)
     for name in [name for name in weights if name.startswith("norm_out.linear.")]:
@@ -496,22 +500,30 @@ def test_a_folder_is_recognised(family: str, place: Path, tmp_path: Path) -> Non
         train_lora.inspect_model(config_of(place, family, tmp_path, model_family="sdxl"))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("family", OWN_NAMES)
+@each_family
 def test_a_transformer_alone_learns_what_its_folder_learns(
-    family: str, prefix: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file brings neither texts nor VAE; these come from the folder that is named for them."""
     narrow_flux1(monkeypatch)
-    file = write_transformer(place / family, tmp_path / "own.safetensors", prefix)
-    learned = []
-    for name, base in (("folder", place / family), ("file", file)):
-        beside = {"model_config_path": str(place / family)} if base == file else {}
-        config = config_of(place, family, tmp_path / name, base_model=str(base), **beside)
-        ready = prepare(config)
-        ready.make_updates(2)
-        learned.append(ready.learner.learned.clone())
-    assert torch.equal(*learned)
+    written = [learned_from(place / family, place, family, tmp_path / "folder")]
+    for number, prefix in enumerate(("", "model.diffusion_model.", None)):
+        own = tmp_path / f"own{number}"
+        file = write_transformer(place / family, own.with_suffix(".safetensors"), prefix)
+        written.append(learned_from(file, place, family, own))
+    assert written[1:] == written[:1] * 3
+
+
+def learned_from(base: Path, place: Path, family: str, output: Path) -> tuple[int, bytes]:
+    """Make two updates; return what was planned to learn, and the tensors of the LoRA file."""
+    beside = {} if base.is_dir() else {"model_config_path": str(place / family)}
+    config = config_of(place, family, output, base_model=str(base), **beside)
+    ready = prepare(config)
+    ready.make_updates(2)
+    ready.write_files({"lora": output / "lora.safetensors"})
+    planned = train_lora.adapter_numbers(config, ready.models.base)
+    assert planned == ready.learner.learned.numel()
+    return planned, safetensors.torch.save(load_file(output / "lora.safetensors"))
 
 
 def narrow_flux1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,23 +561,93 @@ def test_texts_and_vae_of_a_file_come_from_its_reference(
     assert train_lora.missing_files(snapshot, beside_file=True) == [f"text_encoder/{weights.name}"]
 
 
+DENOISER, INDEX = "transformer/config.json", "model_index.json"
+DEV, KLEIN = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-base-4B"
+
+
 @pytest.mark.parametrize(
-    ("family", "change", "said"),
+    ("family", "path", "change", "said"),
     [
-        ("flux1", {"in_channels": 384}, "Fill"),
-        ("flux1", {"in_channels": 128}, "Canny"),
-        ("flux2_klein", {"guidance_embeds": True}, "FLUX.2 dev"),
+        ("flux1", DENOISER, {"in_channels": 384, "out_channels": 64}, f"FLUX.1 Fill; take {DEV}"),
+        ("flux1", DENOISER, {"in_channels": 128, "out_channels": 64}, "FLUX.1 Canny or Depth"),
+        ("flux1", INDEX, {"_class_name": "FluxKontextPipeline"}, f"FLUX.1 Kontext; take {DEV}"),
+        ("flux2_klein", DENOISER, {"guidance_embeds": True}, f"FLUX.2 dev; take {KLEIN}"),
+        ("flux2_klein", INDEX, {"_class_name": "Flux2KleinKVPipeline"}, "FLUX.2 klein KV"),
+        ("z_image", INDEX, {"_class_name": "ZImageOmniPipeline"}, "Z-Image-Omni"),
     ],
 )
 def test_relatives_are_refused_by_name(
-    family: str, change: dict[str, Any], said: str, place: Path, tmp_path: Path
+    family: str, path: str, change: dict[str, Any], said: str, place: Path, tmp_path: Path
 ) -> None:
     """Those that are given more than noise and text."""
     base = build_flow(family, tmp_path / family)
-    change_json(base / "transformer" / "config.json", **change)
+    change_json(base / path, **change)
     config = config_of(place, family, tmp_path / "out", base_model=str(base))
     with pytest.raises(TrainError, match=said):
         train_lora.inspect_model(config)
+
+
+FLUX_1_AS_DIFFUSERS = {
+    "context_embedder.weight": (4, 4),
+    "time_text_embed.text_embedder.linear_1.weight": (4, 4),
+    "time_text_embed.guidance_embedder.linear_1.weight": (4, 4),
+    "single_transformer_blocks.0.proj_mlp.weight": (4, 4),
+}
+TOLD_GUIDANCE = {"guidance_in.in_layer.weight": (4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "weights", "said"),
+    [
+        (
+            "flux1",
+            "mine",
+            {**TOLD_GUIDANCE, "img_in.weight": (4, 384), "final_layer.linear.weight": (64, 4)},
+            f"FLUX.1 Fill; take {DEV}",
+        ),
+        (
+            "flux1",
+            "diffusion_pytorch_model",
+            {**FLUX_1_AS_DIFFUSERS, "x_embedder.weight": (4, 128), "proj_out.weight": (64, 4)},
+            f"FLUX.1 Canny or Depth; take {DEV}",
+        ),
+        ("flux1", "flux1-dev-kontext_bf16", TOLD_GUIDANCE, f"FLUX.1 Kontext; take {DEV}"),
+        ("flux1", "union", {**TOLD_GUIDANCE, "controlnet_blocks.0.weight": (4, 4)}, "a ControlNet"),
+        ("flux2_klein", "flux-2-klein-9b-kv", {}, f"FLUX.2 klein KV; take {KLEIN}"),
+        ("flux2_klein", "flux2-dev", TOLD_GUIDANCE, "FLUX.2 dev"),
+        ("z_image", "z_image_edit_bf16", {}, "Z-Image-Edit; take Tongyi-MAI/Z-Image"),
+        ("z_image", "mine", {"siglip_embedder.1.weight": (4, 4)}, "Z-Image-Omni"),
+        (
+            "z_image",
+            "mine",
+            {"x_embedder.weight": (4, 132), "final_layer.linear.weight": (64, 4)},
+            "a model that is given a picture; take Tongyi-MAI/Z-Image",
+        ),
+        ("krea2", "Krea-2-Edit", {}, "a Krea 2 for editing; take krea/Krea-2-Raw"),
+        (
+            "krea2",
+            "mine",
+            {"first.weight": (4, 128), "last.linear.weight": (64, 4)},
+            "a model that is given a picture; take krea/Krea-2-Raw",
+        ),
+        ("krea2", "diffusion_pytorch_model-00001-of-00003", {}, "take the folder of all"),
+    ],
+)
+def test_files_of_relatives_are_refused_by_name(
+    family: str,
+    name: str,
+    weights: dict[str, tuple[int, ...]],
+    said: str,
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    """By what their weights show, or else by a word of their published name."""
+    file = tmp_path / f"{name}.safetensors"
+    layout = {} if name == "diffusion_pytorch_model" else MARKS[family]
+    write_safetensors(file, {**layout, **weights})
+    beside = {"base_model": str(file), "model_config_path": str(place / family)}
+    with pytest.raises(TrainError, match=said):
+        train_lora.inspect_model(config_of(place, family, tmp_path / "out", **beside))
 
 
 @pytest.mark.parametrize(
@@ -597,6 +679,7 @@ def test_a_distilled_base_is_told(
     [
         ("z_image", "z_image_bf16", False),
         ("z_image", "z_image_turbo_bf16", True),
+        ("z_image", "z_image_special_edition", False),
         ("krea2", "Krea2-Raw", False),
         ("krea2", "Krea2-Turbo", True),
         ("flux2_klein", "flux-2-klein-base-4b", False),
