@@ -34,7 +34,7 @@ def recognise(headers: Headers, _: Family) -> bool:
     shapes, norm = headers.shapes(TRANSFORMER), "noise_refiner.0.attention.{}.weight"
     known = files.shape_of(shapes, norm.format("k_norm"), norm.format("norm_k"))
     caption = shapes.get("cap_embedder.1.weight", (LUMINA_WIDTH,))
-    in_file = known and caption[0] != LUMINA_WIDTH
+    in_file = bool(known) and caption[0] != LUMINA_WIDTH
     controls = "control_all_x_embedder.2-1.weight" in shapes  # a file of these alone
     return in_file or controls or files.is_class(headers, TRANSFORMER.class_name)
 
