@@ -147,7 +147,7 @@ class ErrorCode(Code):
     REPEATS_INVALID = "Repeats are none.", "Mend repeats.json or the folder's name."
     CAPTIONS_MISSING = "Images have neither caption nor trigger word.", "Give trigger_words."
     MODEL_NOT_FOUND = "base_model leads nowhere.", "Give a folder, a file or a Hugging Face id."
-    MODEL_UNSUPPORTED = "The base model is of another kind.", "Use SD 1.x, 2.x or SDXL safetensors."
+    MODEL_UNSUPPORTED = "The base model is of another kind.", "Use safetensors of a known kind."
     PROCESS_LOST = (
         "A process that shares the run is gone.",
         "Start again: the run goes on from its last checkpoint.",
@@ -2468,6 +2468,8 @@ class Part:
     bare: bool = False  # whether a file may leave that out, as it holds nothing else
     publish: Callable[[Part, Tensors, Any], Tensors] | None = None  # names its library knows
     inner: str = ""  # what names begin with of what is read in its folder
+    # By its library's names, what a layer of a single file holds, in even shares.
+    library_names: Callable[[str], Sequence[str]] = lambda name: (name,)
     targets: str = ""  # the layers that get an adapter, by their names in its library
     wider: tuple[str, ...] = ()  # and which more, one value of lora_targets after the other
     exact: str = ""  # the weights that must not be in half, in either layout
@@ -2833,6 +2835,7 @@ UNET = Part(
     stem="diffusion_pytorch_model",
     limits={"in_channels": (1, 64), "transformer_layers_per_block": (0, 64), **BLOCKS},
     original="model.diffusion_model.",
+    library_names=lambda name: (diffusers_name(name),),
     targets=ATTENTION,
     wider=(FEED_FORWARD, CONVOLUTIONS),
     lora_prefix="lora_unet",
@@ -3268,8 +3271,7 @@ def locate(part: Part, folder: Path | None, single: Headers | None = None) -> Lo
     config = part_config(folder / part.needs[0], part) if folder and part.limits else {}
     folder = folder or Path()
     if single and in_file:
-        files, shapes = [single.path], single.shapes(part)
-        original = single.prefix(part)
+        files, shapes, original = [single.path], single.shapes(part), single.prefix(part)
     else:
         files, original = find_weights(folder, part) if folder != Path() else [], None
         shapes = {n: shape for file in files for n, shape in read_header(file).items()}
@@ -3544,11 +3546,11 @@ def load_with_diffusers(part: Part, located: Located, dtype: torch.dtype, device
 
     cls, tensors = library_class(part), open_weights(part, located, dtype, device)
     config = cls.load_config(located.folder, local_files_only=True)
-    if located.original is not None:
-        known: Any = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]
-        tensors = known["checkpoint_mapping_fn"](checkpoint=tensors, config=config)
     with init_empty_weights():
         model = cls.from_config(config)
+    if located.original is not None and not model.state_dict().keys() <= tensors.keys():
+        known: Any = SINGLE_FILE_LOADABLE_CLASSES[part.class_name]
+        tensors = known["checkpoint_mapping_fn"](checkpoint=tensors, config=config)
     model._fix_state_dict_keys_on_load(tensors)  # noqa: SLF001, as old VAEs name attention
     lacks, _ = model.load_state_dict(tensors, strict=False, assign=True)
     return model, lacks
@@ -3580,13 +3582,11 @@ def unread_kind() -> Any:
             def do(see: Callable[[Any], Tensor]) -> Any:
                 return act(*tree_map_only(cls, see, given), **more)
 
-            def piece(number: int) -> Any:
-                return do(lambda each: each.read())[number]
-
+            read = functools.partial(do, lambda each: each.read())
             like = do(lambda each: each.like)
             if isinstance(like, torch.Tensor):
-                return cls(like, lambda: do(lambda each: each.read()))
-            return [cls(each, functools.partial(piece, n)) for n, each in enumerate(like)]
+                return cls(like, read)
+            return [cls(each, lambda n=n: read()[n]) for n, each in enumerate(like)]
 
     return Unread
 
@@ -3706,8 +3706,7 @@ class Models:
         tokenizers = [load_tokenizer(base, *pair) for pair in pairs]
         for tokenizer in tokenizers:
             tokenizer.add_tokens(word.names, special_tokens=True)
-        sampler = base.parts[base.family.sampler]
-        with blaming(sampler.folder, "no noise schedule"):
+        with blaming(base.parts[base.family.sampler].folder, "no noise schedule"):
             schedule = base.objective.load_schedule(base)
         return cls(base, device, dtype, schedule, tokenizers, word)
 
@@ -3719,10 +3718,9 @@ class Models:
 
     def load_text_encoders(self, dtype: torch.dtype) -> None:
         """Load the networks that read captions; large ones are packed where the denoiser is."""
-        parts, large = self.base.family.text_encoders, self.base.family.text_precision == "bf16"
-        load = functools.partial(load_part, self.base, dtype=dtype, device=self.device)
-        packing = self.base_precision if large else "auto"
-        self.text_encoders = [load(part, packing=packing) for part in parts]
+        packing = self.base_precision if self.base.family.text_precision == "bf16" else "auto"
+        parts, at = self.base.family.text_encoders, self.device
+        self.text_encoders = [load_part(self.base, part, dtype, at, packing) for part in parts]
 
     def load_vae(self) -> Any:
         """Load the VAE once, in full precision, to where it waits for pictures."""
@@ -4612,10 +4610,11 @@ def layers_of(part: Part, asked: str | tuple[str, ...]) -> str:
 def adapted_layers(config: TrainingConfig, base: BaseModel) -> Shapes:
     """List, from headers alone, the weights that get an adapter, by folder and layer."""
     family, found = base.family, Shapes()
-    weights = {
-        n.removesuffix(".weight"): s for n, s in base.shapes.items() if len(s) > 1 and all(s)
-    }
-    layers = {family.denoiser: {diffusers_name(name): shape for name, shape in weights.items()}}
+    layers = {family.denoiser: Shapes()}
+    for name, shape in base.shapes.items():
+        names = family.denoiser.library_names(name.removesuffix(".weight"))
+        if len(shape) > 1 and all(shape):
+            layers[family.denoiser] |= dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
     for part in family.text_encoders if config.train_text_encoder else ():
         layers[part] = text_layers(part, base, read=True)
     for part, shapes in layers.items():
@@ -6517,7 +6516,8 @@ def part_bytes(structure: BaseModel, part: Part, base: str, run: str) -> float:
     if base not in QUANTISED:
         return (width + NUMBER_BYTES[base]) * numbers
     may, shapes = re.compile(part.packed or ".*"), structure.parts[part].shapes.items()
-    packed = sum(math.prod(s) for name, s in shapes if len(s) == 2 and may.fullmatch(name))
+    linear = ((name.removesuffix(".weight"), s) for name, s in shapes if len(s) == 2)
+    packed = sum(math.prod(shape) for name, shape in linear if may.fullmatch(name))
     return width * (numbers - packed) + NUMBER_BYTES[base] * packed
 
 

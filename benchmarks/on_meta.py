@@ -30,6 +30,7 @@ from train_lora import (
 )
 
 SIDE = 1024
+CAPTION = 128  # tokens of an ordinary one, where texts are not filled up
 CARD = 80 * 2**30
 PLACES = {"dataset_path": "images", "base_model": "base", "output_path": "out"}
 WAYS = {"bf16": {}, "nf4": {"base_precision": "nf4"}}
@@ -161,10 +162,10 @@ def operations(base: BaseModel, denoiser: Any) -> float:
 
 
 def conditioning(base: BaseModel, denoiser: Any) -> Any:
-    """Make a text of full length as the family has it."""
+    """Make an ordinary text as the family has it, which may fill it up."""
     from train_lora import Conditioning
 
-    config, words = denoiser.config, base.tokens
+    config, words = denoiser.config, CAPTION if base.family.ragged else base.tokens
     shape = [1, words, base.text_width]
     if "num_text_layers" in config:
         shape = [1, words, config.num_text_layers, config.text_hidden_dim]

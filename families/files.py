@@ -1,4 +1,4 @@
-"""Files of transformers: what tells a base model, and how LoRA files name what was learned."""
+"""Files of transformers: what tells a base model, and how its layers are called."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from train_lora import DIFFUSERS, Headers, Tensors
+from train_lora import DIFFUSERS, Family, Headers, Shape, Shapes, Tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+else:
+    from train_lora import torch  # which is imported when it is asked for
+
+# --- base models -------------------------------------------------------------------------------
+
+# The layers that take tokens in and give them out, in published files and in diffusers' own.
+FIRST = ("x_embedder.weight", "img_in.weight", "first.weight", "all_x_embedder.2-1.weight")
+LAST = ("proj_out.weight", "final_layer.linear.weight", "last.linear.weight")
+LAST += ("all_final_layer.2-1.linear.weight",)
+ADDED = {"control": "a ControlNet", "siglip": "Z-Image-Omni"}
 
 
 def is_class(headers: Headers, name: str) -> bool:
@@ -22,8 +33,48 @@ def is_called(headers: Headers, word: str) -> bool:
     return bool(headers.weights) and word in headers.path.stem.lower()
 
 
-def refuse_packed(headers: Headers) -> str | None:
-    """Name a file whose numbers mean nothing without scales that are read elsewhere."""
+def shape_of(shapes: Shapes, *names: str) -> Shape:
+    """Look up a weight that has another name in each layout."""
+    return next((shapes[name] for name in names if name in shapes), ())
+
+
+def refuse_relative(headers: Headers, family: Family, kinds: Mapping[str, str]) -> str | None:
+    """Name what is given more than noise and text, with what to take instead; or half a file.
+
+    Kinds are told by a word of a name, or by how many numbers of a token are taken in.
+    """
+    shapes = headers.shapes(family.denoiser)
+    kind = named(headers, kinds) or added(shapes) or taking_more(headers, shapes, kinds)
+    return f"{kind}; take {family.reference(headers)}" if kind else refuse_file(headers)
+
+
+def named(headers: Headers, kinds: Mapping[str, str]) -> str | None:
+    """Name what looks like its base by a word of a file's name, or of its folder's pipeline."""
+    pipeline = str(headers.index.get("_class_name", "")).lower()
+    inside = re.split("[^a-z]+", headers.path.stem.lower()) if headers.weights else []
+    return next((kinds[word] for word in kinds if word in inside or word in pipeline), None)
+
+
+def added(shapes: Shapes) -> str | None:
+    """Name what has networks for pictures by what their weights' names begin with."""
+    return next((ADDED[mark] for mark in ADDED for name in shapes if name.startswith(mark)), None)
+
+
+def taking_more(headers: Headers, shapes: Shapes, kinds: Mapping[str, str]) -> str | None:
+    """Name what takes in more numbers of a token than it gives out."""
+    config = headers.configs.get("transformer", {})
+    first, last = shape_of(shapes, *FIRST), shape_of(shapes, *LAST)
+    taken = first[-1] if first else config.get("in_channels")
+    given = last[0] if last else config.get("out_channels")
+    if taken is None or given is None or taken == given:
+        return None
+    return kinds.get(str(taken), "a model that is given a picture")
+
+
+def refuse_file(headers: Headers) -> str | None:
+    """Name a file whose numbers mean nothing without what is read elsewhere."""
+    if headers.weights and re.search(r"-\d{5}-of-\d{5}$", headers.path.stem):
+        return "one of several files of a model; take the folder of all"
     if headers.dtypes & {"F8_E4M3", "F8_E5M2", "I8", "U8", "F4"}:
         return "a quantised file (fp8, int8 or fp4); take the one in bf16"
     marks = ("weight_scale", "scale_weight", "comfy_quant", "scaled_fp8")
@@ -32,7 +83,36 @@ def refuse_packed(headers: Headers) -> str | None:
     return None
 
 
+# --- names of layers ---------------------------------------------------------------------------
+
+# The layers of published files that diffusers calls otherwise, and how; some are several there,
+# of as many rows each. Braces stand for what is the same.
+Layers = Mapping[str, tuple[str, ...]]
 Pairs = dict[str, tuple["Tensor", "Tensor"]]  # A and B of each layer, by its name in the denoiser
+
+
+def pattern(template: str) -> re.Pattern[str]:
+    """Find what stands for the braces."""
+    return re.compile(re.escape(template).replace(r"\{\}", "(.+)"))
+
+
+def diffusers_names(layers: Layers, layer: str) -> tuple[str, ...]:
+    """Name what diffusers makes of a published layer; the others keep their names."""
+    for template, names in layers.items():
+        if match := pattern(template).fullmatch(layer):
+            return tuple(name.format(match[1]) for name in names)
+    return (layer,)
+
+
+def published(pairs: Pairs, layers: Layers) -> Pairs:
+    """Name pairs as published files do; where several are one layer there, they become one."""
+    for template, names in layers.items():
+        for layer in list(pairs):
+            if match := pattern(names[0]).fullmatch(layer):
+                several = [pairs.pop(name.format(match[1])) for name in names]
+                down, up = zip(*several, strict=True)
+                pairs[template.format(match[1])] = torch.cat(down), torch.block_diag(*up)
+    return pairs
 
 
 def gather_pairs(matrices: Mapping[str, Tensor], strength: float) -> Pairs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,32 @@ if TYPE_CHECKING:
 else:
     from train_lora import torch  # which is imported when it is asked for
 
-INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}  # by the columns of the first layer
+LAYERS = {
+    "double_blocks.{}.img_attn.qkv": (
+        "transformer_blocks.{}.attn.to_q",
+        "transformer_blocks.{}.attn.to_k",
+        "transformer_blocks.{}.attn.to_v",
+    ),
+    "double_blocks.{}.txt_attn.qkv": (
+        "transformer_blocks.{}.attn.add_q_proj",
+        "transformer_blocks.{}.attn.add_k_proj",
+        "transformer_blocks.{}.attn.add_v_proj",
+    ),
+    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+    "single_blocks.{}.linear1": (
+        "single_transformer_blocks.{}.attn.to_q",
+        "single_transformer_blocks.{}.attn.to_k",
+        "single_transformer_blocks.{}.attn.to_v",
+        # Which is four times as wide.
+        *(f"single_transformer_blocks.{{}}.proj_mlp.{quarter}" for quarter in range(4)),
+    ),
+}
+# Which others have in part.
+MARKS = {"context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"}
+MARKS |= {"single_transformer_blocks.0.proj_mlp.weight"}
+GUIDANCE = ("guidance_in.in_layer.weight", "time_text_embed.guidance_embedder.linear_1.weight")
+RELATIVES = {"kontext": "FLUX.1 Kontext", "384": "FLUX.1 Fill", "128": "FLUX.1 Canny or Depth"}
 CLIP_TOKENS = 77
 # Of dev, where the config is still to be fetched.
 PUBLISHED = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
@@ -40,23 +66,15 @@ def recognise(headers: Headers, _: Family) -> bool:
     shapes = headers.shapes(TRANSFORMER)
     others = ("double_stream_modulation", "distilled_guidance_layer")
     foreign = any(name.startswith(others) for name in shapes)
-    in_file = "double_blocks.0.img_attn.norm.key_norm.scale" in shapes and not foreign
-    return in_file or files.is_class(headers, TRANSFORMER.class_name)
+    known = "double_blocks.0.img_attn.norm.key_norm.scale" in shapes or shapes.keys() >= MARKS
+    return (known and not foreign) or files.is_class(headers, TRANSFORMER.class_name)
 
 
 def is_dev(headers: Headers) -> bool:
     """Tell dev from schnell, which is told no guidance."""
     config = headers.configs.get("transformer", {})
-    inside = "guidance_in.in_layer.weight" in headers.shapes(TRANSFORMER)
+    inside = files.shape_of(headers.shapes(TRANSFORMER), *GUIDANCE)
     return bool(config.get("guidance_embeds", inside))
-
-
-def refuse(headers: Headers, _: Family) -> str | None:
-    """Name relatives that are given more than noise."""
-    config = headers.configs.get("transformer", {})
-    columns = headers.shapes(TRANSFORMER).get("img_in.weight", (0, 64))[-1]
-    kind = INPUTS.get(config.get("in_channels", columns))
-    return kind or files.refuse_packed(headers)
 
 
 def measure(parts: Mapping[Part, Located]) -> Record:
@@ -117,6 +135,7 @@ TRANSFORMER = dataclasses.replace(
         "joint_attention_dim": (1, 262_144),
         "in_channels": (4, 1024),
     },
+    library_names=functools.partial(files.diffusers_names, LAYERS),
     targets=r"(single_)?transformer_blocks\.\d+\.attn\."
     r"(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out)",
 )
@@ -146,7 +165,7 @@ FAMILY = Family(
     sampler=flow.SAMPLER,
     reference=lambda headers: f"black-forest-labs/FLUX.1-{'dev' if is_dev(headers) else 'schnell'}",
     recognises=recognise,
-    refuses=refuse,
+    refuses=lambda headers, family: files.refuse_relative(headers, family, RELATIVES),
     states=lambda _, __: flow.FLOW_STATES,
     distilled=lambda headers, _: not is_dev(headers),
     measure=measure,

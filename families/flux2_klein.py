@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train_lora import (
-    BaseModel,
-    Conditioning,
-    Family,
-    Headers,
-    Located,
-    Part,
-    Record,
-    Tensors,
-    encode_kl,
-)
+from train_lora import BaseModel, Conditioning, Family, Headers, Located, Part, Record, encode_kl
 
 from . import files, flow, patches
 
@@ -32,21 +22,36 @@ READ_LAYERS = (9, 18, 27)  # of the text encoder; what is above them is not load
 # Of the 4B, where the config is still to be fetched.
 PUBLISHED = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
 PUBLISHED |= {"attention_head_dim": 128, "joint_attention_dim": 7680, "in_channels": 128}
+LAYERS = {
+    "double_blocks.{}.img_attn.qkv": (
+        "transformer_blocks.{}.attn.to_q",
+        "transformer_blocks.{}.attn.to_k",
+        "transformer_blocks.{}.attn.to_v",
+    ),
+    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+    "single_blocks.{}.linear1": ("single_transformer_blocks.{}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.attn.to_out",),
+}
+MARKS = tuple(f"double_stream_modulation_img.{kind}.weight" for kind in ("lin", "linear"))
+GUIDANCE = ("guidance_in.in_layer.weight", "time_guidance_embed.guidance_embedder.linear_1.weight")
+RELATIVES = {"kv": "FLUX.2 klein KV"}
 WIDTH_9B = 12_288  # of its texts, where the 4B has 7,680 and FLUX.2 dev 15,360
 
 
 def text_columns(headers: Headers) -> int:
     """Tell how wide the texts are that a denoiser reads."""
     config = headers.configs.get("transformer", {})
-    columns = headers.shapes(TRANSFORMER).get("txt_in.weight", (0, 0))[-1]
-    return int(config.get("joint_attention_dim", columns))
+    names = ("txt_in.weight", "context_embedder.weight")
+    columns = files.shape_of(headers.shapes(TRANSFORMER), *names) or (0,)
+    return int(config.get("joint_attention_dim", columns[-1]))
 
 
-def refuse(headers: Headers, _: Family) -> str | None:
-    """Name relatives that would need other text encoders."""
+def refuse(headers: Headers, family: Family) -> str | None:
+    """Name relatives that would need other text encoders, or are given pictures."""
     config, shapes = headers.configs.get("transformer", {}), headers.shapes(TRANSFORMER)
-    guided = config.get("guidance_embeds") or "guidance_in.in_layer.weight" in shapes
-    return "FLUX.2 dev" if guided else files.refuse_packed(headers)
+    if config.get("guidance_embeds") or files.shape_of(shapes, *GUIDANCE):
+        return f"FLUX.2 dev; take {reference(headers)}"
+    return files.refuse_relative(headers, family, RELATIVES)
 
 
 def reference(headers: Headers) -> str:
@@ -150,34 +155,6 @@ def preview_shift(_: BaseModel, tokens: int, steps: int) -> float:
     return math.exp(long if tokens > 4300 else long + (short - long) * (200 - steps) / 190)
 
 
-OWN_NAMES = (  # of diffusers' modules in the published files
-    (r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$", r"double_blocks.\1.img_attn.proj"),
-    (r"^single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj$", r"single_blocks.\1.linear1"),
-    (r"^single_transformer_blocks\.(\d+)\.attn\.to_out$", r"single_blocks.\1.linear2"),
-)
-
-
-def own_name(module: str) -> str:
-    """Name a module that stands alone in both layouts."""
-    for pattern, name in OWN_NAMES:
-        module = re.sub(pattern, name, module)
-    return module
-
-
-def write_lora(matrices: Mapping[str, Tensor], strength: float) -> Tensors:
-    """Name the matrices as the published files do, where q, k and v are one layer."""
-    pairs = files.gather_pairs(matrices, strength)
-    fused = {}
-    for module in [name for name in pairs if name.endswith(".to_q")]:
-        three = [pairs.pop(f"{module[:-1]}{letter}") for letter in "qkv"]
-        down, up = zip(*three, strict=True)
-        block = module.split(".")[1]
-        name = f"double_blocks.{block}.img_attn.qkv"
-        fused[name] = torch.cat(down), torch.block_diag(*up)
-    alone = {own_name(module): pair for module, pair in pairs.items()}
-    return files.peft_names(fused | alone, "diffusion_model.")
-
-
 TRANSFORMER = dataclasses.replace(
     flow.TRANSFORMER,
     class_name="Flux2Transformer2DModel",
@@ -189,6 +166,7 @@ TRANSFORMER = dataclasses.replace(
         "joint_attention_dim": (1, 262_144),
         "in_channels": (4, 1024),
     },
+    library_names=functools.partial(files.diffusers_names, LAYERS),
     targets=r"transformer_blocks\.\d+\.attn\.(to_(q|k|v)|to_out\.0)"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
 )
@@ -212,7 +190,7 @@ FAMILY = Family(
     reference=reference,
     recognises=lambda headers, _: (
         files.is_class(headers, TRANSFORMER.class_name)
-        or "double_stream_modulation_img.lin.weight" in headers.shapes(TRANSFORMER)
+        or bool(files.shape_of(headers.shapes(TRANSFORMER), *MARKS))
     ),
     refuses=refuse,
     states=lambda _, __: flow.FLOW_STATES,
@@ -229,5 +207,7 @@ FAMILY = Family(
     previews=((50, 4.0), (4, 1.0)),
     precisions=frozenset({"bf16", "nf4"}),
     headers={"flow": files.called("Flux.2-klein")},
-    write_lora=write_lora,
+    write_lora=lambda matrices, strength: files.peft_names(
+        files.published(files.gather_pairs(matrices, strength), LAYERS), "diffusion_model."
+    ),
 )

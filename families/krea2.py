@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train_lora import BaseModel, Conditioning, Family, Headers, Located, Part, Record, Tensors
+from train_lora import BaseModel, Conditioning, Family, Headers, Located, Part, Record
 
 from . import files, flow, patches
 
@@ -27,6 +27,13 @@ END, END_TOKENS = "<|im_end|>\n<|im_start|>assistant\n", 5
 # Where the config is still to be fetched.
 PUBLISHED = {"num_layers": 28, "num_attention_heads": 48, "attention_head_dim": 128}
 PUBLISHED |= {"num_text_layers": 12, "text_hidden_dim": 2560, "in_channels": 64}
+NAMES = {"wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0", "gate": "to_gate"}
+LAYERS = {
+    f"blocks.{{}}.attn.{own}": (f"transformer_blocks.{{}}.attn.{name}",)
+    for own, name in NAMES.items()
+}
+MARKS = ("txtfusion.projector.weight", "text_fusion.projector.weight")
+RELATIVES = {"edit": "a Krea 2 for editing"}
 TURBO_SHIFT = 3.158193  # e to the 1.15, whatever the size
 
 
@@ -35,12 +42,12 @@ def read_layers(layers: int) -> list[int]:
     return list(range(2, layers, 3))
 
 
-def refuse(headers: Headers, _: Family) -> str | None:
-    """Name a relative that reads other layers."""
+def refuse(headers: Headers, family: Family) -> str | None:
+    """Name a relative that reads other layers, or is given pictures."""
     named = headers.index.get("text_encoder_select_layers")
     if named is not None and named != read_layers(max(named) + 1):
         return "a relative of Krea 2 that reads other layers of its text encoder"
-    return files.refuse_packed(headers)
+    return files.refuse_relative(headers, family, RELATIVES)
 
 
 def measure(parts: Mapping[Part, Located]) -> Record:
@@ -127,28 +134,6 @@ def preview_shift(base: BaseModel, tokens: int, _: int) -> float:
     return TURBO_SHIFT if base.distilled else line
 
 
-NAMES = {
-    r"^transformer_blocks\.": "blocks.",
-    r"\.to_out\.0$": ".wo",
-    r"\.to_([qkv])$": r".w\1",
-    r"\.to_gate$": ".gate",
-}
-
-
-def own_name(module: str) -> str:
-    """Name a module as the published files do."""
-    for pattern, name in NAMES.items():
-        module = re.sub(pattern, name, module)
-    return module
-
-
-def write_lora(matrices: Mapping[str, Tensor], strength: float) -> Tensors:
-    """Name the matrices as the published files do."""
-    pairs = files.gather_pairs(matrices, strength)
-    named = {own_name(module): pair for module, pair in pairs.items()}
-    return files.peft_names(named, "diffusion_model.")
-
-
 TRANSFORMER = dataclasses.replace(
     flow.TRANSFORMER,
     class_name="Krea2Transformer2DModel",
@@ -162,6 +147,7 @@ TRANSFORMER = dataclasses.replace(
     },
     # Their numbers are counted from one, and lose what half precision has no room for.
     exact=r"(.*\.)?(norm|norm1|norm2|norm_q|norm_k)\.weight|.*\.scale",
+    library_names=functools.partial(files.diffusers_names, LAYERS),
     targets=r"transformer_blocks\.\d+\.attn\.to_(q|k|v|gate|out\.0)",
 )
 VAE = Part(
@@ -193,7 +179,7 @@ FAMILY = Family(
     reference=lambda _: "krea/Krea-2-Raw",
     recognises=lambda headers, _: (
         files.is_class(headers, TRANSFORMER.class_name)
-        or "txtfusion.projector.weight" in headers.shapes(TRANSFORMER)
+        or bool(files.shape_of(headers.shapes(TRANSFORMER), *MARKS))
     ),
     refuses=refuse,
     states=lambda _, __: flow.FLOW_STATES,
@@ -213,5 +199,7 @@ FAMILY = Family(
     precisions=frozenset({"bf16", "nf4"}),
     ragged=True,
     headers={"flow": files.called("Krea-2")},
-    write_lora=write_lora,
+    write_lora=lambda matrices, strength: files.peft_names(
+        files.published(files.gather_pairs(matrices, strength), LAYERS), "diffusion_model."
+    ),
 )

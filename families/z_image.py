@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,25 @@ else:
     from train_lora import torch  # which is imported when it is asked for
 
 LUMINA_WIDTH = 2304
+LAYERS = {
+    "{}.attention.qkv": ("{}.attention.to_q", "{}.attention.to_k", "{}.attention.to_v"),
+    "{}.attention.out": ("{}.attention.to_out.0",),
+}
 # Where the config is still to be fetched.
 PUBLISHED = {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "in_channels": 16}
 PUBLISHED |= {"cap_feat_dim": 2560}
+RELATIVES = {"edit": "Z-Image-Edit", "omni": "Z-Image-Omni"}
 TURBO_SHIFT = 3.0  # of its sampler, where the base has 6: nothing else tells them apart
 
 
 def recognise(headers: Headers, _: Family) -> bool:
     """Tell Z-Image from its relative Lumina 2, which is narrower."""
-    norms = headers.shapes(TRANSFORMER).get("noise_refiner.0.attention.k_norm.weight")
-    caption = headers.shapes(TRANSFORMER).get("cap_embedder.1.weight", (LUMINA_WIDTH,))
-    in_file = norms is not None and caption[0] != LUMINA_WIDTH
-    return in_file or files.is_class(headers, TRANSFORMER.class_name)
+    shapes, norm = headers.shapes(TRANSFORMER), "noise_refiner.0.attention.{}.weight"
+    known = files.shape_of(shapes, norm.format("k_norm"), norm.format("norm_k"))
+    caption = shapes.get("cap_embedder.1.weight", (LUMINA_WIDTH,))
+    in_file = bool(known) and caption[0] != LUMINA_WIDTH
+    controls = "control_all_x_embedder.2-1.weight" in shapes  # a file of these alone
+    return in_file or controls or files.is_class(headers, TRANSFORMER.class_name)
 
 
 def is_turbo(headers: Headers, sampler: Record) -> bool:
@@ -79,6 +87,7 @@ TRANSFORMER = dataclasses.replace(
         "in_channels": (16, 16),
         "cap_feat_dim": (1, 65_536),
     },
+    library_names=functools.partial(files.diffusers_names, LAYERS),
     targets=r".*(layers|noise_refiner|context_refiner)\.\d+\.attention\.to_(q|k|v|out\.0)",
 )
 FAMILY = Family(
@@ -94,7 +103,7 @@ FAMILY = Family(
         "Tongyi-MAI/Z-Image-Turbo" if is_turbo(headers, {}) else "Tongyi-MAI/Z-Image"
     ),
     recognises=recognise,
-    refuses=lambda headers, _: files.refuse_packed(headers),
+    refuses=lambda headers, family: files.refuse_relative(headers, family, RELATIVES),
     states=lambda _, __: flow.FLOW_STATES,
     distilled=is_turbo,
     measure=measure,

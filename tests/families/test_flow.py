@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shutil
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,23 +91,34 @@ def guidance_of(family: str, usual: float) -> dict[str, Any]:
 def test_a_preview_is_what_the_pipeline_draws(
     family: str, guidance: float, place: Path, tmp_path: Path
 ) -> None:
-    """With the same noise, and guidance said in one way for all families."""
+    """With the same noise, before anything is rounded; guidance is said in one way for all."""
     config = config_of(place, family, tmp_path, sample_prompts=[PROMPT], sample_guidance=guidance)
     ready = prepare(config)
-    wanted = [(PROMPT, 7)]
-    (own,) = train_lora.draw_previews(ready.models, ready.cache, wanted, config, ready.stop)
+    own = pixels_of(ready, seed=7)
     theirs = pipeline_of(place / family)(
         prompt=PROMPT,
         height=SIDE,
         width=SIDE,
         num_inference_steps=3,
         generator=torch.Generator().manual_seed(7),
+        output_type="pt",
         **guidance_of(family, guidance),
     ).images[0]
-    assert own.size == theirs.size
-    pairs = zip(own.tobytes(), theirs.tobytes(), strict=True)
-    assert max(abs(mine - other) for mine, other in pairs) <= 1  # a rounding of 256
-    assert own.getextrema() != ((127, 127),) * 3
+    assert float((own - theirs).abs().max()) < 1e-4
+    assert float(own.std()) > 0.01
+    wanted = [(PROMPT, 7)]
+    (drawn,) = train_lora.draw_previews(ready.models, ready.cache, wanted, config, ready.stop)
+    assert drawn.tobytes() == (255 * own).round().byte().permute(1, 2, 0).numpy().tobytes()
+
+
+def pixels_of(ready: Ready, seed: int) -> torch.Tensor:
+    """Draw a preview up to where its numbers, from 0 to 1, are rounded to bytes."""
+    models, sketch = ready.models, train_lora.Sketch.of(ready.config, ready.models.base)
+    with models.at_rest():
+        pairs = train_lora.read_pairs(models, ready.cache, [PROMPT], sketch)
+        latents = train_lora.sample_latents(models, pairs, sketch, [seed], ready.stop)
+        pixels = models.base.family.decode(models.load_vae(), latents, None)[0]
+    return (pixels / 2 + 0.5).clamp(0, 1)
 
 
 @each_family
@@ -451,9 +464,12 @@ def join_layers(weights: dict[str, torch.Tensor]) -> None:
                 weights[match.expand(joined)] = torch.cat(rows)
 
 
-def write_transformer(folder: Path, target: Path, prefix: str) -> Path:
-    """Write a transformer alone, as published for ComfyUI."""
-    weights = load_file(next((folder / "transformer").glob("*.safetensors")))
+def write_transformer(folder: Path, target: Path, prefix: str | None) -> Path:
+    """Write a transformer alone, as published for ComfyUI; without a prefix, as diffusers does."""
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    if prefix is None:
+        return Path(shutil.copy(file, target))
+    weights = load_file(file)
     if folder.name != "krea2":
         join_layers(weights)
     for name in [name for name in weights if name.startswith("norm_out.linear.")]:
@@ -484,22 +500,30 @@ def test_a_folder_is_recognised(family: str, place: Path, tmp_path: Path) -> Non
         train_lora.inspect_model(config_of(place, family, tmp_path, model_family="sdxl"))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("family", OWN_NAMES)
+@each_family
 def test_a_transformer_alone_learns_what_its_folder_learns(
-    family: str, prefix: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file brings neither texts nor VAE; these come from the folder that is named for them."""
     narrow_flux1(monkeypatch)
-    file = write_transformer(place / family, tmp_path / "own.safetensors", prefix)
-    learned = []
-    for name, base in (("folder", place / family), ("file", file)):
-        beside = {"model_config_path": str(place / family)} if base == file else {}
-        config = config_of(place, family, tmp_path / name, base_model=str(base), **beside)
-        ready = prepare(config)
-        ready.make_updates(2)
-        learned.append(ready.learner.learned.clone())
-    assert torch.equal(*learned)
+    written = [learned_from(place / family, place, family, tmp_path / "folder")]
+    for number, prefix in enumerate(("", "model.diffusion_model.", None)):
+        own = tmp_path / f"own{number}"
+        file = write_transformer(place / family, own.with_suffix(".safetensors"), prefix)
+        written.append(learned_from(file, place, family, own))
+    assert written[1:] == written[:1] * 3
+
+
+def learned_from(base: Path, place: Path, family: str, output: Path) -> tuple[int, bytes]:
+    """Make two updates; return what was planned to learn, and the tensors of the LoRA file."""
+    beside = {} if base.is_dir() else {"model_config_path": str(place / family)}
+    config = config_of(place, family, output, base_model=str(base), **beside)
+    ready = prepare(config)
+    ready.make_updates(2)
+    ready.write_files({"lora": output / "lora.safetensors"})
+    planned = train_lora.adapter_numbers(config, ready.models.base)
+    assert planned == ready.learner.learned.numel()
+    return planned, safetensors.torch.save(load_file(output / "lora.safetensors"))
 
 
 def narrow_flux1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,23 +561,93 @@ def test_texts_and_vae_of_a_file_come_from_its_reference(
     assert train_lora.missing_files(snapshot, beside_file=True) == [f"text_encoder/{weights.name}"]
 
 
+DENOISER, INDEX = "transformer/config.json", "model_index.json"
+DEV, KLEIN = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-base-4B"
+
+
 @pytest.mark.parametrize(
-    ("family", "change", "said"),
+    ("family", "path", "change", "said"),
     [
-        ("flux1", {"in_channels": 384}, "Fill"),
-        ("flux1", {"in_channels": 128}, "Canny"),
-        ("flux2_klein", {"guidance_embeds": True}, "FLUX.2 dev"),
+        ("flux1", DENOISER, {"in_channels": 384, "out_channels": 64}, f"FLUX.1 Fill; take {DEV}"),
+        ("flux1", DENOISER, {"in_channels": 128, "out_channels": 64}, "FLUX.1 Canny or Depth"),
+        ("flux1", INDEX, {"_class_name": "FluxKontextPipeline"}, f"FLUX.1 Kontext; take {DEV}"),
+        ("flux2_klein", DENOISER, {"guidance_embeds": True}, f"FLUX.2 dev; take {KLEIN}"),
+        ("flux2_klein", INDEX, {"_class_name": "Flux2KleinKVPipeline"}, "FLUX.2 klein KV"),
+        ("z_image", INDEX, {"_class_name": "ZImageOmniPipeline"}, "Z-Image-Omni"),
     ],
 )
 def test_relatives_are_refused_by_name(
-    family: str, change: dict[str, Any], said: str, place: Path, tmp_path: Path
+    family: str, path: str, change: dict[str, Any], said: str, place: Path, tmp_path: Path
 ) -> None:
     """Those that are given more than noise and text."""
     base = build_flow(family, tmp_path / family)
-    change_json(base / "transformer" / "config.json", **change)
+    change_json(base / path, **change)
     config = config_of(place, family, tmp_path / "out", base_model=str(base))
     with pytest.raises(TrainError, match=said):
         train_lora.inspect_model(config)
+
+
+FLUX_1_AS_DIFFUSERS = {
+    "context_embedder.weight": (4, 4),
+    "time_text_embed.text_embedder.linear_1.weight": (4, 4),
+    "time_text_embed.guidance_embedder.linear_1.weight": (4, 4),
+    "single_transformer_blocks.0.proj_mlp.weight": (4, 4),
+}
+TOLD_GUIDANCE = {"guidance_in.in_layer.weight": (4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "weights", "said"),
+    [
+        (
+            "flux1",
+            "mine",
+            {**TOLD_GUIDANCE, "img_in.weight": (4, 384), "final_layer.linear.weight": (64, 4)},
+            f"FLUX.1 Fill; take {DEV}",
+        ),
+        (
+            "flux1",
+            "diffusion_pytorch_model",
+            {**FLUX_1_AS_DIFFUSERS, "x_embedder.weight": (4, 128), "proj_out.weight": (64, 4)},
+            f"FLUX.1 Canny or Depth; take {DEV}",
+        ),
+        ("flux1", "flux1-dev-kontext_bf16", TOLD_GUIDANCE, f"FLUX.1 Kontext; take {DEV}"),
+        ("flux1", "union", {**TOLD_GUIDANCE, "controlnet_blocks.0.weight": (4, 4)}, "a ControlNet"),
+        ("flux2_klein", "flux-2-klein-9b-kv", {}, f"FLUX.2 klein KV; take {KLEIN}"),
+        ("flux2_klein", "flux2-dev", TOLD_GUIDANCE, "FLUX.2 dev"),
+        ("z_image", "z_image_edit_bf16", {}, "Z-Image-Edit; take Tongyi-MAI/Z-Image"),
+        ("z_image", "mine", {"siglip_embedder.1.weight": (4, 4)}, "Z-Image-Omni"),
+        (
+            "z_image",
+            "mine",
+            {"x_embedder.weight": (4, 132), "final_layer.linear.weight": (64, 4)},
+            "a model that is given a picture; take Tongyi-MAI/Z-Image",
+        ),
+        ("krea2", "Krea-2-Edit", {}, "a Krea 2 for editing; take krea/Krea-2-Raw"),
+        (
+            "krea2",
+            "mine",
+            {"first.weight": (4, 128), "last.linear.weight": (64, 4)},
+            "a model that is given a picture; take krea/Krea-2-Raw",
+        ),
+        ("krea2", "diffusion_pytorch_model-00001-of-00003", {}, "take the folder of all"),
+    ],
+)
+def test_files_of_relatives_are_refused_by_name(
+    family: str,
+    name: str,
+    weights: dict[str, tuple[int, ...]],
+    said: str,
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    """By what their weights show, or else by a word of their published name."""
+    file = tmp_path / f"{name}.safetensors"
+    layout = {} if name == "diffusion_pytorch_model" else MARKS[family]
+    write_safetensors(file, {**layout, **weights})
+    beside = {"base_model": str(file), "model_config_path": str(place / family)}
+    with pytest.raises(TrainError, match=said):
+        train_lora.inspect_model(config_of(place, family, tmp_path / "out", **beside))
 
 
 @pytest.mark.parametrize(
@@ -585,6 +679,7 @@ def test_a_distilled_base_is_told(
     [
         ("z_image", "z_image_bf16", False),
         ("z_image", "z_image_turbo_bf16", True),
+        ("z_image", "z_image_special_edition", False),
         ("krea2", "Krea2-Raw", False),
         ("krea2", "Krea2-Turbo", True),
         ("flux2_klein", "flux-2-klein-base-4b", False),
@@ -681,67 +776,84 @@ def test_quantised_files_are_refused(place: Path, tmp_path: Path) -> None:
 
 # --- names in files, of the real sizes ---------------------------------------------------------
 
-REAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "z_image": ("ZImageTransformer2DModel", {}),
-    "flux2_klein": (
-        "Flux2Transformer2DModel",
-        {
-            "num_layers": 5,
-            "num_single_layers": 20,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 7680,
-            "guidance_embeds": False,
-        },
-    ),
-    "flux1": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "krea2": ("Krea2Transformer2DModel", {}),
-}
+RANK = 2
 # Written down from the layout of the files that ComfyUI loads: where the blocks are, how many,
-# and what they have that learns. FLUX.1 is known by diffusers' names everywhere.
+# and what they have that learns, by its outputs and inputs. FLUX.1 is known by diffusers' names
+# everywhere.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-PUBLISHED: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
-    "z_image": [
-        ("diffusion_model.layers.{}.attention.{}", 30, ATTENTION),
-        ("diffusion_model.noise_refiner.{}.attention.{}", 2, ATTENTION),
-        ("diffusion_model.context_refiner.{}.attention.{}", 2, ATTENTION),
+Layers = dict[str, tuple[int, int]]
+Z_IMAGE: Layers = dict.fromkeys(ATTENTION, (3840, 3840))
+FLUX_1: Layers = dict.fromkeys(ATTENTION + ADDED, (3072, 3072))
+KREA_2: Layers = dict.fromkeys(("wq", "wo", "gate"), (6144, 6144))
+KREA_2 |= dict.fromkeys(("wk", "wv"), (1536, 6144))  # four heads of a question share a key
+PUBLISHED: dict[str, list[tuple[str, int, Layers]]] = {
+    "Z-Image": [
+        ("diffusion_model.layers.{}.attention.{}", 30, Z_IMAGE),
+        ("diffusion_model.noise_refiner.{}.attention.{}", 2, Z_IMAGE),
+        ("diffusion_model.context_refiner.{}.attention.{}", 2, Z_IMAGE),
     ],
-    "flux2_klein": [
-        ("diffusion_model.double_blocks.{}.img_attn.{}", 5, ("qkv", "proj")),
-        ("diffusion_model.single_blocks.{}.{}", 20, ("linear1", "linear2")),
+    "FLUX.2 klein 4B": [
+        (
+            "diffusion_model.double_blocks.{}.img_attn.{}",
+            5,
+            {"qkv": (9216, 3072), "proj": (3072, 3072)},
+        ),
+        (
+            "diffusion_model.single_blocks.{}.{}",
+            20,
+            {"linear1": (27_648, 3072), "linear2": (3072, 12_288)},
+        ),
     ],
-    "flux1": [
-        ("transformer.transformer_blocks.{}.attn.{}", 19, ATTENTION + ADDED),
-        ("transformer.single_transformer_blocks.{}.attn.{}", 38, ATTENTION[:3]),
+    "FLUX.2 klein 9B": [
+        (
+            "diffusion_model.double_blocks.{}.img_attn.{}",
+            8,
+            {"qkv": (12_288, 4096), "proj": (4096, 4096)},
+        ),
+        (
+            "diffusion_model.single_blocks.{}.{}",
+            24,
+            {"linear1": (36_864, 4096), "linear2": (4096, 16_384)},
+        ),
     ],
-    "krea2": [("diffusion_model.blocks.{}.attn.{}", 28, ("wq", "wk", "wv", "wo", "gate"))],
+    "FLUX.1": [
+        ("transformer.transformer_blocks.{}.attn.{}", 19, FLUX_1),
+        (
+            "transformer.single_transformer_blocks.{}.attn.{}",
+            38,
+            dict.fromkeys(ATTENTION[:3], (3072, 3072)),
+        ),
+    ],
+    "Krea 2": [("diffusion_model.blocks.{}.attn.{}", 28, KREA_2)],
 }
 
 
-@each_family
-def test_every_layer_of_the_real_size_has_its_published_name(family: str) -> None:
-    """Built without memory; each name, and no other, with both matrices."""
-    kind, options = REAL[family]
-    with torch.device("meta"):
-        network = getattr(diffusers, kind)(**options)
-    found = train_lora.all_families()[family]
-    adapted = re.compile(found.denoiser.targets)
+@pytest.mark.parametrize("title", on_meta.NETWORKS)
+def test_every_layer_of_the_real_size_has_its_published_name(title: str) -> None:
+    """Built without memory; each name, and no other, with both matrices of the right shape."""
+    name, builds = on_meta.NETWORKS[title]
+    family = train_lora.all_families()[name]
+    adapted = re.compile(family.denoiser.targets)
     matrices = {}
-    for name, layer in network.named_modules():
-        if adapted.fullmatch(name):
-            up, down = torch.zeros(layer.out_features, 1), torch.zeros(1, layer.in_features)
-            matrices[f"transformer.{name}.lora_A.default.weight"] = down
-            matrices[f"transformer.{name}.lora_B.default.weight"] = up
-    assert found.write_lora
-    named = found.write_lora(matrices, 1.0)
-    expected = {
-        f"{place.format(block, layer)}.lora_{side}.weight"
-        for place, blocks, layers in PUBLISHED[family]
-        for block in range(blocks)
-        for layer in layers
-        for side in "AB"
-    }
-    assert set(named) == expected
+    with torch.device("meta"):
+        for place, layer in builds["transformer"]().named_modules():
+            if adapted.fullmatch(place):
+                up, down = (
+                    torch.empty(layer.out_features, RANK),
+                    torch.empty(RANK, layer.in_features),
+                )
+                matrices[f"transformer.{place}.lora_A.default.weight"] = down
+                matrices[f"transformer.{place}.lora_B.default.weight"] = up
+    assert family.write_lora
+    named = family.write_lora(matrices, 1.0)
+    expected = {}
+    for place, blocks, layers in PUBLISHED[title]:
+        for block, (layer, (rows, columns)) in itertools.product(range(blocks), layers.items()):
+            rank = 3 * RANK if layer == "qkv" else RANK  # three adapters of one input
+            expected[f"{place.format(block, layer)}.lora_A.weight"] = rank, columns
+            expected[f"{place.format(block, layer)}.lora_B.weight"] = rows, rank
+    assert {name: tuple(matrix.shape) for name, matrix in named.items()} == expected
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -774,3 +886,19 @@ def test_every_size_of_card_has_a_config() -> None:
     """From 8 GB to 24."""
     sizes = {int(re.findall(r"(\d+)gb", path.stem)[0]) for path in CONFIGS}
     assert sizes == {8, 12, 16, 24}
+
+
+@pytest.mark.parametrize(
+    ("title", "blocks", "block", "width"),
+    [
+        ("Z-Image", 32, 4 * 3840**2 + 3 * 3840 * 10_240, 3840),
+        ("Krea 2", 28, 3 * 6144**2 + 2 * 6144 * 1536 + 3 * 6144 * 16_384, 6144),
+    ],
+)
+def test_operations_are_those_counted_by_hand(
+    title: str, blocks: int, block: int, width: int
+) -> None:
+    """Of 4,096 tokens of a picture and 128 of a caption: 2 a weight and token, 4 n^2 d to look."""
+    tokens = 4096 + 128
+    there = blocks * (2 * block * tokens + 4 * tokens**2 * width) / 1e12
+    assert on_meta.operations(*on_meta.look_at(title)) == pytest.approx(2 * there, rel=0.01)
