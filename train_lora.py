@@ -74,7 +74,7 @@ import typing
 import uuid
 import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -3582,11 +3582,13 @@ def unread_kind() -> Any:
             def do(see: Callable[[Any], Tensor]) -> Any:
                 return act(*tree_map_only(cls, see, given), **more)
 
-            read = functools.partial(do, lambda each: each.read())
+            def piece(number: int) -> Any:
+                return do(lambda each: each.read())[number]
+
             like = do(lambda each: each.like)
             if isinstance(like, torch.Tensor):
-                return cls(like, read)
-            return [cls(each, lambda n=n: read()[n]) for n, each in enumerate(like)]
+                return cls(like, lambda: do(lambda each: each.read()))
+            return [cls(each, functools.partial(piece, n)) for n, each in enumerate(like)]
 
     return Unread
 
@@ -4222,7 +4224,7 @@ def encode_images(
 
 def ahead(
     work: Callable[[T], R], items: Iterable[T], threads: int = 2
-) -> Iterator[tuple[T, Future[R]]]:
+) -> Generator[tuple[T, Future[R]], None, None]:
     """Work on the next few items in other threads while the caller is busy with one."""
     pool, pending = ThreadPoolExecutor(threads), deque[tuple[T, Future[R]]]()
     try:
@@ -5258,7 +5260,6 @@ DIFFUSERS_NAMES |= {"in_layers.0": "norm1", "out_layers.0": "norm2"}
 MIDDLE_BLOCK = ("resnets.0", "attentions.0", "resnets.1")
 
 
-@functools.cache
 def diffusers_name(module: str) -> str:
     """Name a module in a block of the original denoiser as diffusers does: the way back."""
     found = re.fullmatch(r"(in|out|middle_)(?:put_)?blocks?(?:\.(\d\d?))?\.([0-2])\.(.+)", module)

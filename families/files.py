@@ -18,8 +18,12 @@ else:
 
 # The layers that take tokens in and give them out, in published files and in diffusers' own.
 FIRST = ("x_embedder.weight", "img_in.weight", "first.weight", "all_x_embedder.2-1.weight")
-LAST = ("proj_out.weight", "final_layer.linear.weight", "last.linear.weight")
-LAST += ("all_final_layer.2-1.linear.weight",)
+LAST = (
+    "proj_out.weight",
+    "final_layer.linear.weight",
+    "last.linear.weight",
+    "all_final_layer.2-1.linear.weight",
+)
 ADDED = {"control": "a ControlNet", "siglip": "Z-Image-Omni"}
 
 
