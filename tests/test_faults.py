@@ -128,8 +128,8 @@ def slowly(few: int, many: int) -> list[Any]:
     return [few, pytest.param(many, marks=pytest.mark.slow)]
 
 
-# A failure at every third call of a save, or on demand at every one.
-EVERY_CALL = pytest.mark.parametrize("every", slowly(3, 1))
+# A failure at every seventh call of a save, or on demand at every one.
+EVERY_CALL = pytest.mark.parametrize("every", slowly(7, 1))
 
 
 def struck(
