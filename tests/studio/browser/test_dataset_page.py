@@ -28,9 +28,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def folder(served: Served, request: pytest.FixtureRequest) -> Path:
-    """Provide an empty dataset of the test's own."""
-    return datasets.create(served.settings, request.node.name[:60])
+def folder(served: Served, tmp_path: Path) -> Path:
+    """Provide an empty dataset of the test's own, which is another one if it is tried again."""
+    return datasets.create(served.settings, tmp_path.name)
 
 
 @pytest.fixture
