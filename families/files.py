@@ -139,6 +139,11 @@ def peft_names(pairs: Pairs, prefix: str) -> Tensors:
     }
 
 
+def write_published(layers: Layers, matrices: Mapping[str, Tensor], strength: float) -> Tensors:
+    """Name the matrices as published files do, where ComfyUI and others look for them."""
+    return peft_names(published(gather_pairs(matrices, strength), layers), "diffusion_model.")
+
+
 def called(architecture: str) -> dict[str, str]:
     """Tell a model's kind in the words of LoRA files."""
     return {"modelspec.architecture": f"{architecture}/lora", "modelspec.implementation": DIFFUSERS}

@@ -207,7 +207,5 @@ FAMILY = Family(
     previews=((50, 4.0), (4, 1.0)),
     precisions=frozenset({"bf16", "nf4"}),
     headers={"flow": files.called("Flux.2-klein")},
-    write_lora=lambda matrices, strength: files.peft_names(
-        files.published(files.gather_pairs(matrices, strength), LAYERS), "diffusion_model."
-    ),
+    write_lora=functools.partial(files.write_published, LAYERS),
 )

@@ -199,7 +199,5 @@ FAMILY = Family(
     precisions=frozenset({"bf16", "nf4"}),
     ragged=True,
     headers={"flow": files.called("Krea-2")},
-    write_lora=lambda matrices, strength: files.peft_names(
-        files.published(files.gather_pairs(matrices, strength), LAYERS), "diffusion_model."
-    ),
+    write_lora=functools.partial(files.write_published, LAYERS),
 )

@@ -119,7 +119,5 @@ FAMILY = Family(
     precisions=frozenset({"bf16", "nf4"}),
     ragged=True,
     headers={"flow": files.called("Z-Image")},
-    write_lora=lambda matrices, strength: files.peft_names(
-        files.gather_pairs(matrices, strength), "diffusion_model."
-    ),
+    write_lora=functools.partial(files.write_published, {}),  # q, k and v stay apart there
 )
