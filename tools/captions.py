@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -236,16 +237,19 @@ def describe(
     """Describe a batch; where it fails as a whole, one by one, so that one costs no other."""
     if not batch:
         return
+    said: list[tuple[str, str | Exception]] = []
     try:
-        yield from zip(batch, captioner.describe(list(batch.values())), strict=True)
+        said += zip(batch, captioner.describe(list(batch.values())), strict=True)
     except TrainError:
         raise
     except Exception as error:  # noqa: BLE001, libraries raise anything, and memory ends
-        if len(batch) == 1:
-            yield next(iter(batch)), error
-            return
-        for name, picture in batch.items():
-            yield from describe(captioner, {name: picture})
+        traceback.clear_frames(error.__traceback__)  # else they hold the memory on
+        said = [(name, error) for name in batch] if len(batch) == 1 else []
+    if said:
+        yield from said
+        return
+    for name, picture in batch.items():  # not above, where the error still stands
+        yield from describe(captioner, {name: picture})
 
 
 def free_memory() -> None:

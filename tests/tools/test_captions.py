@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -285,6 +286,31 @@ def test_a_picture_that_fails_costs_no_other(
     assert (told["03.txt"], told["05.txt"]) == ("old", "old")
     assert set(told.values()) == {"old", *(f"{w} wide" for w in range(21, 41) if w not in (24, 26))}
     assert "No caption for 03.png" in capfd.readouterr().err
+
+
+def test_what_failed_holds_no_memory_while_others_are_described(
+    many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a batch, nor a picture alone: a card that was full would be full again."""
+    held: list[weakref.ref[set[int]]] = []
+    still_there: list[set[int] | None] = []
+
+    class Greedy(Moody):
+        """A captioner that a batch is too much for, and one picture too."""
+
+        def describe(self, pictures: list[Image.Image]) -> list[str]:
+            """Describe pictures, and see what is left of those before."""
+            still_there.extend(ref() for ref in held if ref())
+            tensors = {picture.width for picture in pictures}
+            held.append(weakref.ref(tensors))
+            if len(tensors) > 1 or 24 in tensors:
+                raise RuntimeError("out of memory")
+            return super().describe(pictures)
+
+    monkeypatch.setitem(captioners.CAPTIONERS, "blip", Greedy(set(), RuntimeError()))
+    monkeypatch.setattr(captions, "find_model", lambda *_: Path())
+    assert "21 wide" in caption(many, "--with", "blip", "--overwrite").values()
+    assert (len(held), still_there) == (23, [])
 
 
 def test_a_model_that_fails_on_everything_is_an_error(
