@@ -193,7 +193,8 @@ def said_of(
         return
     said = job.images.captions
     if job.wishes.captions_from:
-        said = captions_of(job.wishes, job.texts, events)
+        paths = {name: job.images.files[name] for name in job.texts}
+        said = captions_of(job.wishes, paths, events)
     for done, name in enumerate(names):
         phase.at(done)
         yield name, said.get(name, "")

@@ -13,7 +13,7 @@ import re
 import string
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -130,7 +130,8 @@ def find_pictures(source: Path, wishes: Wishes, events: Emitter, stop: StopReque
     config = wishes.config(source)
     folder = SourceFolder(config.dataset_path, config, events, stop)
     folder.scan(thorough=False)  # what is broken further in is found when it is measured
-    given = captions_of(wishes, folder.images, events) if wishes.captions_from else {}
+    paths = {name: folder.files[name] for name in folder.images}
+    given = captions_of(wishes, paths, events) if wishes.captions_from else {}
     phase = Phase("measuring pictures", len(folder.images), events, stop)
     looked = train_lora.ahead(functools.partial(look_at, folder=folder), folder.pictures)
     found = []
@@ -186,8 +187,11 @@ def has_sidecar(name: str, files: Mapping[str, Path]) -> bool:
     return any(f"{stem}{ending}" in files for ending in (".txt", ".TXT"))
 
 
-def captions_of(wishes: Wishes, names: Iterable[str], events: Emitter) -> dict[str, str]:
-    """Read captions that another program wrote, by the names of the pictures' files."""
+def captions_of(wishes: Wishes, paths: Mapping[str, Path], events: Emitter) -> dict[str, str]:
+    """Read captions that another program wrote, by the names of the pictures' files.
+
+    Where several files have one name, folders tell them apart; where these do not, none is taken.
+    """
     pattern = str(wishes.captions_from)
     files = sorted(map(Path, glob.glob(pattern)), key=os.path.getmtime)  # noqa: PTH207, absolute ones too
     if not files:
@@ -196,17 +200,39 @@ def captions_of(wishes: Wishes, names: Iterable[str], events: Emitter) -> dict[s
         document = json.loads(files[-1].read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise refuse(files[-1], "JSON in UTF-8", str(error)) from error
-    by_end: dict[str, str] = {}
+    fitting = fitting_captions(document, wishes, paths)
+    for name, captions in fitting.items():
+        if len(captions) > 1:
+            remark(events, f"{name}: {len(captions)} captions fit it; none is taken", file=name)
+    found = {name: captions.pop() for name, captions in fitting.items() if len(captions) == 1}
+    if not found:
+        expected = f"captions under {wishes.image_key} and {wishes.caption_key}"
+        raise refuse(files[-1], expected, "none for these pictures")
+    events.emit(train_lora.PhaseFacts(name="captions found", done=len(found), total=len(paths)))
+    return found
+
+
+def fitting_captions(
+    document: Any, wishes: Wishes, paths: Mapping[str, Path]
+) -> dict[str, set[str]]:
+    """Find the captions whose paths and a picture's have the longest end in common."""
+    own = {name: ends_of(path.absolute().as_posix()) for name, path in paths.items()}
+    known = {end for ends in own.values() for end in ends}
+    by_end: defaultdict[str, set[str]] = defaultdict(set)
     for entry in entries_in(document):
         image, caption = dig(entry, wishes.image_key), dig(entry, wishes.caption_key)
         if isinstance(image, str) and isinstance(caption, str) and caption.strip():
-            by_end[PurePosixPath(image.replace("\\", "/")).name] = " ".join(caption.split())
-    found = {name: by_end.get(PurePosixPath(name).name, "") for name in names}
-    if not any(found.values()):
-        expected = f"captions under {wishes.image_key} and {wishes.caption_key}"
-        raise refuse(files[-1], expected, "none for these pictures")
-    events.emit(train_lora.PhaseFacts(name="captions found", done=len(by_end), total=len(found)))
-    return {name: caption for name, caption in found.items() if caption}
+            ends = ends_of(image.replace("\\", "/"))
+            if end := next((end for end in ends if end in known), None):
+                by_end[end].add(" ".join(caption.split()))
+    best = {name: next((e for e in ends if e in by_end), None) for name, ends in own.items()}
+    return {name: set(by_end[end]) for name, end in best.items() if end}
+
+
+def ends_of(path: str) -> list[str]:
+    """List what a path ends with, the longest first: of a/b.png that, then b.png."""
+    parts = PurePosixPath(path).parts
+    return ["/".join(parts[begin:]) for begin in range(len(parts))]
 
 
 def entries_in(document: Any) -> Iterator[Any]:

@@ -457,6 +457,23 @@ def test_captions_of_another_program_are_taken(
     assert (images["01.png"]["caption"], images["01.png"]["caption_from"]) == ("thing 1", "txt")
 
 
+def test_captions_are_told_apart_by_folders(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those whose paths have the longest end in common; of what fits alike none is taken."""
+    names = ("001.png", "a/001.png", "b/001.png", "c/002.png", "d/003.png")
+    for number, name in enumerate(names):
+        write(tmp_path / "source", name, scene(number, 256), "own")
+    given = [(f"/in/source/{name}", name) for name in names if name[0] in "0a"]
+    given += [("C:\\in\\c\\002.png", "second"), ("x/003.png", "one"), ("y/003.png", "other")]
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps([{"image": i, "caption": c} for i, c in given]), encoding="utf-8")
+    images = build(tmp_path / "source", "--captions-from", str(file))["images"]
+    said = {i["source"]: i["caption"] for i in images}
+    assert said == dict(zip(names, ("001.png", "a/001.png", "own", "second", "own"), strict=True))
+    assert "d/003.png: 2 captions fit it" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("content", [None, "{", '[{"other": 1}]'])
 def test_captions_that_are_not_there_are_an_error(content: str | None, source: Path) -> None:
     """Nothing is written instead."""
