@@ -275,7 +275,7 @@ def judge(found: Sequence[Found], wishes: Wishes) -> list[str]:
         for each in usable:
             if "small" in each.flags and not each.excluded:
                 each.excluded = {"reason": "small"}
-    return [*remarks_on_set(usable), *remarks_on_captions(usable, wishes)]
+    return [*remarks_on_set(usable, wishes), *remarks_on_captions(usable, wishes)]
 
 
 def middle(numbers: Sequence[float]) -> float:
@@ -315,7 +315,7 @@ def pixels_of(found: Found) -> str:
     return found.measures.pixels if found.measures else ""
 
 
-def remarks_on_set(usable: Sequence[Found]) -> Iterator[str]:
+def remarks_on_set(usable: Sequence[Found], wishes: Wishes) -> Iterator[str]:
     """Say what all pictures together lack."""
     kept = [each for each in usable if not each.excluded]
     if len(kept) < FEW:
@@ -324,6 +324,8 @@ def remarks_on_set(usable: Sequence[Found]) -> Iterator[str]:
     near = sum(any("duplicate" in flag for flag in each.flags) for each in kept)
     if len(kept) > 50 and near > 0.2 * len(kept):
         yield f"{near} of {len(kept)} pictures are near duplicates: they count for more than others"
+    if len(kept) >= ENOUGH and wishes.validation and not held_back(kept, wishes):
+        yield "None is held back to validate with: all pictures are alike"
     grey = sum(bool(each.measures and each.measures.grey) for each in kept)
     if 0 < grey < len(kept) / 2:
         yield f"Beside {len(kept) - grey} pictures with colour: {counted(grey, 'picture')} without"
@@ -460,15 +462,23 @@ def mask_file_of(found: Found, file: str, wishes: Wishes) -> str | None:
 
 
 def held_back(kept: Sequence[Found], wishes: Wishes) -> set[int]:
-    """Choose clusters for validation, each by itself: a new picture moves no other."""
+    """Choose clusters for validation, each by itself: a new picture moves no other.
+
+    But never more than half of the pictures, which clusters of many could make.
+    """
     if len(kept) < ENOUGH or not wishes.validation:
         return set()
     first: dict[int, bytes] = {}
     for each in kept:
         first.setdefault(each.cluster, f"{wishes.seed} {pixels_of(each)}".encode())
     ranks = {n: int(hashlib.sha256(key).hexdigest(), 16) / 2**256 for n, key in first.items()}
-    chosen = {number for number, rank in ranks.items() if rank < wishes.validation}
-    return chosen or {min(ranks, key=lambda number: ranks[number])}
+    sizes, room, chosen = Counter(each.cluster for each in kept), len(kept) // 2, set[int]()
+    for number in sorted(ranks, key=lambda number: ranks[number]):
+        wanted = ranks[number] < wishes.validation or not chosen
+        if wanted and sizes[number] <= room:
+            chosen.add(number)
+            room -= sizes[number]
+    return chosen
 
 
 def free_name(split: str, found: Found, wishes: Wishes, taken: set[str]) -> str:

@@ -387,6 +387,27 @@ def test_a_new_picture_moves_no_other(source: Path) -> None:
     assert "validation" in former.values()
 
 
+@pytest.mark.parametrize(("others", "held"), [(0, 0), (1, 1)])
+def test_most_pictures_are_trained_on_though_many_are_alike(
+    others: int, held: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A cluster is held back as a whole, so never one of more than half; no other is told."""
+    for quality in range(40, 52):
+        write(tmp_path / "source", f"{quality}.jpg", jpeg(scene(1, 256), quality), "x")
+    for number in range(others):
+        write(tmp_path / "source", f"{number}.png", scene(7 + number, 256), "y")
+    told = build(tmp_path / "source", "--validation", "0.5")["counts"]
+    assert (told["train"], told["validation"]) == (12, held)
+    assert ("None is held back" in capfd.readouterr().err) == (not held)
+
+
+def test_held_back_clusters_are_half_of_the_pictures_together_at_most() -> None:
+    """Whatever seed orders them."""
+    kept = [dataset.Found(name=str(n), path=Path(), cluster=n // 6) for n in range(12)]
+    for seed in range(20):
+        assert len(dataset.held_back(kept, Wishes(validation=0.5, seed=seed))) == 1
+
+
 def test_few_pictures_are_all_trained_on(tmp_path: Path) -> None:
     """None can be spared."""
     for number in range(9):
