@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.program import command_line, refuse, run, table, take_events
-from train_lora import Emitter, Phase, StopRequest, choose_device, counted
+from train_lora import PICKLES, Emitter, Phase, StopRequest, choose_device, counted
 
 if TYPE_CHECKING:
     import torch
 
     from tools.lora_file import LoRA
 
-# Written numbers are rounded to their precision; more than that would be a mistake of the writer.
-TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 MOST_RANK = 1280  # no layer of a family's denoiser has more directions on its narrow side
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -105,6 +103,8 @@ def work(
             stop.check()
             describe(read_lora(file), arguments)
         return f"{counted(len(arguments.files), 'LoRA')} read", []
+    if arguments.out.suffix in PICKLES:
+        raise refuse(arguments.out, "a name for safetensors", "one for a pickle")
     if arguments.out.exists() and not arguments.overwrite:
         raise refuse(arguments.out, "a new name", "something that is there", "Or use --overwrite.")
     if arguments.command == "extract":
@@ -149,7 +149,7 @@ def extract(
 
 
 def write(lora: LoRA, dtype: torch.dtype, arguments: argparse.Namespace) -> tuple[str, list[str]]:
-    """Write the result, hold it against what was to be written, and say so."""
+    """Write the result, and say what it is."""
     import torch
 
     from tools.lora_file import write_lora
@@ -161,9 +161,6 @@ def write(lora: LoRA, dtype: torch.dtype, arguments: argparse.Namespace) -> tupl
     if arguments.dry_run:
         return f"Would write {told}", []
     off = write_lora(arguments.out, lora, arguments.to, dtype)
-    if not off <= TOLERANCE[str(dtype).removeprefix("torch.")]:
-        arguments.out.unlink()
-        raise refuse(arguments.out, "numbers that the precision holds", f"{off:.1%} off")
     return f"{told}, {off:.1e} off", [str(arguments.out)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -348,6 +349,9 @@ def enough(sizes: torch.Tensor, rank: int | None, energy: float | None) -> int:
 
 # --- Writing ---
 
+# Written numbers are rounded to their precision; more than that would be a mistake of the writer.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
 
 def same_alpha(lora: LoRA) -> tuple[LoRA, float]:
     """Give all layers one alpha: diffusers applies unequal ones wrongly, without a word.
@@ -402,13 +406,26 @@ def header_of(lora: LoRA, **changes: str) -> dict[str, str]:
 
 
 def write_lora(path: Path, lora: LoRA, naming: str, dtype: torch.dtype | None = None) -> float:
-    """Write a file, read it back, and return how far it is off, relative to what it adds."""
-    tensors = named(lora, naming)
+    """Write a file, read it back, and return how far it is off, relative to what it adds.
+
+    It takes its name after that, so that one that fails leaves what stood there before.
+    """
+    tensors, most = named(lora, naming), TOLERANCE[dtype or lora.dtype]
     if dtype:
         tensors = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    train_lora.save_lora(path, {k: v.contiguous() for k, v in tensors.items()}, header_of(lora))
-    return difference(lora, read_lora(path))
+    draft = path.with_name(f".{os.getpid()}.draft.tmp")
+    try:
+        whole = {k: v.contiguous() for k, v in tensors.items()}
+        train_lora.save_lora(draft, whole, header_of(lora))
+        off = difference(lora, read_lora(draft))
+        if not off <= most:
+            raise refuse(path, "numbers that the precision holds", f"{off:.1%} off")
+        draft.replace(path)
+        train_lora.sync_folder(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+    return off
 
 
 def difference(one: LoRA, other: LoRA) -> float:

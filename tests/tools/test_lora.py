@@ -407,6 +407,32 @@ def test_a_person_sees_a_table_and_a_host_sees_events(
     assert "--overwrite" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("out", ["same", "other", "other.pt"])
+def test_what_fails_leaves_the_file_that_stood_there(
+    out: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers that are too small for the precision, or a name that no LoRA is read under."""
+    content = {n: Layer(torch.full((2, 3), 1e-7), torch.full((4, 2), 1e-7)) for n in "ab"}
+    layers = {Module("unet", f"conv_in.{n}"): layer for n, layer in content.items()}
+    write_lora(tmp_path / "same", LoRA(layers, {}), "kohya")
+    for name in ("other", "other.pt"):
+        (tmp_path / name).write_bytes(b"precious")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    asked = ["convert", str(tmp_path / "same"), str(tmp_path / out), "--overwrite"]
+    assert lora.main([*asked, "--dtype", "fp32" if out.endswith("pt") else "fp16"]) == 1
+    assert f"{tmp_path / out}: expected" in capfd.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_can_be_replaced_by_what_becomes_of_it(tmp_path: Path) -> None:
+    """In another precision, under the same name."""
+    layer, file = Layer(torch.ones(2, 3), torch.ones(4, 2)), tmp_path / "x.safetensors"
+    write_lora(file, LoRA({Module("unet", "conv_in"): layer}, {}), "kohya")
+    assert lora.main(["convert", str(file), str(file), "--dtype", "bf16", "--overwrite"]) == 0
+    assert read_lora(file).dtype == torch.bfloat16
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_the_header_goes_along_without_what_is_no_longer_true(
     pipes: dict[str, Any], tmp_path: Path
 ) -> None:
