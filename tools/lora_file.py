@@ -87,7 +87,7 @@ class LoRA:
     @property
     def family(self) -> Family:
         """Tell which family's names and readers it has: of a UNet's, they differ for SDXL alone."""
-        if self.networks == ["transformer"] and (told := transformer_names.family_of(self.header)):
+        if "transformer" in self.networks and (told := transformer_names.family_of(self.header)):
             return told
         return train_lora.SDXL if self.is_sdxl else train_lora.SD1
 
@@ -278,11 +278,11 @@ def layer_of(module: Module, parts: Tensors, peft: Mapping[str, Any], path: Path
         raise refuse(path, "matrices that fit", f"{name} of {[*up.shape]} and {[*down.shape]}")
     if not all(part.isfinite().all() for part in parts.values()):
         raise refuse(path, "finite numbers", f"others at {name}")
+    alpha = train_lora.alpha_said(peft, name, len(down))
+    scale = float(parts.get("alpha", alpha)) / len(down)
     if module.network == "transformer" and (used := up.any(dim=0)).any():
         down, up = down[used], up[:, used]  # layers that a file joins share all directions
-    alpha = train_lora.alpha_said(peft, name, len(down))
-    alpha = float(parts.get("alpha", alpha))
-    return Layer(down, up, alpha / len(down))
+    return Layer(down, up, scale)
 
 
 # --- Sums and ranks ---
@@ -373,6 +373,9 @@ def named(lora: LoRA, naming: str) -> Tensors:
     even, alpha = same_alpha(lora)
     family, tensors = lora.family, Tensors()
     joins = naming == "kohya" and family.write_lora  # transformers' files have names of their own
+    if joins and lora.networks != ["transformer"]:
+        expected, found = f"layers of {family.title}'s transformer alone", "a text encoder's too"
+        raise refuse(lora.source, expected, found, "With --to diffusers they go along.")
     for module, layer in even.layers.items():
         if naming == "kohya" and not joins:
             for side, matrix in (("A", layer.down), ("B", layer.up)):

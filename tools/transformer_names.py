@@ -30,6 +30,8 @@ MARKS = re.compile(
     r"^(transformer|diffusion_model)\.|^base_model\.model\.(layers|double_blocks|single_blocks)\."
     r"|^lora_unet_(layers|double_blocks|single_blocks|transformer_blocks)_"
 )
+# Strengths beside layers that have diffusers' names: its readers drop them, or rename the layers.
+OWN_ALPHA = re.compile(r"(transformer|text_encoder)\..+\.alpha")
 
 
 @functools.cache
@@ -58,9 +60,10 @@ def family_of(header: Mapping[str, str]) -> Family | None:
 
 
 def in_diffusers_names(tensors: Tensors, family: Family) -> Tensors:
-    """Give each layer the name that it has in diffusers; alphas that stood in tensors go into B."""
-    state: Tensors = READERS[family.name].lora_state_dict(dict(tensors))
-    return state
+    """Give each layer the name that it has in diffusers; alphas go into it, or stay beside it."""
+    alphas = {key: value for key, value in tensors.items() if OWN_ALPHA.fullmatch(key)}
+    others = {key: value for key, value in tensors.items() if key not in alphas}
+    return {**READERS[family.name].lora_state_dict(others), **alphas}
 
 
 def in_own_names(matrices: Tensors, family: Family) -> dict[str, torch.Tensor]:

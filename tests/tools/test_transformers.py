@@ -130,6 +130,60 @@ def test_a_file_that_does_not_say_what_it_is_for_is_refused(
     assert "z_image, flux2_klein, flux1, krea2" in caught.value.problems[0].expected
 
 
+FLUX1 = {"modelspec.architecture": "flux-1-dev/lora"}
+
+
+@each_family
+def test_alphas_beside_the_matrices_are_heeded(
+    family: str, trained: Trained, tmp_path: Path
+) -> None:
+    """By the rank that stands in the file, also where a direction adds nothing."""
+    _, file, _ = trained[family]
+    there, strong = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert lora.main(["convert", str(file), str(there), "--to", "diffusers"]) == 0
+    tensors = load_file(there)
+    for key in [key for key in tensors if key.endswith("lora_B.weight")]:
+        tensors[key][:, 1:] = 0
+        tensors[key.replace("lora_B.weight", "alpha")] = torch.tensor(0.5)
+    save_file(tensors, strong, read_lora(there).header)
+    found = read_lora(strong)
+    assert {(layer.rank, layer.scale) for layer in found.layers.values()} == {(1, 0.25)}
+
+
+@pytest.fixture
+def with_text(tmp_path: Path) -> Path:
+    """Provide a file of FLUX.1 as kohya's programs write it, with layers of its text encoder."""
+    names = "unet_double_blocks_0_img_attn_proj", "te1_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {}
+    for name in names:
+        tensors[f"lora_{name}.lora_down.weight"] = torch.ones(2, 3)
+        tensors[f"lora_{name}.lora_up.weight"] = torch.ones(4, 2)
+        tensors[f"lora_{name}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "text.safetensors", FLUX1)
+    return tmp_path / "text.safetensors"
+
+
+def test_layers_of_a_text_encoder_go_along_to_diffusers(with_text: Path, tmp_path: Path) -> None:
+    """It is one family's LoRA all the same."""
+    out = tmp_path / "out.safetensors"
+    assert lora.main(["convert", str(with_text), str(out), "--to", "diffusers"]) == 0
+    found = read_lora(out)
+    assert (found.networks, found.family.name) == (["text_encoder", "transformer"], "flux1")
+    assert difference(read_lora(with_text), found) < 1e-6
+
+
+@pytest.mark.parametrize("command", ["convert", "merge"])
+def test_layers_of_a_text_encoder_have_no_place_in_a_transformers_file(
+    command: str, with_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Said in words, with the way that there is."""
+    places = [with_text, tmp_path / "out.safetensors"]
+    places = places[::-1] if command == "merge" else places
+    assert lora.main([command, *map(str, places)]) == 1
+    assert "With --to diffusers" in capfd.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 @pytest.mark.parametrize("family", ["flux2_klein", "z_image"])
 def test_a_transformer_with_its_lora_in_it_is_saved(
     family: str, trained: Trained, tmp_path: Path
