@@ -2046,8 +2046,9 @@ class ImageFolder:
         self.joint = LINE_JOINTS[config.caption_lines]
         own = folder == config.dataset_path
         self.label = "" if own else self.root.name
-        self.trigger_words = () if folder == config.regularization_path else config.trigger_words
-        self.weight = config.prior_weight if folder == config.regularization_path else 1.0
+        self.foreign = folder == config.regularization_path  # of other things than what is taught
+        self.trigger_words = () if self.foreign else config.trigger_words
+        self.weight = config.prior_weight if self.foreign else 1.0
         self.files: dict[str, Path] = {}  # by label and path inside
         self.images: dict[str, Picture | None] = {}  # in natural order; None for unusable ones
         self.masks: dict[str, Path] = {}  # by the name of their image
@@ -2075,7 +2076,7 @@ class ImageFolder:
         self.inspect("checking", list(self.images))
         most_pixels = math.inf if thorough else QUICK_PIXELS
         self.inspect("unpacking", list(choose_doubtful(self.pictures, most_pixels)))
-        if self.label and self.config.prior_preservation:
+        if self.foreign and self.config.prior_preservation:
             self.expect_class_images(self.config.prior_prompt or "")
 
     def find_files(self) -> None:
