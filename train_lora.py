@@ -5626,10 +5626,12 @@ def copies_of(config: TrainingConfig) -> dict[str, Path]:
 
 
 def known_copies(config: TrainingConfig) -> set[str]:
-    """Recall by their checksums what this run has put there, or was about to."""
-    with contextlib.suppress(OSError, LookupError, *NOT_JSON):
-        return set(unseal(config.output_path / "state" / "copies.json")["checksums"])
-    return set()
+    """Recall by their checksums what this run, or one set aside, put there or was about to."""
+    known, output = set[str](), config.output_path
+    for folder in (output, *output.glob("earlier_*")):
+        with contextlib.suppress(OSError, LookupError, *NOT_JSON):
+            known.update(unseal(folder / "state" / "copies.json")["checksums"])
+    return known
 
 
 def check_copies(config: TrainingConfig) -> list[Path]:
