@@ -1527,6 +1527,8 @@ CLASHES = (  # of folders that would become part of each other
     ("validation_path", "output_path", same_folder, SPOILED),
     ("validation_path", "output_path", is_written_by_run, SPOILED),
     ("loras_path", "dataset_path", same_folder, SPOILED),
+    ("loras_path", "regularization_path", same_folder, SPOILED),
+    ("loras_path", "validation_path", same_folder, SPOILED),
     ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
     ("init_lora", "output_path", is_written_by_run, "Copy the file to another folder."),
 )
@@ -1815,6 +1817,7 @@ QUICK_PIXELS = 2**20  # unpacked for doubt alone where no run follows: a twentie
 
 
 IMAGE_FOLDERS = ("dataset_path", "regularization_path", "validation_path")
+FOLDERS_FOR_RESULTS = ("output_path", "loras_path", "embeddings_path")  # no photographs
 
 
 class Unusable(Exception):
@@ -2081,8 +2084,8 @@ class ImageFolder:
 
     def find_files(self) -> None:
         """List the files, but for those of the other folders of this run."""
-        config, waiting = self.config, [self.root] if self.root.exists() else []
-        places = {vars(config)[knob] for knob in IMAGE_FOLDERS} | {config.output_path}
+        waiting = [self.root] if self.root.exists() else []
+        places = {vars(self.config)[knob] for knob in (*IMAGE_FOLDERS, *FOLDERS_FOR_RESULTS)}
         apart = {place_of(os.path.realpath(place)) for place in places if place}
         apart.discard(place_of(str(self.root)))
         while waiting:  # os.walk would call itself, and a thousand folders deep end in an error

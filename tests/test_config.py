@@ -761,6 +761,14 @@ def test_images_for_regularization_lie_in_a_folder_of_their_own(folder: str) -> 
     assert [problem.path for problem in error.problems] == ["regularization_path"]
 
 
+@pytest.mark.parametrize("knob", ["dataset_path", "regularization_path", "validation_path"])
+def test_finished_loras_lie_in_no_folder_of_images(knob: str) -> None:
+    """Their previews would be learned from at the next start."""
+    error = refusal_with(**{"dataset_path": "data", knob: "images"}, loras_path="images")
+    assert error.code is ErrorCode.CONFIG_CONFLICT
+    assert [problem.path for problem in error.problems] == ["loras_path"]
+
+
 @pytest.mark.parametrize("knob", ["dataset_path", "regularization_path"])
 @pytest.mark.parametrize(
     "folder", ["samples", "samples/deeper", "checkpoints", "state/step_5", "earlier_3/samples"]

@@ -267,6 +267,18 @@ def test_an_output_folder_inside_the_dataset_is_not_scanned(
     assert names(scan(output_path=output)) == ["deep/also.png", "good.png"]
 
 
+@pytest.mark.parametrize("knob", ["loras_path", "embeddings_path"])
+@pytest.mark.parametrize("at", ["data", "data/deep"])
+def test_another_program_s_folder_inside_the_dataset_is_not_scanned(
+    data: Path, scan: Scanner, knob: str, at: str
+) -> None:
+    """The picture that is put beside a finished LoRA is none to learn from at the next start."""
+    write_image(data / "good.png")
+    write_image(data / "deep" / "also.png")
+    write_image(Path(at) / "loras" / "zkb.preview.png")
+    assert names(scan(**{knob: f"{at}/loras"})) == ["deep/also.png", "good.png"]
+
+
 @POSIX
 def test_a_linked_folder_is_skipped_with_a_warning(
     data: Path, scan: Scanner, recorder: Recorder
