@@ -1960,7 +1960,9 @@ def listing_of(folder: Path, root: Path) -> list[os.DirEntry[str]]:
     if folder != root and folder.name.lower().endswith(IMAGE_SUFFIXES):
         raise Unusable("named like an image")
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    if {"events.jsonl", "state"} <= {entry.name for entry in entries}:
+    names = {entry.name for entry in entries}
+    # Before its first checkpoint, a run has no state; copied or set aside, it has no lock.
+    if "events.jsonl" in names and names & {"state", "samples", ".lock"}:
         raise Unusable("the output of a run, whose previews are no images to learn from")
     return [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
 
