@@ -1166,16 +1166,23 @@ def one_or_more(given: Any) -> int | tuple[int, ...]:
     return (first, *others) if others else first
 
 
+def numbered(value: Any) -> Any:
+    """Take a number for a whole one where it is one: some hosts write 3.0 as 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 # From JSON to the types of the fields; draft-07 takes 1e3 for a whole number.
 FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     "Path": lambda path: expand_home(path).absolute(),  # means the same to the host
     "tuple[str, ...]": tuple,
     "tuple[float, ...]": lambda numbers: tuple(map(float, numbers)),
-    "dict[str, Any]": lambda given: dict(sorted(given.items())),  # the same in any order
+    # The same in any order.
+    "dict[str, Any]": lambda given: {key: numbered(given[key]) for key in sorted(given)},
     "tuple[int, ...]": lambda numbers: tuple(map(int, numbers)),
     "int | tuple[int, ...]": one_or_more,
     "str | tuple[str, ...]": lambda given: given if isinstance(given, str) else tuple(given),
     "float": float,
+    "float | str": lambda given: given if isinstance(given, str) else float(given),
     "int": int,
 }
 
@@ -5691,6 +5698,8 @@ KNOBS_BEHIND = {
     "embedding_word": ("trigger_words", ""),
     "validation": ("validation_path", ""),
 }
+# A number alone or in a record: an earlier version kept 3 and 3.0 as hosts wrote them.
+WHOLE_NUMBER = re.compile(r"(^|: )(-?\d+)\.0(?=$|[,}])")
 
 
 def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str | None]:
@@ -5869,7 +5878,7 @@ class Earlier:
             of_knob = knobs().get(key, {})
             unsaid = of_knob.get("x-before", of_knob.get("default", "nothing"))
             before, now = (str(each.get(key, unsaid)) + unit for each in (said, identity))
-            if before != now:
+            if len({WHOLE_NUMBER.sub(r"\1\2", each) for each in (before, now)}) > 1:
                 problems.append(Problem(knob, before, now, hint))
         if problems:
             raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)
