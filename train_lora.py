@@ -1482,9 +1482,11 @@ def optimizer_conflicts(config: TrainingConfig) -> Iterator[Problem]:
         if not least <= (values[knob] or least) <= most:
             expected = f"{least:g} … {most:g} with {name}"
             yield Problem(knob, expected, show(values[knob]), f"{kind.suits}.")
-    if config.learning_rate <= most < config.learning_rate * config.lora_plus_ratio:
-        expected = f"at most {most:g} as its product with learning_rate"
-        yield Problem("lora_plus_ratio", expected, show(config.lora_plus_ratio), "Lower either.")
+    of_text = ("text_encoder_learning_rate",) if config.train_text_encoder else ()
+    for knob in ("learning_rate", *of_text):
+        if (full := values[knob] or 0) <= most < full * config.lora_plus_ratio:
+            expected, found = f"at most {most:g} as its product with {knob}", config.lora_plus_ratio
+            yield Problem("lora_plus_ratio", expected, show(found), "Lower either.")
     for knob, reason in kind.without.items():
         if values[knob] != (default := knobs()[knob]["default"]):
             expected = f"{show(default)} with {name}, {reason}"
