@@ -1166,16 +1166,23 @@ def one_or_more(given: Any) -> int | tuple[int, ...]:
     return (first, *others) if others else first
 
 
+def numbered(value: Any) -> Any:
+    """Take a number for a whole one where it is one: some hosts write 3.0 as 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 # From JSON to the types of the fields; draft-07 takes 1e3 for a whole number.
 FIELD_TYPES: dict[str, Callable[[Any], Any]] = {
     "Path": lambda path: expand_home(path).absolute(),  # means the same to the host
     "tuple[str, ...]": tuple,
     "tuple[float, ...]": lambda numbers: tuple(map(float, numbers)),
-    "dict[str, Any]": lambda given: dict(sorted(given.items())),  # the same in any order
+    # The same in any order.
+    "dict[str, Any]": lambda given: {key: numbered(given[key]) for key in sorted(given)},
     "tuple[int, ...]": lambda numbers: tuple(map(int, numbers)),
     "int | tuple[int, ...]": one_or_more,
     "str | tuple[str, ...]": lambda given: given if isinstance(given, str) else tuple(given),
     "float": float,
+    "float | str": lambda given: given if isinstance(given, str) else float(given),
     "int": int,
 }
 
@@ -1475,9 +1482,11 @@ def optimizer_conflicts(config: TrainingConfig) -> Iterator[Problem]:
         if not least <= (values[knob] or least) <= most:
             expected = f"{least:g} … {most:g} with {name}"
             yield Problem(knob, expected, show(values[knob]), f"{kind.suits}.")
-    if config.learning_rate <= most < config.learning_rate * config.lora_plus_ratio:
-        expected = f"at most {most:g} as its product with learning_rate"
-        yield Problem("lora_plus_ratio", expected, show(config.lora_plus_ratio), "Lower either.")
+    of_text = ("text_encoder_learning_rate",) if config.train_text_encoder else ()
+    for knob in ("learning_rate", *of_text):
+        if (full := values[knob] or 0) <= most < full * config.lora_plus_ratio:
+            expected, found = f"at most {most:g} as its product with {knob}", config.lora_plus_ratio
+            yield Problem("lora_plus_ratio", expected, show(found), "Lower either.")
     for knob, reason in kind.without.items():
         if values[knob] != (default := knobs()[knob]["default"]):
             expected = f"{show(default)} with {name}, {reason}"
@@ -1527,6 +1536,8 @@ CLASHES = (  # of folders that would become part of each other
     ("validation_path", "output_path", same_folder, SPOILED),
     ("validation_path", "output_path", is_written_by_run, SPOILED),
     ("loras_path", "dataset_path", same_folder, SPOILED),
+    ("loras_path", "regularization_path", same_folder, SPOILED),
+    ("loras_path", "validation_path", same_folder, SPOILED),
     ("loras_path", "output_path", same_folder, "It is for finished LoRAs alone."),
     ("init_lora", "output_path", is_written_by_run, "Copy the file to another folder."),
 )
@@ -1815,6 +1826,7 @@ QUICK_PIXELS = 2**20  # unpacked for doubt alone where no run follows: a twentie
 
 
 IMAGE_FOLDERS = ("dataset_path", "regularization_path", "validation_path")
+FOLDERS_FOR_RESULTS = ("output_path", "loras_path", "embeddings_path")  # no photographs
 
 
 class Unusable(Exception):
@@ -1957,7 +1969,9 @@ def listing_of(folder: Path, root: Path) -> list[os.DirEntry[str]]:
     if folder != root and folder.name.lower().endswith(IMAGE_SUFFIXES):
         raise Unusable("named like an image")
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    if {"events.jsonl", "state"} <= {entry.name for entry in entries}:
+    names = {entry.name for entry in entries}
+    # Before its first checkpoint, a run has no state; copied or set aside, it has no lock.
+    if "events.jsonl" in names and names & {"state", "samples", ".lock"}:
         raise Unusable("the output of a run, whose previews are no images to learn from")
     return [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
 
@@ -2046,8 +2060,9 @@ class ImageFolder:
         self.joint = LINE_JOINTS[config.caption_lines]
         own = folder == config.dataset_path
         self.label = "" if own else self.root.name
-        self.trigger_words = () if folder == config.regularization_path else config.trigger_words
-        self.weight = config.prior_weight if folder == config.regularization_path else 1.0
+        self.foreign = folder == config.regularization_path  # of other things than what is taught
+        self.trigger_words = () if self.foreign else config.trigger_words
+        self.weight = config.prior_weight if self.foreign else 1.0
         self.files: dict[str, Path] = {}  # by label and path inside
         self.images: dict[str, Picture | None] = {}  # in natural order; None for unusable ones
         self.masks: dict[str, Path] = {}  # by the name of their image
@@ -2075,13 +2090,13 @@ class ImageFolder:
         self.inspect("checking", list(self.images))
         most_pixels = math.inf if thorough else QUICK_PIXELS
         self.inspect("unpacking", list(choose_doubtful(self.pictures, most_pixels)))
-        if self.label and self.config.prior_preservation:
+        if self.foreign and self.config.prior_preservation:
             self.expect_class_images(self.config.prior_prompt or "")
 
     def find_files(self) -> None:
         """List the files, but for those of the other folders of this run."""
-        config, waiting = self.config, [self.root] if self.root.exists() else []
-        places = {vars(config)[knob] for knob in IMAGE_FOLDERS} | {config.output_path}
+        waiting = [self.root] if self.root.exists() else []
+        places = {vars(self.config)[knob] for knob in (*IMAGE_FOLDERS, *FOLDERS_FOR_RESULTS)}
         apart = {place_of(os.path.realpath(place)) for place in places if place}
         apart.discard(place_of(str(self.root)))
         while waiting:  # os.walk would call itself, and a thousand folders deep end in an error
@@ -5625,10 +5640,12 @@ def copies_of(config: TrainingConfig) -> dict[str, Path]:
 
 
 def known_copies(config: TrainingConfig) -> set[str]:
-    """Recall by their checksums what this run has put there, or was about to."""
-    with contextlib.suppress(OSError, LookupError, *NOT_JSON):
-        return set(unseal(config.output_path / "state" / "copies.json")["checksums"])
-    return set()
+    """Recall by their checksums what this run, or one set aside, put there or was about to."""
+    known, output = set[str](), config.output_path
+    for folder in (output, *output.glob("earlier_*")):
+        with contextlib.suppress(OSError, LookupError, *NOT_JSON):
+            known.update(unseal(folder / "state" / "copies.json")["checksums"])
+    return known
 
 
 def check_copies(config: TrainingConfig) -> list[Path]:
@@ -5683,6 +5700,8 @@ KNOBS_BEHIND = {
     "embedding_word": ("trigger_words", ""),
     "validation": ("validation_path", ""),
 }
+# A number alone or in a record: an earlier version kept 3 and 3.0 as hosts wrote them.
+WHOLE_NUMBER = re.compile(r"(^|: )(-?\d+)\.0(?=$|[,}])")
 
 
 def identify(config: TrainingConfig, plan: Preflight, base: BaseModel) -> dict[str, str | None]:
@@ -5861,7 +5880,7 @@ class Earlier:
             of_knob = knobs().get(key, {})
             unsaid = of_knob.get("x-before", of_knob.get("default", "nothing"))
             before, now = (str(each.get(key, unsaid)) + unit for each in (said, identity))
-            if before != now:
+            if len({WHOLE_NUMBER.sub(r"\1\2", each) for each in (before, now)}) > 1:
                 problems.append(Problem(knob, before, now, hint))
         if problems:
             raise TrainError.listing(ErrorCode.RUN_CHANGED, problems)

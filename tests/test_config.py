@@ -314,6 +314,17 @@ def test_only_numbers_are_numbers(name: str, value: Any) -> None:
     assert error.problems[0].found == json.dumps(value)
 
 
+def test_a_number_is_one_however_its_host_writes_it() -> None:
+    """JavaScript reads 3.0 and writes 3; what takes a whole number gets one either way."""
+    arguments = {"slice_p": 11, "d_coef": 2, "d0": 0.5, "decouple": True}
+    for kind in (int, float):
+        given = arguments | {"slice_p": kind(11), "d_coef": kind(2)}
+        changes = {"optimizer": "prodigy", "learning_rate": 1, "optimizer_arguments": given}
+        config = load_config(**changes, timestep_shift=kind(3))
+        assert repr(config.timestep_shift) == "3.0"
+        assert str(config.optimizer_arguments) == str(dict(sorted(arguments.items())))
+
+
 def test_a_whole_number_may_be_written_with_a_point() -> None:
     """512.0 is a whole number, as in draft-07, and arrives as one."""
     config = load_config(resolution=512.0, steps=1e3)
@@ -759,6 +770,14 @@ def test_images_for_regularization_lie_in_a_folder_of_their_own(folder: str) -> 
     error = refusal_with(dataset_path="data", output_path="out", regularization_path=folder)
     assert error.code is ErrorCode.CONFIG_CONFLICT
     assert [problem.path for problem in error.problems] == ["regularization_path"]
+
+
+@pytest.mark.parametrize("knob", ["dataset_path", "regularization_path", "validation_path"])
+def test_finished_loras_lie_in_no_folder_of_images(knob: str) -> None:
+    """Their previews would be learned from at the next start."""
+    error = refusal_with(**{"dataset_path": "data", knob: "images"}, loras_path="images")
+    assert error.code is ErrorCode.CONFIG_CONFLICT
+    assert [problem.path for problem in error.problems] == ["loras_path"]
 
 
 @pytest.mark.parametrize("knob", ["dataset_path", "regularization_path"])

@@ -207,14 +207,15 @@ def test_a_folder_named_for_no_sensible_number_is_refused(
     assert repeats(scan(folder_repeats=True)) == {f"{name}/a.png": 3}
 
 
+@pytest.mark.parametrize("sign", ["state", "samples", ".lock"])
 @pytest.mark.parametrize("place", ["v1", "."])
 def test_the_output_of_another_run_is_no_dataset(
-    data: Path, scan: Scanner, recorder: Recorder, place: str
+    data: Path, scan: Scanner, recorder: Recorder, place: str, sign: str
 ) -> None:
-    """Its previews would be learned as if they were photographs."""
+    """Its previews would be learned as if they were photographs, from the first one on."""
     write_image(data / "good.png", (600, 600))
-    write_image(data / place / "samples" / "step_100.png", (600, 600))
-    (data / place / "state").mkdir()
+    write_image(data / place / "inner" / "step_100.png", (600, 600))
+    (data / place / sign).mkdir()
     (data / place / "events.jsonl").write_bytes(b"")
     if place == ".":
         with pytest.raises(train_lora.TrainError) as refused:
@@ -265,6 +266,18 @@ def test_an_output_folder_inside_the_dataset_is_not_scanned(
     write_image(Path(output) / "samples" / "step_100.png")
     write_image(data / "deep" / "also.png")
     assert names(scan(output_path=output)) == ["deep/also.png", "good.png"]
+
+
+@pytest.mark.parametrize("knob", ["loras_path", "embeddings_path"])
+@pytest.mark.parametrize("at", ["data", "data/deep"])
+def test_another_program_s_folder_inside_the_dataset_is_not_scanned(
+    data: Path, scan: Scanner, knob: str, at: str
+) -> None:
+    """The picture that is put beside a finished LoRA is none to learn from at the next start."""
+    write_image(data / "good.png")
+    write_image(data / "deep" / "also.png")
+    write_image(Path(at) / "loras" / "zkb.preview.png")
+    assert names(scan(**{knob: f"{at}/loras"})) == ["deep/also.png", "good.png"]
 
 
 @POSIX

@@ -500,6 +500,23 @@ def test_a_longer_run_replaces_what_it_put_there_and_nothing_edited(
     assert (loras / "mug.json").read_text() == '{"notes": "mine"}'
 
 
+def test_a_fresh_run_replaces_what_the_one_set_aside_put_there(
+    ground: Path, tmp_path: Path, loras: Path
+) -> None:
+    """Preflight says so, and so does the start; of the earlier one, all lies in earlier_1."""
+    options: dict[str, Any] = {"loras_path": str(loras), "output_path": str(tmp_path / "out")}
+    options |= {"steps": 1, "lora_name": "mug"}
+    first = train_lora.LoRATrainer(tiny_config(ground, **options)).train()
+    trainer = train_lora.LoRATrainer(tiny_config(ground, **options, seed=1), fresh=True)
+    trainer.validate()
+    second = trainer.train()
+    assert second.copy_path == first.copy_path
+    content = (loras / "mug.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == second.sha256 != first.sha256
+    kept = (tmp_path / "out" / "earlier_1" / "lora_final.safetensors").read_bytes()
+    assert hashlib.sha256(kept).hexdigest() == first.sha256
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "preview.png", "json"])
 def test_a_file_of_somebody_else_is_never_replaced(
     ending: str, ground: Path, tmp_path: Path, loras: Path

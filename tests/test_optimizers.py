@@ -356,12 +356,15 @@ def test_a_run_with_lora_plus_in_two_parts_is_the_run_in_one(ground: Path, tmp_p
 
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1}
 FREE = {"optimizer": "schedulefree"}
+IN_TEXT = {"train_text_encoder": True, "text_encoder_learning_rate": 0.02}
 CONFLICTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"optimizer": "prodigy"}, ["learning_rate"]),
     ({**PRODIGY, "learning_rate": 0.05}, ["learning_rate"]),
     ({**PRODIGY, "lora_plus_ratio": 2}, ["lora_plus_ratio"] * 2),
     ({**PRODIGY, "text_encoder_learning_rate": 0.5}, ["text_encoder_learning_rate"]),
     ({"learning_rate": 0.02, "lora_plus_ratio": 16}, ["lora_plus_ratio"]),
+    ({**IN_TEXT, "lora_plus_ratio": 16}, ["lora_plus_ratio"]),
+    ({**IN_TEXT, "learning_rate": 0.02, "lora_plus_ratio": 16}, ["lora_plus_ratio"] * 2),
     ({**FREE, "lr_scheduler": "cosine", "ema_decay": 0.9}, ["lr_scheduler", "ema_decay"]),
     ({"optimizer": "adafactor", "betas": [0.9, 0.99]}, ["betas"]),
     ({"optimizer_arguments": {"d_coef": 2.0}}, ["optimizer_arguments.d_coef"]),

@@ -157,6 +157,14 @@ def test_preflight_tells_what_will_be_drawn_and_draws_nothing(in_workspace: Path
     assert report.disk_needed_bytes - bare.disk_needed_bytes == 29 * 3 * 512**2
 
 
+def test_nothing_is_drawn_where_images_are_held_back(in_workspace: Path) -> None:
+    """Class images belong into their own folder, not into that of validation."""
+    write_image(in_workspace / "held" / "a.png", (400, 300))
+    report, recorder = validate(in_workspace, validation_path="held")
+    (facts,) = [r["data"] for r in recorder.of_type("info") if r["topic"] == "dataset"]
+    assert (report.regularization_images, facts["validation_images"]) == (30, 1)
+
+
 def test_a_place_where_nothing_can_be_drawn_is_refused(in_workspace: Path) -> None:
     """A file, a place below a file, a link to nowhere, a name that no system has."""
     (in_workspace / "link").symlink_to("nowhere")

@@ -1136,6 +1136,21 @@ def test_preflight_refuses_another_run_as_training_does(
     assert preflight(half, fresh=True).records[-1]["topic"] == "valid"
 
 
+def test_a_number_that_an_earlier_version_kept_as_it_was_written_is_no_difference() -> None:
+    """3 and 3.0 are the same, alone and among arguments; 30, or a name with a point, is not."""
+    said = {
+        "timestep_shift": "3",
+        "optimizer_arguments": "{'d_coef': 2.0, 'r': 0.5}",
+        "vae": "v1.0",
+    }
+    now = said | {"timestep_shift": "3.0", "optimizer_arguments": "{'d_coef': 2, 'r': 0.5}"}
+    train_lora.Earlier(manifest={"identity": said}).check(now)
+    other = {"timestep_shift": "30.0", "optimizer_arguments": "{'d_coef': 2, 'r': 5}", "vae": "v1"}
+    with pytest.raises(TrainError) as caught:
+        train_lora.Earlier(manifest={"identity": said}).check(other)
+    assert {problem.path for problem in caught.value.problems} == set(other)
+
+
 def test_what_differs_is_told_under_the_knob_that_a_form_can_mark(half: Place) -> None:
     """There is no knob for the images per update; batch_size is one behind them."""
     half.change(gradient_accumulation_steps=4)
