@@ -135,7 +135,8 @@ class Looking:
         kept = Kept(eye, self.place)
         phase = Phase(f"looking with {eye.name}", self.total, self.events, self.stop)
         asked = self.grid.role("subject")
-        texts = eye.read([self.grid.prompts[p]["plain"] for p in asked]) if eye.reads else None
+        plain = [self.grid.prompts[prompt]["plain"] for prompt in asked]
+        texts = eye.read(plain) if eye.reads and plain else None
         count, known = len(self.files), len(self.files) + len(self.training)
         pictures = eye.see(self.files, phase, 0, kept)
         seen = Seen(

@@ -15,18 +15,21 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_lora
 from tools.base_model import Attached, ask_for, draw, find_model, load_models, title_of
 from tools.program import as_json, command_line, refuse, remark, run, take_events
+from tools.prompts import read_prompts
+from tools.sheets import write_sheets
 from train_lora import (
     Emitter,
     Models,
@@ -45,10 +48,8 @@ if TYPE_CHECKING:
 
     from tools.base_model import Tokens
 
-MOST_SIDE = 16_384  # pixels of a sheet; beyond, it goes on on another
 LEAST, MOST = 64, 4096  # pixels of a side
 FEW_STEPS = 4  # of a picture that is compared; a processor takes seconds for each
-MARGIN, LINE, THUMBNAIL = 8, 20, 256
 PEFT_FILE = "adapter_model.safetensors"
 CELL_KEY = "lora_grid"  # where a picture says which cell it is
 READ_AS = {"ss_max_token_length": "max_tokens", "ss_clip_skip": "clip_skip"}  # in a LoRA's header
@@ -105,8 +106,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name its file."""
-        place = f"{self.prompt['id']}_w{self.strength:.2f}_s{self.seed}.png"
+        """Name its file; two digits of the strength do unless it has more."""
+        short = f"{self.strength:.2f}"
+        strength = short if float(short) == self.strength else f"{self.strength}"
+        place = f"{self.prompt['id']}_w{strength}_s{self.seed}.png"
         return f"images/{self.source.name}/{place}"
 
 
@@ -150,7 +153,9 @@ def files_of(path: Path) -> list[Path]:
         if not found or file_digest(found[-1]) != file_digest(final):
             found.append(final)
     if not found:
-        raise refuse(path, "a LoRA file or the output_path of a run", "neither")
+        alone = (path / train_lora.EMBEDDINGS).is_dir()
+        told = "a run that learned a word alone, which is not drawn with" if alone else "neither"
+        raise refuse(path, "a LoRA file or the output_path of a run", told)
     return found
 
 
@@ -181,38 +186,29 @@ def folder_of(file: Path) -> Path:
     return file.parent.parent if file.parent.name == "checkpoints" else file.parent
 
 
-def read_prompts(asked: Sequence[str], trigger_words: Sequence[str]) -> list[Record]:
-    """Read prompts from a text or JSON file, or take them as they are."""
-    entries: list[Any] = []
-    for text in asked:
-        path = Path(text)
-        if path.suffix == ".json":
-            try:
-                entries += json.loads(path.read_text(encoding="utf-8-sig"))
-            except (OSError, ValueError, TypeError, RecursionError) as error:
-                raise refuse(path, "a list of prompts in JSON", str(error)) from error
-        elif path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            entries += [line.strip() for line in lines if line.strip() and line[0] != "#"]
-        else:
-            entries.append(text)
-    prompts = []
-    for number, entry in enumerate(entries):
-        said = {"text": entry} if isinstance(entry, str) else entry
-        if not isinstance(said, dict) or not isinstance(said.get("text"), str):
-            raise refuse("--prompts", "texts, or objects with a text", train_lora.show(entry))
-        plain = said.get("plain", train_lora.without_words(said["text"], trigger_words))
-        known = {"id": f"p{number:02}", "role": "subject", "plain": plain}
-        prompts.append(known | said)
-    if not prompts:
-        raise refuse("--prompts", "at least one prompt", "none")
-    return prompts
+def remark_words(sources: Sequence[Source], events: Emitter) -> None:
+    """Name the runs whose LoRAs go with a word of its own, which is not drawn with."""
+    runs = dict.fromkeys(folder_of(source.file) for source in sources if source.file)
+    for run_folder in runs:
+        if (run_folder / train_lora.EMBEDDINGS).is_dir():
+            told = f"{run_folder.resolve().name} learned a word of its own too, which is in"
+            remark(events, f"{told} {train_lora.EMBEDDINGS}: it is not drawn with")
 
 
 def config_of(arguments: argparse.Namespace, **reading: int) -> TrainingConfig:
     """Say which model is meant, where it is to work, and how it is to read."""
     parts = {"vae": arguments.vae, "model_config_path": arguments.model_config}
-    return ask_for(arguments.base, device=arguments.device, **parts, **reading)
+    return ask_for(arguments.base, device=arguments.device, **parts, **taught(arguments), **reading)
+
+
+def taught(arguments: argparse.Namespace) -> Record:
+    """List what is said of the model that it does not say itself, by the trainer's knobs."""
+    zero = arguments.zero_terminal_snr
+    said = {
+        "prediction_type": arguments.prediction_type,
+        "zero_terminal_snr": zero and zero == "true",
+    }
+    return {knob: value for knob, value in said.items() if value is not None}
 
 
 def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch, Record]:
@@ -221,16 +217,18 @@ def choose_sides(arguments: argparse.Namespace, events: Emitter) -> tuple[Sketch
     facts, base = find_model(config, events)
     square = arguments.resolution or facts.native_resolution or 512
     width, height = arguments.width or square, arguments.height or square
+    step = math.lcm(base.vae_scale_factor, base.pixel_step)
     for option, side in (("--width", width), ("--height", height)):
-        if side % base.vae_scale_factor or not LEAST <= side <= MOST:
-            expected = f"a multiple of {base.vae_scale_factor} from {LEAST} to {MOST}"
+        if side % step or not LEAST <= side <= MOST:
+            expected = f"a multiple of {step} from {LEAST} to {MOST}"
             raise refuse(option, f"{expected}, as the model's pictures are made of", str(side))
     steps, guidance = base.family.previews[base.distilled]
     steps = steps if arguments.steps is None else arguments.steps
     guidance = guidance if arguments.guidance is None else arguments.guidance
     sketch = Sketch(width, height, steps, guidance, arguments.negative)
     own = {"vae": Path(config.vae).name} if config.vae else {}
-    return sketch, {"id": title_of(config), "family": base.family.name, **own}
+    about = {"id": title_of(config), "family": base.family.name}
+    return sketch, {**about, **own, **taught(arguments)}
 
 
 def readings_of(
@@ -349,14 +347,16 @@ class Studio:
         except RuntimeError as error:
             if not train_lora.is_out_of_memory(error) or len(cells) == 1:
                 raise
-            half = len(cells) // 2
-            for part in (cells[:half], cells[half:]):
-                self.draw_batch(part, models, tokens, events, stop)
+        else:
+            for cell, image in zip(cells, images, strict=True):
+                if image is None:
+                    remark(events, f"{cell.name}: numbers beyond all bounds; the picture is black")
+                self.write(cell, image or black(self.sketch))
             return
-        for cell, image in zip(cells, images, strict=True):
-            if image is None:
-                remark(events, f"{cell.name}: numbers beyond all bounds; the picture is black")
-            self.write(cell, image or black(self.sketch))
+        # Here, what the attempt held is gone with its frames.
+        half = len(cells) // 2
+        for part in (cells[:half], cells[half:]):
+            self.draw_batch(part, models, tokens, events, stop)
 
     def write(self, cell: Cell, image: Image.Image) -> None:
         """Write a picture with what it was made from, as A1111 says it and as this program does."""
@@ -399,51 +399,6 @@ def batches(cells: Sequence[Cell], most: int) -> Iterator[list[Cell]]:
             yield alike[begin : begin + most]
 
 
-# --- Sheets ---
-
-
-def write_sheets(cells: Sequence[Cell], out: Path, sketch: Sketch) -> list[Path]:
-    """Lay the pictures of each prompt out: a row for each LoRA and strength, a column a seed."""
-    written = []
-    small = min(1.0, THUMBNAIL / max(sketch.width, sketch.height))
-    size = (round(sketch.width * small), round(sketch.height * small))
-    most = max(1, (MOST_SIDE - LINE) // (size[1] + LINE + MARGIN))
-    for prompt in {cell.prompt["id"]: cell.prompt for cell in cells}.values():
-        rows: dict[str, list[Cell]] = {}
-        for cell in cells:
-            if cell.prompt["id"] == prompt["id"]:
-                rows.setdefault(f"{cell.source.name} at {cell.strength:g}", []).append(cell)
-        labels = list(rows)
-        for page, begin in enumerate(range(0, len(labels), most), start=1):
-            part = {label: rows[label] for label in labels[begin : begin + most]}
-            number = f"_{page}" if len(labels) > most else ""
-            path = out / f"sheet_{prompt['id']}{number}.png"
-            drawn = sheet(part, prompt["text"], out, size)
-            train_lora.write_whole(path, train_lora.encode_png(drawn))
-            written.append(path)
-    return written
-
-
-def sheet(rows: dict[str, list[Cell]], title: str, out: Path, size: tuple[int, int]) -> Image.Image:
-    """Draw one contact sheet."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    wide, high = size[0] + MARGIN, size[1] + LINE + MARGIN
-    columns = min(max(map(len, rows.values())), MOST_SIDE // wide - 1)
-    page = Image.new("RGB", (columns * wide + MARGIN, LINE + len(rows) * high), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
-    pen.text((MARGIN, 2), title, "black", font)
-    for number, (label, cells) in enumerate(rows.items()):
-        top = LINE + number * high
-        seeds = ", ".join(str(cell.seed) for cell in cells[:columns])
-        pen.text((MARGIN, top), f"{label}; seeds {seeds}", "black", font)
-        for column, cell in enumerate(cells[:columns]):
-            with Image.open(out / cell.name, formats=("PNG",)) as opened:
-                small = opened.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-            page.paste(small, (MARGIN + column * wide, top + LINE))
-    return page
-
-
 # --- The program ---
 
 
@@ -453,13 +408,19 @@ def parser() -> argparse.ArgumentParser:
     add = whole.add_argument
     add("--base", required=True, help="the model: a folder, a file or an id")
     add("--vae", help="another VAE, as for a training")
-    add("--model-config", help="folder with a single file's configs, as model_config_path")
+    add(
+        "--model-config",
+        metavar="DIR",
+        help="folder with a single file's configs, as model_config_path",
+    )
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="as for a training")
+    add("--zero-terminal-snr", choices=("true", "false"), help="as for a training")
     add("--lora", type=Path, action="append", default=[], metavar="RUN_DIR|FILE")
     add(
         "--prompts", action="append", default=[], metavar="FILE|TEXT", help=".txt, .json, or a text"
     )
     add("--trigger", action="append", default=[], help="a trigger word, for judging without it")
-    add("--strengths", type=parse_strengths, default=[1.0], help="0.6,0.8,1")
+    add("--strengths", type=parse_strengths, default=[1.0], metavar="LIST", help="0.6,0.8,1")
     add("--seeds", type=parse_numbers, default=[1, 2, 3, 4], help="1-4")
     add("--out", type=Path, help="folder for the pictures")
     add("--fuse", type=Path, help="instead: save the model with the LoRA in it there")
@@ -467,7 +428,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-verify", dest="verify", action="store_false", help="do not draw with what was saved")
     add("--width", type=int, help="of the pictures; the model's own unless given")
     add("--height", type=int)
-    add("--resolution", type=int, help="both of them")
+    add("--resolution", type=int, metavar="SIDE", help="both of them")
     add("--steps", type=int, help="the model's own unless given")
     add("--guidance", type=float, help="the model's own unless given")
     add("--negative", default="", help="what pictures should not show")
@@ -485,6 +446,7 @@ def work(
     if bool(arguments.out) == bool(arguments.fuse):
         raise refuse("--out", "either --out or --fuse", "both" if arguments.out else "neither")
     sources = find_sources(arguments.lora)
+    remark_words(sources, events)
     if arguments.fuse:
         return fuse_into_base(sources, arguments, events, stop)
     if arguments.dtype or not arguments.verify:

@@ -131,6 +131,8 @@ class Judge:
 
     def does_something(self, arm: Arm) -> bool | None:
         """Tell whether pictures surely moved, to the subject or away; None where too few tell."""
+        if not self.subject:
+            return None
         moved = estimate(self.above_base(self.fidelity, arm))
         if moved.half_width is None:
             return None
@@ -147,9 +149,9 @@ class Judge:
         Honest pictures too are sometimes nearer to one of training than any two of those are to
         each other: that share is told beside the observed one, and how far chance may go beyond.
         """
-        if len(self.vision.train) < FEW_IMAGES:
-            return None
         cells = self.memory(arm)
+        if not cells or len(self.vision.train) < FEW_IMAGES:
+            return None
         flat = [value > self.closest for values in cells.values() for value in values]
         share, expected = sum(flat) / len(flat), NEARER / len(self.vision.train)
         band = leading_share(1 / expected - 1, len(cells))

@@ -18,7 +18,6 @@ import glob
 import hashlib
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +27,10 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_lora
-from tools import evaluate, generate, prepare
+from tools import evaluate, generate, prepare, prompts
 from tools.child import follow
 from tools.program import as_json, command_line, refuse, remark, run, table, take_events
+from tools.reading import read_file
 from train_lora import (
     Emitter,
     ErrorCode,
@@ -47,6 +47,15 @@ ROOT = Path(__file__).resolve().parents[1]
 STATE = "pipeline.json"
 FORMAT, VERSION = "lora-pipeline", 1
 AFTER = "a step before it comes first"
+# By which options tools/generate.py is told of the base model what the training is.
+BASE = {
+    "base": "base_model",
+    "vae": "vae",
+    "model-config": "model_config_path",
+    "prediction-type": "prediction_type",
+    "zero-terminal-snr": "zero_terminal_snr",
+}
+UNSAID = (None, "", "auto")
 # What a person looks for at the end.
 RESULTS = ("dataset/manifest.json", "run/lora_final.safetensors", "grid/grid.json", "eval.json")
 
@@ -98,7 +107,7 @@ CAPTION = Step(
 TRAINING = Step("training", "train_lora.py")
 GENERATE = Step(
     *("generate", "tools/generate.py", generate.parser, generate.parser),
-    follows=("base", "vae", "model_config", "lora", "out", "fuse"),
+    follows=(*(option.replace("-", "_") for option in BASE), "lora", "out", "fuse"),
     needs="training",
 )
 EVALUATE = Step(
@@ -129,46 +138,6 @@ def list_keys() -> None:
             told = "the knobs of REFERENCE.md; output_path and, with data, dataset_path follow"
             rows.append((f"{step.name}.…", told))
     table(rows)
-
-
-def read_file(path: Path) -> Record:
-    """Read the file, in YAML or in JSON by its name."""
-    text = train_lora.read_config(path)
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        return train_lora.parse_config(text)
-    try:
-        document = json.loads(json.dumps(load_yaml(text), allow_nan=False))
-    except ImportError as error:
-        hint = "Run: pip install -r tools/requirements.txt, or write JSON"
-        code, expected = ErrorCode.PACKAGE_MISSING, "the package pyyaml"
-        raise TrainError.at(code, path, expected, "none", hint) from error
-    except Exception as error:  # the library raises more than its own
-        said = " ".join(str(error).split())
-        raise TrainError.at(ErrorCode.CONFIG_NOT_JSON, path, "plain YAML", said) from error
-    if not isinstance(document, dict):
-        raise TrainError.at(ErrorCode.CONFIG_NOT_JSON, path, "sections", train_lora.show(document))
-    return document
-
-
-def load_yaml(text: str) -> Any:
-    """Read YAML as people write it: 1e-4 is a number, a key stands once, nothing is repeated."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # the library has no types
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # a few lines of them could fill any memory
-                raise yaml.YAMLError("aliases (*name) are not read")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value]
-            if twice := {str(name) for name in names if names.count(name) > 1}:
-                raise yaml.YAMLError(f"{twice.pop()} stands twice")
-            return super().construct_mapping(node, deep)
-
-    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    return yaml.load(text, Loader)
 
 
 def put(document: Record, key: str, value: Any) -> None:
@@ -280,7 +249,7 @@ class Plan:
         if "training" in document:
             plan.config()
         if "generate" in document:
-            plan.prompts()
+            plan.check_pictures()
         for step in plan.steps:
             check_command(step, plan.command(step))
         with contextlib.suppress(OSError, LookupError, *train_lora.NOT_JSON):
@@ -298,7 +267,7 @@ class Plan:
         """Tell what is trained on."""
         if "data" in self.document:
             return self.out / "dataset" / "train"
-        return train_lora.expand_home(str(self.document["training"]["dataset_path"]))
+        return train_lora.expand_home(str(self.knobs["dataset_path"]))
 
     @property
     def heldout(self) -> Path | None:
@@ -307,24 +276,31 @@ class Plan:
         return place if "data" in self.document and place.is_dir() else None
 
     @property
+    def knobs(self) -> Record:
+        """List the knobs of the training as they count; those of training_params win."""
+        said: Record = self.document["training"]
+        nested = said.get("training_params")
+        return said | (nested if isinstance(nested, dict) else {})
+
+    @property
     def triggers(self) -> list[str]:
         """List the trigger words."""
-        return [str(word) for word in self.document["training"].get("trigger_words") or ()]
+        return [str(word) for word in self.knobs.get("trigger_words") or ()]
 
     def training(self) -> Record:
         """Complete the knobs of the training."""
-        said = dict(self.document["training"])
+        said = self.knobs
         follows = {"output_path": str(self.out / "run")}
         if "data" in self.document:
             follows["dataset_path"] = str(self.dataset)
             follows |= self.held_back(self.heldout)
         for key in follows.keys() & said.keys():
             raise refuse(f"training.{key}", "nothing: it follows from the rest", said[key])
-        return said | follows
+        return {**self.document["training"], **follows}
 
     def held_back(self, place: Path | None) -> dict[str, str]:
         """Hand on what data holds back, unless the training says itself what it validates by."""
-        own = {"validation_path", "validation_split"} & self.document["training"].keys()
+        own = {"validation_path", "validation_split"} & self.knobs.keys()
         return {"validation_path": str(place)} if place and not own else {}
 
     def config(self) -> TrainingConfig:
@@ -340,17 +316,22 @@ class Plan:
             ]
             raise TrainError.listing(error.code, problems) from error
 
-    def prompts(self) -> list[Any]:
+    def prompts(self) -> list[Record]:
         """List the prompts: texts, objects with a text, or what stands in a file."""
-        asked = self.document["generate"].get("prompts")
-        if isinstance(asked, str):
-            return [*generate.read_prompts([asked], self.triggers)]
-        for each in asked if isinstance(asked, list) and asked else [asked]:
-            said = each.get("text") if isinstance(each, dict) else each
-            if not isinstance(said, str):
-                expected = "a list of texts, or of objects with a text"
-                raise refuse("generate.prompts", expected, train_lora.show(each))
-        return list(asked)
+        asked, place = self.document["generate"].get("prompts"), "generate.prompts"
+        entries = prompts.read_entries(asked) if isinstance(asked, str) else asked
+        if not isinstance(entries, list):
+            raise refuse(
+                place, "a list of texts, or of objects with a text", train_lora.show(entries)
+            )
+        return prompts.complete(entries, self.triggers, place)
+
+    def check_pictures(self) -> None:
+        """Refuse to draw what cannot be drawn."""
+        self.prompts()
+        if not self.config().train_lora:
+            hint = "Remove this section, or set train_lora to true."
+            raise refuse("generate", "a training of a LoRA", "one of a word alone", hint)
 
     def command(self, step: Step) -> list[str]:
         """Write down how the program of a step is called."""
@@ -368,18 +349,21 @@ class Plan:
         if step is CAPTION:
             return ["caption", dataset, *options, *triggers]
         if step is GENERATE:
-            knobs = {"base": "base_model", "vae": "vae", "model-config": "model_config_path"}
-            said = {option: self.document["training"].get(knob) for option, knob in knobs.items()}
-            base = [f"--{option}={value}" for option, value in said.items() if value]
             places = [f"--lora={out / 'run'}", f"--out={out / 'grid'}"]
-            prompts = f"--prompts={out / 'prompts.json'}"
+            places.append(f"--prompts={out / 'prompts.json'}")
             if {"resolution", "width", "height"} & set(section):
                 size = []
-            return [*base, *places, *size, prompts, *options, *triggers]
+            return [*self.base(), *places, *size, *options, *triggers]
         held = self.heldout and not section.get("heldout")
         places = [f"--train={self.dataset}", f"--out={out / 'eval.json'}"]
         places += [f"--heldout={self.heldout}"] if held else []
         return [str(out / "grid"), *places, *options]
+
+    def base(self) -> list[str]:
+        """Tell tools/generate.py of the base model what the training is told."""
+        said = {option: self.knobs.get(knob) for option, knob in BASE.items()}
+        words = {o: str(v).lower() if isinstance(v, bool) else v for o, v in said.items()}
+        return [f"--{option}={word}" for option, word in words.items() if word not in UNSAID]
 
     def write_files(self, step: Step) -> None:
         """Write what the program of a step reads."""
@@ -392,7 +376,7 @@ class Plan:
     def reads(self, step: Step) -> list[Path]:
         """List the files and folders that a step reads."""
         out, section = self.out, self.document[step.name]
-        knobs = self.document["training"]
+        knobs = self.knobs
         base = [knobs.get(key) for key in ("base_model", "vae", "model_config_path")]
         given = glob.glob(str(section.get("captions_from", "")))  # noqa: PTH207, absolute ones too
         reads = {
@@ -427,6 +411,8 @@ class Plan:
         asked: list[Any] = [self.document[step.name], self.command(step)]
         if step is TRAINING:
             asked.append(self.training())
+        if step is GENERATE:
+            asked.append(self.prompts())
         if step is CAPTION:  # it changes what it reads, which so tells nothing
             asked.append(self.done.get("data", {}).get("inputs"))
         return train_lora.digest_of([*asked, *map(contents, self.reads(step))], 12)
@@ -515,9 +501,12 @@ class Walk:
     def do(self, step: Step) -> str:
         """Do one step, and note that it is done; return what it said."""
         plan, inputs = self.plan, self.plan.inputs(step)
-        others = plan.done.get(step.name, {}).get("inputs") != inputs
-        if self.anew or (others and step is DATA):
+        known = plan.done.get(step.name, {})
+        begun = known.get("inputs") == inputs and known["outputs"] is None
+        if self.anew or (step is DATA and not begun):
             self.set_aside(step)
+        if step is DATA:  # the new dataset has none of the captions written into the former one
+            plan.done.pop(CAPTION.name, None)
         plan.remember(step, inputs, None)
         plan.write_files(step)
         command = [str(ROOT / step.program), *plan.command(step)]

@@ -102,15 +102,20 @@ def read_story(folder: Path, stop: StopRequest) -> Story:
 
 
 def read_losses(folder: Path, story: Story) -> list[tuple[float, float]]:
-    """Take every update's loss from loss_history.csv, else the means of the progress lines."""
+    """Take every update's loss from loss_history.csv, and beyond it the progress lines' means.
+
+    The table is written when a run ends or is stopped; of a later start there may be lines alone.
+    """
     points = []
     path = folder / "loss_history.csv"
     for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []:
         step, loss, *_ = [*line.split(","), "", ""]
         if step.isdigit() and number(loss) is not None:
             points.append((float(step), float(loss)))
+    end = max((step for step, _ in points), default=-1)
     told = ((step, number(event.get("loss"))) for step, event in sorted(story.progress.items()))
-    return points or [(float(step), loss) for step, loss in told if loss is not None]
+    more = [(float(step), loss) for step, loss in told if loss is not None and step > end]
+    return points + more
 
 
 def number(value: Any) -> float | None:

@@ -350,6 +350,20 @@ def test_pictures_are_judged_from_folder_to_verdict(
     assert str(tmp_path) not in json.dumps(result)
 
 
+def test_without_a_prompt_of_the_subject_nothing_is_recommended(
+    tmp_path: Path, train: Path, eyes: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The rest is told, on the page as well."""
+    prompts = [{"id": f"p{n}", "text": f"thing {n}", "role": "prior"} for n in range(4)]
+    grid = write_grid(tmp_path / "grid", prompts=prompts)
+    judge_grid([grid], train, eyes, "--clip", str(eyes / "clip"), "--heldout", str(train))
+    assert "No prompt asks for the subject" in capfd.readouterr().out
+    result = json.loads((grid / "eval.json").read_text(encoding="utf-8"))
+    assert result["recommended"] is None
+    assert result["arms"][1]["drift"]["mean"] > 0
+    assert "No prompt asks for the subject" in (grid / "eval.html").read_text(encoding="ascii")
+
+
 def test_a_bad_picture_is_left_out_in_all_arms(
     tmp_path: Path, train: Path, eyes: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

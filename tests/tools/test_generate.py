@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,16 +18,21 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_flow import build_flow
 from tiny_models import build_tiny
 
 import train_lora
 from tools import generate
-from tools.base_model import Attached, ask_for, draw, load_models, networks_of
+from tools.base_model import Attached, ask_for, draw, find_model, load_models, networks_of
 from tools.fusing import PRECISIONS, Views, Wish, compare, view
-from tools.generate import find_sources, parse_numbers, read_prompts
+from tools.generate import find_sources, parse_numbers
 from tools.grid import read_grid
 from tools.lora_file import Layer, LoRA, Module, write_lora
+from tools.prompts import read_prompts
 from train_lora import Emitter, Sketch, StopRequest, TrainError, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from conftest import Recorder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -467,6 +473,54 @@ def test_the_parts_that_a_training_names_are_taken(
     assert grid_of(tmp_path / "single")["base"]["vae"] == "vae"
 
 
+def test_what_a_training_says_of_the_base_is_heeded(built: Path, tmp_path: Path) -> None:
+    """What it predicts is a matter of the picture, and so of whether it is drawn already."""
+    asked = ("--prompts", "zkb", "--seeds", "1")
+    (plain,) = (p.read_bytes() for p in draw_grid(built / "sd2", tmp_path, *asked).values())
+    (same,) = draw_grid(built / "sd2", tmp_path, *asked, "--zero-terminal-snr", "false").values()
+    with Image.open(io.BytesIO(plain)) as one, Image.open(same) as other:
+        assert one.tobytes() == other.tobytes()
+    for said in (["--zero-terminal-snr", "true"], ["--prediction-type", "epsilon"]):
+        (drawn,) = draw_grid(built / "sd2", tmp_path, *asked, *said).values()
+        with Image.open(io.BytesIO(plain)) as one, Image.open(drawn) as other:
+            assert one.tobytes() != other.tobytes()
+    assert grid_of(tmp_path)["base"]["prediction_type"] == "epsilon"
+
+
+def test_a_word_that_is_not_drawn_with_is_named(
+    tmp_path: Path, recorder: Recorder, built: Path
+) -> None:
+    """Beside a LoRA; alone it gives nothing to draw."""
+    word = write_pair(tmp_path / "run" / "embeddings" / "zkb_embedding.safetensors", 1)
+    with pytest.raises(TrainError, match="learned a word alone"):
+        find_sources([tmp_path / "run"])
+    write_pair(tmp_path / "run" / "lora_final.safetensors", 1)
+    options = ["--base", built / "sd1", "--lora", tmp_path / "run", "--prompts", "zkb", "--dry-run"]
+    arguments = [str(each) for each in (*options, "--out", tmp_path / "out", "--device", "cpu")]
+    generate.work(generate.parser().parse_args(arguments), Emitter(recorder), StopRequest())
+    (told,) = (r["message"] for r in recorder.records if r["type"] == "warning")
+    assert told.startswith("run learned a word of its own too")
+    word.unlink()
+    word.parent.rmdir()
+    recorder.records.clear()
+    generate.work(generate.parser().parse_args(arguments), Emitter(recorder), StopRequest())
+    assert recorder.codes() == []
+
+
+@pytest.mark.parametrize("family", ["flux1", "krea2", "z_image"])
+def test_a_side_is_whole_in_what_the_denoiser_takes(family: str, tmp_path: Path) -> None:
+    """These take two places of the VAE at once."""
+    folder = str(build_flow(family, tmp_path / family))
+    _, base = find_model(ask_for(folder), Emitter())
+    assert base.pixel_step == 2 * base.vae_scale_factor
+    options = ["--base", folder, "--height", "64", "--width"]
+    odd, even = (str(64 + n * base.vae_scale_factor) for n in (1, 2))
+    with pytest.raises(TrainError, match=f"--width: expected a multiple of {base.pixel_step}"):
+        generate.choose_sides(generate.parser().parse_args([*options, odd]), Emitter())
+    sketch, _ = generate.choose_sides(generate.parser().parse_args([*options, even]), Emitter())
+    assert sketch.width == int(even)
+
+
 @pytest.mark.parametrize(
     ("option", "side", "words"),
     [("--width", "100", "a multiple of 32"), ("--height", "8192", "from 64 to 4096")],
@@ -520,13 +574,18 @@ def test_where_memory_is_short_a_batch_is_drawn_in_halves(built: Path, tmp_path:
     studio = generate.Studio(out, {"id": "x", "family": "sd1"}, sketch, cells, readings)
     tokens = train_lora.tokenize([("", "zkb"), ("", "")], models, Emitter())
 
+    failed: list[weakref.ref[torch.Tensor]] = []
+
     def run_out(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert not any(held() is not None for held in failed)  # it would be lacking
         if len(inputs[0]) > limit:
+            failed.append(weakref.ref(inputs[0]))
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     handle, limit = models.denoiser.register_forward_pre_hook(run_out), 4
     studio.draw_batch(cells, models, tokens, Emitter(), StopRequest())
     assert len(list(out.rglob("*.png"))) == 4
+    assert len(failed) == 1
     limit = 1
     with pytest.raises(torch.OutOfMemoryError):
         studio.draw_batch(cells, models, tokens, Emitter(), StopRequest())
@@ -573,6 +632,37 @@ def test_prompts_come_from_files_and_from_the_command_line(tmp_path: Path) -> No
     (tmp_path / "b.json").write_text('[{"role": "prior"}]', encoding="utf-8")
     with pytest.raises(TrainError):
         read_prompts([str(tmp_path / "b.json")], [])
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ('{"text": "a cat"}', "a list of prompts"),
+        ('"a cat"', "a list of prompts"),
+        ('[{"text": "x", "id": "../../x"}]', "an id of up to 64 letters"),
+        ('[{"text": "x", "id": ""}]', "an id of up to 64 letters"),
+        ('[{"text": "x", "id": 7}]', "an id of up to 64 letters"),
+        ('[{"text": "x", "id": "a"}, {"text": "y", "id": "A"}]', "A twice"),
+        ('[{"text": "x", "id": "p01"}, "y"]', "p01 twice"),
+    ],
+)
+def test_prompts_whose_pictures_have_no_name_of_their_own_are_refused(
+    said: str, words: str, tmp_path: Path
+) -> None:
+    """A picture lies in the grid's folder, and is that of one prompt."""
+    (tmp_path / "a.json").write_text(said, encoding="utf-8")
+    with pytest.raises(TrainError, match=words):
+        read_prompts([str(tmp_path / "a.json")], [])
+
+
+def test_every_strength_has_a_picture_of_its_own() -> None:
+    """Names have two digits, and more only where those would not do."""
+    options = ["--base", "x", "--seeds", "1", "--strengths", "0.8,-1,0.12,0.125,1e-5"]
+    arguments = generate.parser().parse_args(options)
+    source = generate.Source("x", Path("x"))
+    cells = generate.cells_of([source], read_prompts(["zkb"], []), arguments)
+    names = [cell.name.removeprefix("images/x/p00_w") for cell in cells[1:]]
+    assert names == [f"{w}_s1.png" for w in ("0.80", "-1.00", "0.12", "0.125", "1e-05")]
 
 
 def test_trigger_words_are_left_out_as_words() -> None:

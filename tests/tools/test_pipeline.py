@@ -19,7 +19,8 @@ from scenes import scene
 import train_lora
 from tools import pipeline
 from tools.child import as_event, follow
-from tools.pipeline import EVALUATE, Plan, load_yaml, read_file
+from tools.pipeline import CAPTION, DATA, EVALUATE, GENERATE, Plan
+from tools.reading import load_yaml, read_file
 from train_lora import Emitter, ErrorCode, StopRequest, TrainError, TrainingInterrupted
 
 PROGRAM = ROOT / "tools" / "pipeline.py"
@@ -188,6 +189,61 @@ def test_a_new_picture_changes_all_that_follows(plan: Plan, tmp_path: Path) -> N
     walk.plan = copy
     walk.set_aside(plan.steps[0])
     assert (tmp_path / "dataset_earlier_1" / "train").is_dir()
+
+
+def test_a_dataset_that_is_made_again_is_captioned_again(tmp_path: Path) -> None:
+    """What was mended by hand is kept beside it; what was begun is gone on with."""
+    (tmp_path / "raw").mkdir()
+    for number in range(3):
+        scene(number, 256).save(tmp_path / "raw" / f"{number}.png")
+    said = document(tmp_path, tmp_path, tmp_path)
+    said = {key: said[key] for key in ("output_path", "data", "caption", "training")}
+    said["data"]["validation"] = 0
+    plan = Plan.of(said)
+    walk = pipeline.Walk(plan, None, Emitter(), StopRequest())
+    plan.out.mkdir()
+    walk.do(DATA)
+    walk.do(CAPTION)
+    (plan.dataset / "1.txt").write_text("by hand", encoding="utf-8")
+    (plan.dataset / "2.png").unlink()
+    assert plan.reason(DATA) == "dataset/train/2.png is missing"
+    walk.do(DATA)
+    earlier = plan.out / "dataset_earlier_1" / "train"
+    assert (earlier / "1.txt").read_text("utf-8") == "by hand"
+    assert plan.reason(DATA) is None
+    assert plan.reason(CAPTION) == "it was never done"
+    plan.done["data"]["outputs"] = None
+    walk.do(DATA)
+    assert not (plan.out / "dataset_earlier_2").exists()
+
+
+def test_pictures_are_drawn_by_the_model_that_was_trained(tmp_path: Path) -> None:
+    """With all that the training is told of it, wherever that stands; what is read is watched."""
+    said = document(tmp_path, tmp_path, tmp_path)
+    (tmp_path / "configs").mkdir()
+    nested = {"vae": "other/vae", "model_config_path": str(tmp_path / "configs")}
+    taught = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    said["training"] |= {"training_params": nested | taught, "vae": "some/vae"}
+    plan = Plan.of(said)
+    options = plan.command(GENERATE)
+    assert options[1:5] == [
+        "--vae=other/vae",
+        f"--model-config={tmp_path / 'configs'}",
+        "--prediction-type=v_prediction",
+        "--zero-terminal-snr=true",
+    ]
+    assert tmp_path / "configs" in plan.reads(GENERATE)
+    assert {"vae", "zero_terminal_snr"}.isdisjoint(pipeline.keys_of(GENERATE))
+
+
+def test_a_file_of_prompts_is_read_by_what_is_in_it(plan: Plan, tmp_path: Path) -> None:
+    """Its name alone says nothing."""
+    plan.document["generate"]["prompts"] = str(tmp_path / "prompts.txt")
+    found = set()
+    for text in ("zkb", "zkb\n", "zkb in the snow"):
+        (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+        found.add(plan.inputs(GENERATE))
+    assert len(found) == 2
 
 
 def test_a_dry_run_tells_what_and_why(
@@ -378,6 +434,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an object": ({"data.seed": {"a": 1}}, "data.seed: expected text, a number"),
     "prompts that are none": ({"generate.prompts": [{"role": "prior"}]}, "generate.prompts"),
     "no prompts": ({"generate.prompts": []}, "generate.prompts"),
+    "ids that are no names": (
+        {"generate.prompts": [{"text": "x", "id": "a/b"}]},
+        "generate.prompts: expected an id",
+    ),
+    "a knob that follows, further in": (
+        {"training.training_params": {"output_path": "x"}},
+        "it follows from the rest",
+    ),
+    "no LoRA to draw with": (
+        {"training.embedding_tokens": 2, "training.train_lora": False},
+        "generate: expected a training of a LoRA",
+    ),
     "no source": ({"data": {}}, "data.source: expected a folder"),
     "a section alone": ({"training": None}, "training: expected keys and values"),
     "no place": ({"output_path": ""}, "output_path: expected a folder"),

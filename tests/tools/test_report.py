@@ -153,6 +153,16 @@ def test_losses_come_from_the_table_where_there_is_one(folder: Path) -> None:
     assert "<polyline" in make(folder)
 
 
+def test_the_curve_goes_on_where_the_table_ends(folder: Path) -> None:
+    """The table is of an earlier stop, if what went on since then was killed or is under way."""
+    (folder / "loss_history.csv").write_text("step,loss\n1,0.5\n2,0.25\n", encoding="utf-8")
+    again = {**START, "resumed_step": 2}
+    write_events(folder, START, progress(2, 0.4), again, progress(3, 0.3), progress(4, 0.2))
+    story = report.read_story(folder, StopRequest())
+    told = [(1.0, 0.5), (2.0, 0.25), (3.0, 0.3), (4.0, 0.2)]
+    assert report.read_losses(folder, story) == told
+
+
 def test_a_long_curve_keeps_its_spikes() -> None:
     """A thousand points are drawn of a million; the highest is among them."""
     points = [(float(n), 9.0 if n == 123_456 else 0.5) for n in range(1_000_000)]

@@ -15,7 +15,7 @@ from PIL import Image
 from wide_eyes import make_wide_eyes
 
 from mascot import shows_imp
-from tools.pipeline import read_file
+from tools.reading import read_file
 from train_lora import Emitter, LoRATrainer, TrainingConfig
 
 pytestmark = pytest.mark.slow
