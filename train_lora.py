@@ -3259,7 +3259,7 @@ def find_configs(config: TrainingConfig, family: Family, headers: Headers) -> Pa
     if config.model_config_path:
         return config.model_config_path
     folder = cached_snapshot(family.reference(headers))
-    return None if missing_files(folder, beside_file=True) else folder  # the rest is fetched
+    return folder if missing_files(folder, beside_file=True) == [] else None  # then fetched
 
 
 def locate(part: Part, folder: Path | None, single: Headers | None = None) -> Located:
@@ -3429,6 +3429,10 @@ def download_model(
 def fetch_parts(hub_id: str, get: Callable[[str, list[str]], Path], *, beside_file: bool) -> None:
     """Download a model: first its configs, which tell what it consists of."""
     folder = get(hub_id, CONFIG_FILES)
+    # A family whose own file is not there is refused by name.
+    if missing_files(folder) is None and not (folder / "transformer" / "config.json").is_file():
+        found = "no config of a denoiser: half a download, or no model in diffusers layout"
+        raise unfetched_model("base_model", hub_id, found)
     family = recognise(read_headers(folder))
     for kind in ("", ".fp16"):  # half precision where there is no other
         lacks = missing_files(folder, beside_file=beside_file) or ()
