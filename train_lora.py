@@ -2980,6 +2980,7 @@ MOVED = {  # from the hub, and their living copies
 
 HEADER_BYTES = 16_000_000  # more than ten times what any model has
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLED = "weights stored as pickle (.bin), which can run code when loaded"
 
 
 def damaged_model(path: Path, found: str) -> TrainError:
@@ -3046,6 +3047,8 @@ def find_vae(name: str) -> Path | None:
     lacks = lacking(folder, next(iter(FAMILIES.values())).vae)  # families keep them alike
     if lacks and not hub_id:
         expected = "a folder in diffusers layout, with config.json and weights"
+        if in_pickle_alone(lacks):
+            raise TrainError.at(ErrorCode.MODEL_UNSUPPORTED, "vae", expected, PICKLED)
         raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, f"no {lacks[0]}")
     return None if lacks else folder
 
@@ -3072,9 +3075,13 @@ def find_weights(folder: Path, part: Part) -> list[Path]:
         if not names or not all(isinstance(name, str) for name in names):
             raise damaged_model(index, "no weight_map")
         return [folder / Path(name).name for name in sorted(set(names))]
-    if any(folder.glob("*.bin")):
-        raise unsupported_model("stored as pickle (.bin), which can run code when loaded")
     return [plain]
+
+
+def in_pickle_alone(lacks: Iterable[Path]) -> bool:
+    """Tell whether weights that are lacking lie there in a form that is never read."""
+    folders = [path.parent for path in lacks if path.suffix == ".safetensors"]
+    return any(any(f.glob("*.bin")) and not any(f.glob("*.safetensors*")) for f in folders)
 
 
 def read_json_file(path: Path) -> Record:
@@ -3266,6 +3273,8 @@ def locate(part: Part, folder: Path | None, single: Headers | None = None) -> Lo
     """Look at a part in its folder, or beside its weights in a single file; refuse half of one."""
     in_file = single is not None and part.original is not None
     lacks = lacking(folder, part, weights=not in_file) if folder else []
+    if in_pickle_alone(lacks):
+        raise unsupported_model(PICKLED)
     if lacks:
         raise damaged_model(lacks[0], "no such file")
     config = part_config(folder / part.needs[0], part) if folder and part.limits else {}
@@ -3421,8 +3430,12 @@ def download_model(
         fetch_parts(wanted, get, beside_file=bool(base))
         facts, base = inspect_model(config)
     if base is None or base.reference:
-        lacks = missing_files(cached_snapshot(str(wanted)), beside_file=bool(base)) or ["model"]
-        raise unfetched_model("base_model", str(wanted), f"no {', '.join(lacks)}")
+        snapshot = cached_snapshot(str(wanted))
+        lacks = missing_files(snapshot, beside_file=bool(base)) or ["model"]
+        found = f"no {', '.join(lacks)}"
+        if snapshot and in_pickle_alone(snapshot / name for name in lacks):
+            raise unsupported_model(f"{found}, but {PICKLED}")
+        raise unfetched_model("base_model", str(wanted), found)
     return facts, base
 
 

@@ -733,8 +733,22 @@ def test_a_part_in_pickle_alone_is_refused_unread(
     path.with_suffix(".bin").write_bytes(pickle.dumps(Payload(here / "ran")))
     path.unlink()
     last = run_and_fail(recorder, **{"base_model": str(built / "sd1"), knob: "model"})
-    assert last["code"] in ("model_unsupported", "model_damaged")
+    assert last["code"] == "model_unsupported"
+    assert {problem["path"] for problem in last["problems"]} == {knob}
     assert not (here / "ran").exists()
+
+
+def test_a_model_of_the_hub_in_pickle_alone_is_refused_once_nothing_else_comes(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """Preflight cannot know what the hub has beside it."""
+    snapshot = write_snapshot("someone/something", built / "sd1")
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (snapshot / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    last = run_and_fail(recorder, base_model="someone/something")
+    assert last["code"] == "model_unsupported"
+    for named in ("unet/diffusion_pytorch_model.safetensors", "pickle"):
+        assert named in last["problems"][0]["found"]
 
 
 @pytest.mark.parametrize("name", ["Evil", ["evil", "Evil"]])
