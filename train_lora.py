@@ -3735,10 +3735,15 @@ class Models:
         half = self.base.family.text_precision == "bf16" and self.device.type == "cuda"
         return torch.bfloat16 if half else torch.float32
 
+    @property
+    def text_packing(self) -> str:
+        """Tell how text encoders are packed: large ones where the denoiser is."""
+        packed = self.base.family.text_precision == "bf16" and self.base_precision in QUANTISED
+        return self.base_precision if packed else "auto"
+
     def load_text_encoders(self, dtype: torch.dtype) -> None:
-        """Load the networks that read captions; large ones are packed where the denoiser is."""
-        packing = self.base_precision if self.base.family.text_precision == "bf16" else "auto"
-        parts, at = self.base.family.text_encoders, self.device
+        """Load the networks that read captions."""
+        parts, at, packing = self.base.family.text_encoders, self.device, self.text_packing
         self.text_encoders = [load_part(self.base, part, dtype, at, packing) for part in parts]
 
     def load_vae(self) -> Any:
@@ -3858,6 +3863,7 @@ class Cache:
 
 SHELF_VERSION = 4  # part of every key; a change in what is computed needs another
 PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
+LEFTOVER = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.\d+\.tmp")  # of a pack, with no name yet
 Things = dict[str, Tensors]  # by their keys
 Make = Callable[[Iterable[T]], Iterator[Tensors]]
 
@@ -3910,11 +3916,15 @@ class Shelf:
     def find(self, section: Path | None, wanted: Set[str], phase: Phase, done: int = 0) -> Things:
         """Look for things in all packs; remove damaged ones, and tell of them."""
         found, lost = Things(), 0
+        if section:
+            remove_unfinished(section)
         for pack in sorted(section.glob("*.safetensors")) if section else ():
             phase.at(done or len(found))
             try:
                 found |= read_pack(pack, wanted - found.keys())
-            except (OSError, safetensors.SafetensorError, ValueError):
+            except OSError:  # a file that may not be opened at this moment can be sound
+                continue
+            except (safetensors.SafetensorError, ValueError):
                 lost += 1
                 with contextlib.suppress(OSError):  # Windows keeps what another run has mapped
                     pack.unlink()
@@ -3939,6 +3949,17 @@ class Shelf:
             self.folder, reason = None, reason_of(error)
             message = f"Nothing more is kept in cache_dir: {reason}"
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
+        finally:
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
+
+
+def remove_unfinished(section: Path) -> None:
+    """Remove what killed runs left of packs; what is young may be another run's at work."""
+    with contextlib.suppress(OSError):
+        for path in section.iterdir():
+            if LEFTOVER.fullmatch(path.name) and path.stat().st_mtime < time.time() - 86_400:
+                path.unlink()
 
 
 def digest_of(value: object, letters: int = 64) -> str:
@@ -4114,6 +4135,7 @@ def read_texts(
             yield {name: tensor.contiguous() for name, tensor in made.items()}
 
     origin = shelf.origin(models.base, models.base.family.text_encoders)
+    origin += [models.text_packing] * (models.text_packing in QUANTISED)
     rows = {text: [ids.tolist() for ids in row.values()] for text, row in tokens.items()}
     keys = {text: digest_of([origin, row]) for text, row in rows.items()}
     kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
