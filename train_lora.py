@@ -3218,6 +3218,7 @@ class Located:
 class BaseModel:
     """A base model on this machine: what it is, and all that is known before it is loaded."""
 
+    name: str  # its Hugging Face id, or that of its folder or file; never where it lies
     family: Family
     objective: Objective
     parts: dict[Part, Located]
@@ -3342,6 +3343,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
         parts[text] = dataclasses.replace(parts[text], skipped=skipped)
     sampler = parts[family.sampler].config if folder else None
     base = BaseModel(
+        name=config.base_model if hub_id else path.name,
         family=family,
         objective=choose_objective(config, family, family.states(headers, sampler)),
         parts=parts,
@@ -5557,7 +5559,7 @@ SAID = {
 def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int) -> dict[str, str]:
     """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
     size, family, name = config.side, base.family, config.name
-    place, words = expand_home(config.base_model), ", ".join(config.trigger_words)
+    words = ", ".join(config.trigger_words)
     prediction = base.objective.prediction_type.removesuffix("_prediction")
     # What was taught otherwise than by default, in kohya's words.
     asked = [(knob, plain(vars(config)[name])) for name, knob in knobs().items()]
@@ -5580,8 +5582,7 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         "ss_num_train_images": str(images),
         "ss_output_name": name,
         "ss_resolution": f"({size}, {size})",
-        # Not where it lies on somebody's disk.
-        "ss_sd_model_name": place.name if place.exists() else config.base_model,
+        "ss_sd_model_name": base.name,
         "ss_seed": str(config.seed),
         "ss_steps": str(step),
         # Every caption holds every trigger word.

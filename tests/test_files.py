@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import struct
 import tracemalloc
@@ -302,12 +303,29 @@ def test_the_header_tells_programs_and_people_what_the_file_is(
     assert header["ss_sd_model_name"] == family
 
 
-def test_the_header_names_a_model_of_the_hub_by_its_id(ground: Path) -> None:
+def test_the_header_names_a_model_of_the_hub_by_its_id(
+    ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An id is no path."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / "models--stabilityai--sdxl-turbo"
+    shutil.copytree(tiny_base("sdxl", ground / "bases"), home / "snapshots" / "one")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("one")
     config = tiny_config(ground, base_model="stabilityai/sdxl-turbo")
-    base = base_of(tiny_config(ground))
-    header = train_lora.lora_header(config, base, 1, 6)
+    header = train_lora.lora_header(config, base_of(config), 1, 6)
     assert header["ss_sd_model_name"] == "stabilityai/sdxl-turbo"
+
+
+def test_the_header_never_says_where_a_base_lay_that_is_gone(ground: Path, tmp_path: Path) -> None:
+    """A disk may be taken out in the midst of a run."""
+    shutil.copytree(tiny_base("sd1", ground / "bases"), tmp_path / "mine")
+    config = tiny_config(ground, base_model=str(tmp_path / "mine"))
+    base = base_of(config)
+    shutil.rmtree(tmp_path / "mine")
+    header = train_lora.lora_header(config, base, 1, 6)
+    assert header["ss_sd_model_name"] == "mine"
+    assert str(tmp_path) not in json.dumps(header)
 
 
 @pytest.mark.parametrize(
