@@ -5088,7 +5088,11 @@ MOST_NAMES = 10_000  # that a name is compared with
 def nearest_folder(path: Path) -> Path:
     """Find the folder that exists already and would hold the path."""
     path = path.absolute()
-    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+    for each in (path, *path.parents):
+        if os.path.lexists(each):
+            return each
+    # Of a drive that is not there, Windows has not even the root.
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def whereabouts(path: Path) -> str:
@@ -6597,6 +6601,8 @@ def check_images(folder: Path | None, knob: str, *, drawn: bool = False) -> None
     """Refuse a folder of images that is none or may not be read; one for drawn ones may be new."""
     try:
         new = drawn and folder and not (folder.is_symlink() or folder.exists())
+        if folder and new:
+            nearest_folder(folder)  # which a drive that is not there lacks
         if not folder or new or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
             return
         kind = "is no readable folder" if folder.exists() else "does not exist"
