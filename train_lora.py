@@ -5685,7 +5685,7 @@ def check_copies(config: TrainingConfig) -> list[Path]:
             expected = "a folder that this user may write"
             raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, knob, expected, str(folder))
     there = [path for path in copies.values() if os.path.lexists(path)]
-    own = [p for p in there if p.is_file() and sha256(p.read_bytes()).hexdigest() in known]
+    own = [path for path in there if path.is_file() and file_digest(path.resolve()) in known]
     foreign = [path for path in there if path not in own]
     # Beside this run's own LoRA, they are what somebody edited.
     edited = [copies["picture"], copies["card"]] if copies.get("lora") in own else []

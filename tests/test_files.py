@@ -537,6 +537,22 @@ def test_a_file_of_somebody_else_is_never_replaced(
     assert len(list(loras.iterdir())) == 2
 
 
+def test_a_large_file_of_somebody_else_is_not_read_into_memory(
+    ground: Path, tmp_path: Path, loras: Path
+) -> None:
+    """It may be a whole model under the LoRA's name."""
+    with (loras / "mug.safetensors").open("wb") as file:
+        file.truncate(32 * 2**20)
+    options: Any = {"loras_path": str(loras), "output_path": str(tmp_path / "out")}
+    config = tiny_config(ground, **options, lora_name="mug")
+    tracemalloc.start()
+    with pytest.raises(TrainError):
+        train_lora.check_copies(config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
 def test_a_lora_that_came_meanwhile_stays_and_the_run_is_complete(
     ground: Path, tmp_path: Path, loras: Path
 ) -> None:
