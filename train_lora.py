@@ -2995,6 +2995,7 @@ MOVED = {  # from the hub, and their living copies
 
 HEADER_BYTES = 16_000_000  # more than ten times what any model has
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLED = "weights stored as pickle (.bin), which can run code when loaded"
 
 
 def damaged_model(path: Path, found: str) -> TrainError:
@@ -3061,6 +3062,8 @@ def find_vae(name: str) -> Path | None:
     lacks = lacking(folder, next(iter(FAMILIES.values())).vae)  # families keep them alike
     if lacks and not hub_id:
         expected = "a folder in diffusers layout, with config.json and weights"
+        if in_pickle_alone(lacks):
+            raise TrainError.at(ErrorCode.MODEL_UNSUPPORTED, "vae", expected, PICKLED)
         raise TrainError.at(ErrorCode.MODEL_NOT_FOUND, "vae", expected, f"no {lacks[0]}")
     return None if lacks else folder
 
@@ -3087,9 +3090,13 @@ def find_weights(folder: Path, part: Part) -> list[Path]:
         if not names or not all(isinstance(name, str) for name in names):
             raise damaged_model(index, "no weight_map")
         return [folder / Path(name).name for name in sorted(set(names))]
-    if any(folder.glob("*.bin")):
-        raise unsupported_model("stored as pickle (.bin), which can run code when loaded")
     return [plain]
+
+
+def in_pickle_alone(lacks: Iterable[Path]) -> bool:
+    """Tell whether weights that are lacking lie there in a form that is never read."""
+    folders = [path.parent for path in lacks if path.suffix == ".safetensors"]
+    return any(any(f.glob("*.bin")) and not any(f.glob("*.safetensors*")) for f in folders)
 
 
 def read_json_file(path: Path) -> Record:
@@ -3226,6 +3233,7 @@ class Located:
 class BaseModel:
     """A base model on this machine: what it is, and all that is known before it is loaded."""
 
+    name: str  # its Hugging Face id, or that of its folder or file; never where it lies
     family: Family
     objective: Objective
     parts: dict[Part, Located]
@@ -3274,13 +3282,15 @@ def find_configs(config: TrainingConfig, family: Family, headers: Headers) -> Pa
     if config.model_config_path:
         return config.model_config_path
     folder = cached_snapshot(family.reference(headers))
-    return None if missing_files(folder, beside_file=True) else folder  # the rest is fetched
+    return folder if missing_files(folder, beside_file=True) == [] else None  # then fetched
 
 
 def locate(part: Part, folder: Path | None, single: Headers | None = None) -> Located:
     """Look at a part in its folder, or beside its weights in a single file; refuse half of one."""
     in_file = single is not None and part.original is not None
     lacks = lacking(folder, part, weights=not in_file) if folder else []
+    if in_pickle_alone(lacks):
+        raise unsupported_model(PICKLED)
     if lacks:
         raise damaged_model(lacks[0], "no such file")
     config = part_config(folder / part.needs[0], part) if folder and part.limits else {}
@@ -3348,6 +3358,7 @@ def inspect_model(config: TrainingConfig) -> tuple[ModelFacts, BaseModel | None]
         parts[text] = dataclasses.replace(parts[text], skipped=skipped)
     sampler = parts[family.sampler].config if folder else None
     base = BaseModel(
+        name=config.base_model if hub_id else path.name,
         family=family,
         objective=choose_objective(config, family, family.states(headers, sampler)),
         parts=parts,
@@ -3436,14 +3447,22 @@ def download_model(
         fetch_parts(wanted, get, beside_file=bool(base))
         facts, base = inspect_model(config)
     if base is None or base.reference:
-        lacks = missing_files(cached_snapshot(str(wanted)), beside_file=bool(base)) or ["model"]
-        raise unfetched_model("base_model", str(wanted), f"no {', '.join(lacks)}")
+        snapshot = cached_snapshot(str(wanted))
+        lacks = missing_files(snapshot, beside_file=bool(base)) or ["model"]
+        found = f"no {', '.join(lacks)}"
+        if snapshot and in_pickle_alone(snapshot / name for name in lacks):
+            raise unsupported_model(f"{found}, but {PICKLED}")
+        raise unfetched_model("base_model", str(wanted), found)
     return facts, base
 
 
 def fetch_parts(hub_id: str, get: Callable[[str, list[str]], Path], *, beside_file: bool) -> None:
     """Download a model: first its configs, which tell what it consists of."""
     folder = get(hub_id, CONFIG_FILES)
+    # A family whose own file is not there is refused by name.
+    if missing_files(folder) is None and not (folder / "transformer" / "config.json").is_file():
+        found = "no config of a denoiser: half a download, or no model in diffusers layout"
+        raise unfetched_model("base_model", hub_id, found)
     family = recognise(read_headers(folder))
     for kind in ("", ".fp16"):  # half precision where there is no other
         lacks = missing_files(folder, beside_file=beside_file) or ()
@@ -3733,10 +3752,15 @@ class Models:
         half = self.base.family.text_precision == "bf16" and self.device.type == "cuda"
         return torch.bfloat16 if half else torch.float32
 
+    @property
+    def text_packing(self) -> str:
+        """Tell how text encoders are packed: large ones where the denoiser is."""
+        packed = self.base.family.text_precision == "bf16" and self.base_precision in QUANTISED
+        return self.base_precision if packed else "auto"
+
     def load_text_encoders(self, dtype: torch.dtype) -> None:
-        """Load the networks that read captions; large ones are packed where the denoiser is."""
-        packing = self.base_precision if self.base.family.text_precision == "bf16" else "auto"
-        parts, at = self.base.family.text_encoders, self.device
+        """Load the networks that read captions."""
+        parts, at, packing = self.base.family.text_encoders, self.device, self.text_packing
         self.text_encoders = [load_part(self.base, part, dtype, at, packing) for part in parts]
 
     def load_vae(self) -> Any:
@@ -3856,6 +3880,7 @@ class Cache:
 
 SHELF_VERSION = 4  # part of every key; a change in what is computed needs another
 PACK_BYTES = 32 * 2**20  # Linux maps 65,000 files; as many packs hold 2 TiB
+LEFTOVER = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.\d+\.tmp")  # of a pack, with no name yet
 Things = dict[str, Tensors]  # by their keys
 Make = Callable[[Iterable[T]], Iterator[Tensors]]
 
@@ -3908,11 +3933,15 @@ class Shelf:
     def find(self, section: Path | None, wanted: Set[str], phase: Phase, done: int = 0) -> Things:
         """Look for things in all packs; remove damaged ones, and tell of them."""
         found, lost = Things(), 0
+        if section:
+            remove_unfinished(section)
         for pack in sorted(section.glob("*.safetensors")) if section else ():
             phase.at(done or len(found))
             try:
                 found |= read_pack(pack, wanted - found.keys())
-            except (OSError, safetensors.SafetensorError, ValueError):
+            except OSError:  # a file that may not be opened at this moment can be sound
+                continue
+            except (safetensors.SafetensorError, ValueError):
                 lost += 1
                 with contextlib.suppress(OSError):  # Windows keeps what another run has mapped
                     pack.unlink()
@@ -3937,6 +3966,17 @@ class Shelf:
             self.folder, reason = None, reason_of(error)
             message = f"Nothing more is kept in cache_dir: {reason}"
             self.events.warn(WarningCode.CACHE_FAILED, message, reason=reason)
+        finally:
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
+
+
+def remove_unfinished(section: Path) -> None:
+    """Remove what killed runs left of packs; what is young may be another run's at work."""
+    with contextlib.suppress(OSError):
+        for path in section.iterdir():
+            if LEFTOVER.fullmatch(path.name) and path.stat().st_mtime < time.time() - 86_400:
+                path.unlink()
 
 
 def digest_of(value: object, letters: int = 64) -> str:
@@ -4112,6 +4152,7 @@ def read_texts(
             yield {name: tensor.contiguous() for name, tensor in made.items()}
 
     origin = shelf.origin(models.base, models.base.family.text_encoders)
+    origin += [models.text_packing] * (models.text_packing in QUANTISED)
     rows = {text: [ids.tolist() for ids in row.values()] for text, row in tokens.items()}
     keys = {text: digest_of([origin, row]) for text, row in rows.items()}
     kept = shelf.fill(origin, {key: tokens[text] for text, key in keys.items()}, read, phase)
@@ -5062,7 +5103,11 @@ MOST_NAMES = 10_000  # that a name is compared with
 def nearest_folder(path: Path) -> Path:
     """Find the folder that exists already and would hold the path."""
     path = path.absolute()
-    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+    for each in (path, *path.parents):
+        if os.path.lexists(each):
+            return each
+    # Of a drive that is not there, Windows has not even the root.
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def whereabouts(path: Path) -> str:
@@ -5533,7 +5578,7 @@ SAID = {
 def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int) -> dict[str, str]:
     """Say what the file is, in the words the ecosystem has for it; no path, no name, no time."""
     size, family, name = config.side, base.family, config.name
-    place, words = expand_home(config.base_model), ", ".join(config.trigger_words)
+    words = ", ".join(config.trigger_words)
     prediction = base.objective.prediction_type.removesuffix("_prediction")
     # What was taught otherwise than by default, in kohya's words.
     asked = [(knob, plain(vars(config)[name])) for name, knob in knobs().items()]
@@ -5556,8 +5601,7 @@ def lora_header(config: TrainingConfig, base: BaseModel, step: int, images: int)
         "ss_num_train_images": str(images),
         "ss_output_name": name,
         "ss_resolution": f"({size}, {size})",
-        # Not where it lies on somebody's disk.
-        "ss_sd_model_name": place.name if place.exists() else config.base_model,
+        "ss_sd_model_name": base.name,
         "ss_seed": str(config.seed),
         "ss_steps": str(step),
         # Every caption holds every trigger word.
@@ -5658,7 +5702,7 @@ def check_copies(config: TrainingConfig) -> list[Path]:
             expected = "a folder that this user may write"
             raise TrainError.at(ErrorCode.OUTPUT_UNUSABLE, knob, expected, str(folder))
     there = [path for path in copies.values() if os.path.lexists(path)]
-    own = [p for p in there if p.is_file() and sha256(p.read_bytes()).hexdigest() in known]
+    own = [path for path in there if path.is_file() and file_digest(path.resolve()) in known]
     foreign = [path for path in there if path not in own]
     # Beside this run's own LoRA, they are what somebody edited.
     edited = [copies["picture"], copies["card"]] if copies.get("lora") in own else []
@@ -6576,6 +6620,8 @@ def check_images(folder: Path | None, knob: str, *, drawn: bool = False) -> None
     """Refuse a folder of images that is none or may not be read; one for drawn ones may be new."""
     try:
         new = drawn and folder and not (folder.is_symlink() or folder.exists())
+        if folder and new:
+            nearest_folder(folder)  # which a drive that is not there lacks
         if not folder or new or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
             return
         kind = "is no readable folder" if folder.exists() else "does not exist"

@@ -132,6 +132,7 @@ def look_at(title: str) -> tuple[BaseModel, Any]:
         networks = {folder: build() for folder, build in builds.items()}
     parts = {part: describe(part, networks) for part in family.configured}
     base = BaseModel(
+        name=title,
         family=family,
         objective=family.objectives[0],
         parts=parts,

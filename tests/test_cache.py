@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import gc
+import hashlib
 import itertools
+import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -581,6 +585,61 @@ def test_no_bit_of_a_pack_can_flip_without_being_noticed(here: Path) -> None:
         assert recorder.codes() == ["cache_damaged"]
 
 
+def test_a_pack_that_cannot_be_read_at_this_moment_stays(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share may fail for an instant, or a process have too many files open."""
+    digest, failures = hashlib.file_digest, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def fail_once(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return digest(*arguments)
+
+    recorder, made = Recorder(), list[str]()
+    shelf = Shelf(here / "kept", CPU, Emitter(recorder))
+    fill(shelf, "x", "y")
+    monkeypatch.setattr(hashlib, "file_digest", fail_once)
+    fill(shelf, "x", made=made)
+    assert made == ["x"]  # anew, as it could not be read
+    fill(shelf, "y", made=made)
+    assert made == ["x"]
+    assert recorder.codes() == []
+
+
+def test_what_killed_runs_left_of_packs_goes_after_a_day(here: Path) -> None:
+    """What is younger may be another run's at work, and what has another name is not ours."""
+    shelf, letters = Shelf(here / "kept", CPU, Emitter()), "0123456789abcdef" * 2
+    fill(shelf, "x")
+    (pack,) = packs_in(here / "kept")
+    other = letters[::-1]
+    stale = [letters, f".{letters}.77.tmp"]
+    kept = [other, f".{other}.77.tmp", "notes.tmp", f"{letters}.tmp", f"{letters}0"]
+    for name in stale + kept:
+        (pack.parent / name).write_bytes(b"half")
+        age = 0 if other in name else 2 * 86_400
+        os.utime(pack.parent / name, (time.time() - age,) * 2)
+    fill(shelf, "x")
+    assert {path.name for path in packs_in(here / "kept")} == {pack.name, *kept}
+
+
+def test_a_pack_that_gets_no_name_leaves_nothing_behind(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The things are there all the same, and the run says so once."""
+    recorder, replace = Recorder(), Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.suffix == ".safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert len(fill(Shelf(here / "kept", CPU, Emitter(recorder)), "x", "y")) == 2
+    assert recorder.codes() == ["cache_failed"]
+    assert packs_in(here / "kept") == []
+
+
 def test_many_things_lie_in_few_files_of_a_limited_size(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -856,6 +915,25 @@ def test_the_last_layer_but_one_is_read_without_being_asked_for(
     """It is what SD 2 and SDXL were made for, so that to ask for it changes nothing."""
     plain, asked = (encode(built / family, "a", clip_skip=n).cache.texts["a"] for n in (None, 2))
     assert all(torch.equal(plain[name], asked[name]) for name in plain)
+
+
+def test_what_packed_encoders_read_is_not_taken_for_what_whole_ones_read(
+    here: Path, built: Path
+) -> None:
+    """Large text encoders are packed as the denoiser is; what whole ones read stays valid."""
+    models = models_of(load_config(base_model=str(built / "sd1"), resolution=SIDE))
+    base, shelf = models.base, Shelf(here / "kept", CPU, Emitter())
+    phase = train_lora.Phase("encoding", 1, Emitter(), StopRequest())
+    (part,) = base.family.text_encoders
+    large = dataclasses.replace(part, packed="no layer, as that takes a package")
+    family = dataclasses.replace(base.family, text_precision="bf16", text_encoders=(large,))
+    parts = {**base.parts, large: base.parts[part]}
+    models = dataclasses.replace(models, base=dataclasses.replace(base, family=family, parts=parts))
+    tokens, packs = {"a": train_lora.read_tokens("a", models)}, list[int]()
+    for models.base_precision in ("auto", "nf4", "nf4", "bf16"):
+        train_lora.read_texts(models, tokens, shelf, phase)
+        packs.append(len(packs_in(here / "kept")))
+    assert packs == [1, 2, 2, 2]
 
 
 def test_what_is_kept_of_one_layer_is_not_taken_for_another(here: Path, built: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import struct
 import tracemalloc
@@ -302,12 +303,29 @@ def test_the_header_tells_programs_and_people_what_the_file_is(
     assert header["ss_sd_model_name"] == family
 
 
-def test_the_header_names_a_model_of_the_hub_by_its_id(ground: Path) -> None:
+def test_the_header_names_a_model_of_the_hub_by_its_id(
+    ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An id is no path."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / "models--stabilityai--sdxl-turbo"
+    shutil.copytree(tiny_base("sdxl", ground / "bases"), home / "snapshots" / "one")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("one")
     config = tiny_config(ground, base_model="stabilityai/sdxl-turbo")
-    base = base_of(tiny_config(ground))
-    header = train_lora.lora_header(config, base, 1, 6)
+    header = train_lora.lora_header(config, base_of(config), 1, 6)
     assert header["ss_sd_model_name"] == "stabilityai/sdxl-turbo"
+
+
+def test_the_header_never_says_where_a_base_lay_that_is_gone(ground: Path, tmp_path: Path) -> None:
+    """A disk may be taken out in the midst of a run."""
+    shutil.copytree(tiny_base("sd1", ground / "bases"), tmp_path / "mine")
+    config = tiny_config(ground, base_model=str(tmp_path / "mine"))
+    base = base_of(config)
+    shutil.rmtree(tmp_path / "mine")
+    header = train_lora.lora_header(config, base, 1, 6)
+    assert header["ss_sd_model_name"] == "mine"
+    assert str(tmp_path) not in json.dumps(header)
 
 
 @pytest.mark.parametrize(
@@ -534,6 +552,22 @@ def test_a_file_of_somebody_else_is_never_replaced(
         assert str(taken) in str(refused.value)
     assert taken.read_bytes() == b"somebody's"
     assert len(list(loras.iterdir())) == 2
+
+
+def test_a_large_file_of_somebody_else_is_not_read_into_memory(
+    ground: Path, tmp_path: Path, loras: Path
+) -> None:
+    """It may be a whole model under the LoRA's name."""
+    with (loras / "mug.safetensors").open("wb") as file:
+        file.truncate(32 * 2**20)
+    options: Any = {"loras_path": str(loras), "output_path": str(tmp_path / "out")}
+    config = tiny_config(ground, **options, lora_name="mug")
+    tracemalloc.start()
+    with pytest.raises(TrainError):
+        train_lora.check_copies(config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
 
 
 def test_a_lora_that_came_meanwhile_stays_and_the_run_is_complete(

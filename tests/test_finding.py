@@ -598,6 +598,17 @@ def test_a_half_downloaded_model_counts_as_not_cached(
     assert inspect(HUB_ID) == ModelFacts(source="hub", cached=False, hub_id=HUB_ID)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pickle_that_came_before_the_weights_counts_as_not_cached(
+    here: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """A download of all there is was cut between the two."""
+    monkeypatch.setenv("HF_HUB_CACHE", "cache")
+    (weights,) = (write_snapshot(here / "cache") / part).glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    assert inspect(HUB_ID) == ModelFacts(source="hub", cached=False, hub_id=HUB_ID)
+
+
 def test_a_pruned_cache_counts_as_not_cached(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Links whose blobs are gone hold no weights."""
     monkeypatch.setenv("HF_HUB_CACHE", "cache")

@@ -441,6 +441,32 @@ def test_configs_alone_in_the_cache_are_no_base_model(
     assert f"hf download {REFERENCES['sd1']}" in last["hint"]
 
 
+FRAGMENTS = ("model_index.json", "vae/*", "unet/*.safetensors")  # tell no family
+
+
+@pytest.mark.parametrize("there", FRAGMENTS)
+def test_a_piece_of_its_reference_in_the_cache_does_not_damage_a_single_file(
+    here: Path, built: Path, there: str, recorder: Recorder
+) -> None:
+    """Who fetched the file from there has one, and so has a download that was cut at once."""
+    write_snapshot(REFERENCES["sd1"], built / "sd1", only=there)
+    assert locate(built / "sd1.safetensors").reference == REFERENCES["sd1"]
+    last = run_and_fail(recorder, base_model=str(built / "sd1.safetensors"))
+    assert last["code"] == "model_not_found"
+    assert f"hf download {REFERENCES['sd1']}" in last["hint"]
+
+
+@pytest.mark.parametrize("there", FRAGMENTS)
+def test_a_piece_of_a_model_in_the_cache_is_no_other_kind_of_model(
+    here: Path, built: Path, there: str, recorder: Recorder
+) -> None:
+    """Without network it is one that was not fetched."""
+    write_snapshot("someone/something", built / "sd1", only=there)
+    last = run_and_fail(recorder, base_model="someone/something")
+    assert last["code"] == "model_not_found"
+    assert "hf download someone/something" in last["hint"]
+
+
 def test_another_vae_that_leads_nowhere_is_named(
     here: Path, built: Path, recorder: Recorder
 ) -> None:
@@ -707,8 +733,22 @@ def test_a_part_in_pickle_alone_is_refused_unread(
     path.with_suffix(".bin").write_bytes(pickle.dumps(Payload(here / "ran")))
     path.unlink()
     last = run_and_fail(recorder, **{"base_model": str(built / "sd1"), knob: "model"})
-    assert last["code"] in ("model_unsupported", "model_damaged")
+    assert last["code"] == "model_unsupported"
+    assert {problem["path"] for problem in last["problems"]} == {knob}
     assert not (here / "ran").exists()
+
+
+def test_a_model_of_the_hub_in_pickle_alone_is_refused_once_nothing_else_comes(
+    here: Path, built: Path, recorder: Recorder
+) -> None:
+    """Preflight cannot know what the hub has beside it."""
+    snapshot = write_snapshot("someone/something", built / "sd1")
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (snapshot / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    last = run_and_fail(recorder, base_model="someone/something")
+    assert last["code"] == "model_unsupported"
+    for named in ("unet/diffusion_pytorch_model.safetensors", "pickle"):
+        assert named in last["problems"][0]["found"]
 
 
 @pytest.mark.parametrize("name", ["Evil", ["evil", "Evil"]])

@@ -41,6 +41,7 @@ def structure_of(unet: Any, **parts: train_lora.Shapes) -> BaseModel:
     networks |= {"text_encoder_2": {}} if large else {}
     located = {part: Located(shapes=networks[part.folder]) for part in family.networks}
     return BaseModel(
+        name="base",
         family=family,
         objective=family.objectives[0],
         parts=located,

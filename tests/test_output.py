@@ -19,7 +19,7 @@ from processes import program, run_program, script, started
 from tiny_runs import tiny_base, tiny_config
 
 import train_lora
-from train_lora import TrainError
+from train_lora import ErrorCode, TrainError
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 PREFLIGHT = ("--config", "config.json", "--validate-only")
@@ -194,6 +194,21 @@ def test_a_container_is_spoken_of_inside_one_alone(
     if inside:
         (tmp_path / "mark").touch()
     assert ("This is a container" in train_lora.whereabouts(tmp_path / "nowhere")) is inside
+
+
+def test_a_path_on_a_drive_that_is_not_there_is_told(
+    tmp_path: Path, outside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows not even its root exists; whatever a path is for, the answer names it."""
+    path = tmp_path / "out"
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    assert train_lora.whereabouts(path) == ""
+    with pytest.raises(TrainError, match=str(path)) as refused:
+        train_lora.check_output(path)
+    assert refused.value.code is ErrorCode.OUTPUT_UNUSABLE
+    with pytest.raises(TrainError, match=str(path)) as refused:
+        train_lora.check_images(path, "regularization_path", drawn=True)
+    assert refused.value.code is ErrorCode.DATASET_NOT_FOUND
 
 
 def test_only_so_many_names_are_compared(
