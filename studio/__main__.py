@@ -28,7 +28,7 @@ from studio import security
 from studio.app import create_app
 from studio.engines import EnginesUnusable
 from studio.local import is_locked, take_lock
-from studio.settings import LOOPBACK, Settings
+from studio.settings import LOOPBACK, Settings, TokenBlank
 from studio.slots import SlotsUnknown
 from studio.store import DatabaseTooNew
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         serve(settings_of(arguments), browser=arguments.browser)
-    except (Refused, SlotsUnknown, DatabaseTooNew, EnginesUnusable) as error:
+    except (Refused, TokenBlank, SlotsUnknown, DatabaseTooNew, EnginesUnusable) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

@@ -72,3 +72,7 @@ class Engine(Protocol):
 
 class EngineError(Exception):
     """An engine cannot do what it was asked to; the message says why."""
+
+
+class Unreachable(EngineError):
+    """Nobody answers; it may be different later."""

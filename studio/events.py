@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import threading
 import time
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from studio.settings import Settings
     from studio.store import Job, Store
 
+log = logging.getLogger("studio")
 Record = dict[str, Any]
 
 STREAM = "stdout.jsonl"
@@ -310,6 +312,15 @@ def step_of(line: Record, name: str = "step") -> int:
 # --- Telling it to everyone who listens ---
 
 
+@contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """Let no news that cannot be read be the end of all other; the next tick tries again."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001, whatever it is; in a line, as ticks are many
+        log.warning("%s cannot be read: %r", what, error)
+
+
 @dataclass
 class Watch:
     """A job that is looked at: by how many, what it has said, and whether that is all."""
@@ -358,7 +369,8 @@ class Hub:
         """Look for news until the service ends."""
         while not ends():
             if self.watched:
-                await to_thread.run_sync(self.look)
+                with going_on("News"):
+                    await to_thread.run_sync(self.look)
                 self.wake()
             await asyncio.sleep(TICK_SECONDS)
         self.close()
@@ -380,7 +392,8 @@ class Hub:
             self.note(self.store.jobs(limit=LISTED))
         for job_id, watch in list(self.watched.items()):
             if job_id:
-                self.look_at(job_id, watch)
+                with going_on(f"Job {job_id}"):
+                    self.look_at(job_id, watch)
 
     def look_at(self, job_id: str, watch: Watch) -> None:
         """Look at one job: first at its state, as behind a final one nothing more is said."""

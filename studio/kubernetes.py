@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from studio import local
-from studio.engine import EngineError, Record, Seen
+from studio.engine import EngineError, Record, Seen, Unreachable
 
 if TYPE_CHECKING:
     from studio.engine import Attempt
@@ -300,7 +300,7 @@ class Cluster:
                 said = message_of(error)
             raise EngineError(f"Kubernetes refuses: {said}") from error
         except (OSError, ValueError, HTTPException) as error:
-            raise EngineError(f"Kubernetes cannot be reached: {error}") from error
+            raise Unreachable(f"Kubernetes cannot be reached: {error}") from error
 
 
 def read_account(name: str) -> str:

@@ -66,17 +66,9 @@ class Local:
             flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_BREAKAWAY_FROM_JOB
             subprocess.Popen(command, creationflags=flags, **quiet)
             return self._handle(attempt)
+        quiet |= {"env": dict(attempt.environment), "cwd": self._jobs / attempt.job}
         with (attempt.folder / "stderr.log").open("ab") as stderr:
-            done = subprocess.run(
-                command,
-                **quiet,
-                stderr=stderr,
-                env=dict(attempt.environment),
-                cwd=self._jobs / attempt.job,
-                start_new_session=True,
-                timeout=SHIM_SECONDS,
-                check=False,
-            )
+            done = run_shim(command, stderr=stderr, start_new_session=True, **quiet)
         if done.returncode:
             raise ChildProcessError(tail_of(attempt.folder / "stderr.log") or "no shim")
         return self._handle(attempt)
@@ -161,6 +153,14 @@ class Local:
                 if ends and whole:
                     yield file.tell(), piece
                 whole = ends
+
+
+def run_shim(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run a shim until it has gone into the background."""
+    try:
+        return subprocess.run(command, timeout=SHIM_SECONDS, check=False, **options)
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"no answer in {SHIM_SECONDS} seconds") from error
 
 
 def is_locked(path: Path) -> bool:

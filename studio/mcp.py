@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode
 
+from studio.engine import Unreachable
 from studio.pictures import FORMATS
-from studio.remote import Refused, Remote, Unreachable
+from studio.remote import Refused, Remote
 from studio.store import FINAL
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from studio import captions, datasets, local
-from studio.engine import EngineError, Record, Seen
+from studio.engine import EngineError, Record, Seen, Unreachable
 from studio.jobs import write_json
-from studio.remote import Refused, Remote, Unreachable
+from studio.remote import Refused, Remote
 from studio.store import FINAL
 
 if TYPE_CHECKING:
@@ -52,10 +52,7 @@ class Peer:
         """Begin to send a training, if the other studio answers."""
         if not any(word.endswith("train_lora.py") for word in attempt.command[:2]):
             raise ValueError("Another studio takes trainings alone.")
-        try:
-            self._quick.ask("GET", "/healthz")
-        except Refused as error:
-            raise EngineError(f"The studio at {self._quick.url} is not well: {error}") from error
+        self._check_health()
         attempt.folder.mkdir(parents=True, exist_ok=True)
         handle = f"{attempt.job}/{attempt.n}"
         self._mirror(handle).begin()
@@ -75,14 +72,23 @@ class Peer:
             failure=end.get("failure", ""),
         )
 
-    def stop(self, handle: str, *, force: bool = False) -> None:  # noqa: ARG002
-        """Ask the other studio to stop; it uses force by itself where that is needed."""
+    def stop(self, handle: str, *, force: bool = False) -> None:
+        """Ask the other studio to stop; it uses force by itself, unless it is gone."""
         (self._folder(handle) / ASKED).touch()
+        if force:
+            self._check_health()
         threading.Thread(target=self._mirror(handle).ask_to_stop, daemon=True).start()
 
     def events(self, handle: str, after: int = 0) -> Iterator[tuple[int, bytes]]:
         """Read what was brought here."""
         return self._files.events(handle, after)
+
+    def _check_health(self) -> None:
+        """Fail unless the other studio answers, and is well."""
+        try:
+            self._quick.ask("GET", "/healthz")
+        except Refused as error:
+            raise EngineError(f"The studio at {self._quick.url} is not well: {error}") from error
 
     def _folder(self, handle: str) -> Path:
         """Find the folder of an attempt."""

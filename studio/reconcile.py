@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from studio import local, slots
 from studio.digest import Digest
-from studio.engine import Attempt, EngineError, Seen
+from studio.engine import Attempt, EngineError, Seen, Unreachable
 from studio.store import ACTIVE, from_now, utc
 
 if TYPE_CHECKING:
@@ -241,6 +241,8 @@ class Reconciler:
         self._settings, self._store, self._engines = settings, store, engines
         self._pace = pace or Pace()
         self._heard: dict[tuple[str, int], Heard] = {}
+        self._mute: dict[str, str] = {}  # engines that have not answered in this round, and why
+        self._deaf_since: dict[str, float] = {}  # jobs that no wish to stop can reach
         self._wanted, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._go, name="reconciler", daemon=True)
         self._beat = time.monotonic()
@@ -308,12 +310,14 @@ class Reconciler:
 
     def look_after_all(self) -> None:
         """Do for each job what follows from how it is. One that makes trouble stops no other."""
+        self._mute = {}
         unwanted = [job for job in self._store.queue() if job.desired == "stop"]
         for job in [*self._store.active(), *unwanted]:
             try:
                 self._look_after(job)
+                self._deaf_since.pop(job.id, None)
             except EngineError as error:
-                self._say(job, str(error))
+                self._wait_for(job, error)
             except Exception:  # whatever it is, the others and the next round must go on
                 log.exception("Job %s cannot be looked after", job.id)
 
@@ -332,7 +336,27 @@ class Reconciler:
         """Find what runs a job."""
         if job.engine not in self._engines:
             raise EngineError(f"The engine {job.engine} is not there.")
+        if job.engine in self._mute:  # to ask it again for each job would hold up all others
+            raise Unreachable(self._mute[job.engine])
         return self._engines[job.engine]
+
+    def _wait_for(self, job: Job, error: EngineError) -> None:
+        """Wait for an engine; but a job that is to stop ends without one that stays away."""
+        self._note_mute(job, error)
+        self._say(job, str(error))
+        if job.desired != "stop":
+            return
+        since = self._deaf_since.setdefault(job.id, time.monotonic())
+        if time.monotonic() - since >= self._pace.saving:
+            del self._deaf_since[job.id]
+            hint = "Look there, and end it if it runs."
+            told = failed("out_of_reach", f"{error} It may still run there.", hint)
+            self._do(Finish("stopped", "out_of_reach", told), job, (), None)
+
+    def _note_mute(self, job: Job, error: EngineError) -> None:
+        """Keep in mind that an engine does not answer, until the next round."""
+        if isinstance(error, Unreachable):
+            self._mute[job.engine] = str(error)
 
     def _say(self, job: Job, phase: str) -> None:
         """Tell what a job waits for."""
@@ -390,6 +414,7 @@ class Reconciler:
         try:
             handle = self._engine(job).submit(self._attempt(job, n, held))
         except EngineError as error:  # nothing runs, and it may go later
+            self._note_mute(job, error)
             self._say(job, str(error))
             if job.desired == "stop":
                 self._change(job.id, "stopped", attempt={"outcome": "not_started"})

@@ -14,14 +14,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from studio.engine import EngineError, Record
+from studio.engine import Record, Unreachable
 
 PATIENCE_SECONDS = 30.0  # without a byte; an open stream says something every 10 s
 MOST_ANSWER_BYTES = 64 * 2**20
-
-
-class Unreachable(EngineError):
-    """Nobody answers; it may be different later."""
 
 
 class Refused(Exception):

@@ -187,8 +187,9 @@ def is_open(path: str) -> bool:
 
 
 def same(given: str, known: str) -> bool:
-    """Compare secrets in a time that tells nothing."""
-    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), known.encode())
+    """Compare secrets in a time that tells nothing; what is empty is none."""
+    equal = hmac.compare_digest(given.encode("utf-8", "surrogateescape"), known.encode())
+    return equal and bool(known)
 
 
 def digest(secret: str) -> str:

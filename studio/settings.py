@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -81,10 +82,39 @@ class Settings:
     def token(self) -> str:
         """The secret of all who may use the service; made at the first start."""
         path = self.root / "token"
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return path.read_text("ascii").strip()
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(token := secrets.token_urlsafe(32))
+        if not path.exists():
+            write_secret(path, secrets.token_urlsafe(32))
+        token = path.read_text("ascii").strip()
+        if not token:
+            hint = "Delete that file; the next start makes another."
+            raise TokenBlank(f"{path}: expected the token, got an empty file. {hint}")
         return token
+
+
+class TokenBlank(Exception):
+    """The file of the token is there, and says nothing; everybody knows that."""
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Write a file for its owner alone, whole or not at all, and never over another."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secret)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # another start was quicker
+            name_it(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def name_it(part: Path, path: Path) -> None:
+    """Give a file a name that nobody has."""
+    try:
+        path.hardlink_to(part)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        part.rename(path)

@@ -38,12 +38,15 @@ else:
 
 def main(folder: Path, command: list[str]) -> int:
     """Start the command, once for a folder; the first process returns as soon as that is sure."""
+    said = folder / "stdout.jsonl"
+    if said.exists():  # it runs, and may hold the lock for days, or has run
+        return 0
     with (folder / "alive").open("wb") as lock:
-        wait_for(lock)
+        wait_for(lock)  # before the file is made, as one whose lock is free has run
         try:
-            stdout = (folder / "stdout.jsonl").open("xb")
-        except FileExistsError:
-            return 0  # it runs, or has run
+            stdout = said.open("xb")
+        except FileExistsError:  # another was quicker, and is over
+            return 0
         if detach():
             run(folder, command, stdout, lock)
     return 0

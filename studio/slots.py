@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -27,17 +28,20 @@ class Slot:
 
 
 class SlotsUnknown(Exception):
-    """--slots names what is not there."""
+    """--slots names what is not there, or nobody can tell what is."""
 
 
 def find_slots(wish: str = "auto") -> tuple[Slot, ...]:
     """Find what there is, or choose of it: `auto`, `cpu:2`, `0,1` or uuids of cards."""
-    if wish == "auto":
-        return cards() or (without_card(),)
     kind, _, count = wish.partition(":")
     if kind == "cpu" and count.isdecimal() and 1 <= int(count) <= 64:
         return tuple(Slot(f"cpu:{n}", "Processor") for n in range(int(count)))
-    there = cards()
+    there, failure = asked(present())
+    if failure:
+        hint = "Mend its driver, or train on the processor by --slots cpu:1."
+        raise SlotsUnknown(f"--slots: nvidia-smi cannot tell the cards: {failure}. {hint}")
+    if wish == "auto":
+        return there or (without_card(),)
     by_name = {slot.id: slot for slot in there} | {str(n): s for n, s in enumerate(there)}
     chosen = wish.split(",")
     if unknown := [word for word in chosen if word not in by_name]:
@@ -47,22 +51,35 @@ def find_slots(wish: str = "auto") -> tuple[Slot, ...]:
 
 
 def cards() -> tuple[Slot, ...]:
-    """List the graphics cards, in the order of their places on the bus."""
-    return asked(int(time.monotonic() / FRESH_SECONDS))
+    """List the graphics cards, in the order of their places on the bus; none if they are mute."""
+    return asked(present())[0]
+
+
+def present() -> int:
+    """Count the time in what an answer of nvidia-smi is good for."""
+    return int(time.monotonic() / FRESH_SECONDS)
 
 
 @functools.lru_cache(maxsize=1)
-def asked(_: int) -> tuple[Slot, ...]:
-    """Ask nvidia-smi, once in a while."""
+def asked(_: int) -> tuple[tuple[Slot, ...], str]:
+    """Ask nvidia-smi, once in a while, for the cards; or tell why it fails."""
+    if not shutil.which("nvidia-smi"):  # a machine without such cards
+        return (), ""
     query = "--query-gpu=uuid,name,memory.total,memory.used"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True
         )
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(card(line) for line in done.stdout.splitlines() if line.count(",") >= 3)
+    except subprocess.CalledProcessError as error:
+        said = (error.stdout + error.stderr).strip().partition("\n")[0]
+        return (), said.rstrip(".") or f"it ends with {error.returncode}"
+    except subprocess.TimeoutExpired:
+        return (), f"no answer in {SMI_SECONDS} seconds"
+    except OSError as error:
+        return (), str(error)
+    found = (card(line) for line in done.stdout.splitlines() if line.count(",") >= 3)
+    return tuple(found), ""
 
 
 def card(line: str) -> Slot:

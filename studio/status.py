@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 MOST_RESULT_BYTES = 16 * 2**20
-PROGRESS = ("loss", "learning_rate", "images_per_second", "eta_seconds")
+PROGRESS = ("loss", "learning_rate", "images_per_second", "seconds_per_step", "eta_seconds")
 # Of the last line of a job, what is told as it is, and which files are, by other names.
 ENDED = (
     *("bytes", "sha256", "total_time", "final_loss", "images_per_second", "peak_memory_bytes"),

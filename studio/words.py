@@ -21,6 +21,7 @@ KINDS = {
 }
 FINAL = ("completed", "stopped", "failed", "cancelled")
 SILENT = 120  # seconds without an event that are worth a word
+PROGRESS_LINES = 1000  # in a training, about, however many steps it has
 ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
 # What the trainer doubts of a finished run, and what to do about it.
 REMEDIES = {
@@ -100,6 +101,8 @@ def completed_told(status: Status) -> str:
 
 def stopped_told(status: Status) -> str:
     """Say where it stands and from where it goes on."""
+    if status.get("error"):  # such as that nobody knows whether it stopped
+        return str(status["error"]["message"])
     saved = step_of(status.get("continues_from"))
     if status.get("step") is None:
         return "Stopped before the first step."
@@ -168,7 +171,8 @@ def left_told(status: Status) -> str:
 def stale(status: Status) -> str | None:
     """Say that there has been no news, which may be nothing or a fault."""
     silent = status.get("silent_seconds")
-    usual = 20 * (status.get("seconds_per_step") or 0)
+    steps = max(20, 2 * (status.get("total_steps") or 0) / PROGRESS_LINES)
+    usual = steps * (status.get("seconds_per_step") or 0)
     if status["state"] != "running" or silent is None or silent < max(SILENT, usual):
         return None
     return f"No news for {show_duration(silent)}. The process is alive; a step may take long."

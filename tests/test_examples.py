@@ -240,13 +240,29 @@ def test_the_slurm_script_is_one(tmp_path: Path) -> None:
     script = CLUSTER / "train.slurm"
     subprocess.run(["bash", "-n", str(script)], check=True)
     told = [line for line in script.read_text("utf-8").splitlines() if line.startswith("#SBATCH")]
-    assert "#SBATCH --signal=B:TERM@60" in told
+    assert "#SBATCH --signal=B:USR1@60" in told
     assert "#SBATCH --requeue" in told
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="runs bash")
-def test_the_slurm_script_stops_and_asks_to_be_started_again(tmp_path: Path) -> None:
-    """A program stands in for the launcher, and another for Slurm's own."""
+def test_the_slurm_script_asks_at_its_limit_to_be_started_again(tmp_path: Path) -> None:
+    """The run has saved by then, and the job itself is no failure."""
+    assert signalled(signal.SIGUSR1, tmp_path) == (0, "saved\n")
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="runs bash")
+def test_the_slurm_script_stays_stopped_by_who_stops_it(tmp_path: Path) -> None:
+    """The run saves all the same; Slurm is asked for nothing, and is told the run's own end."""
+    assert signalled(signal.SIGTERM, tmp_path) == (143, "saved\n")
+    assert not (tmp_path / "asked").exists()
+
+
+def signalled(number: signal.Signals, tmp_path: Path) -> tuple[int, str]:
+    """Signal the script once its run has begun; return the exit code, and what the run said then.
+
+    A program stands in for the launcher, and another for Slurm's own.
+    """
     slow = tmp_path / "python"
     slow.write_text(
         "#!/bin/bash\ntrap 'echo saved; exit 143' TERM\necho began\nsleep 60 >/dev/null & wait\n"
@@ -264,10 +280,9 @@ def test_the_slurm_script_stops_and_asks_to_be_started_again(tmp_path: Path) -> 
     ) as job:
         assert job.stdout
         assert job.stdout.readline() == "began\n"
-        job.send_signal(signal.SIGTERM)
-        assert job.stdout.read() == "saved\n"
-        assert job.wait(timeout=30) == 0
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+        job.send_signal(number)
+        said = job.stdout.read()
+        return job.wait(timeout=30), said
 
 
 def test_a_job_of_kubernetes_is_started_again_for_the_right_reasons() -> None:

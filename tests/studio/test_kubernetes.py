@@ -13,7 +13,7 @@ from fake_kubernetes import JOB, FakeCluster, check, cluster_at, expanded
 from studio_ground import CPUS, QUICK, enqueue, in_state, rounds_until, wait_until, write_command
 
 from studio import kubernetes
-from studio.engine import Attempt, EngineError
+from studio.engine import Attempt, EngineError, Seen, Unreachable
 from studio.engines import further
 from studio.kubernetes import Kubernetes, Options, name_of
 from studio.local import Local
@@ -246,6 +246,60 @@ def test_a_cluster_that_does_not_answer_is_waited_for(settings: Settings, store:
     job = send(settings, store)
     rounds_until(reconciler, lambda: "cannot be reached" in (store.job(job.id).phase or ""))
     assert store.job(job.id).state == "running"
+
+
+class Lost:
+    """An engine whose machine is gone: it takes long to say nothing."""
+
+    def __init__(self) -> None:
+        """Count how often it is asked."""
+        self.asked = 0
+
+    def submit(self, _: Attempt) -> str:
+        """Answer nothing."""
+        self.asked += 1
+        raise Unreachable("It cannot be reached.")
+
+    def observe(self, _: str) -> Seen:
+        """Answer nothing."""
+        self.asked += 1
+        raise Unreachable("It cannot be reached.")
+
+    def stop(self, handle: str, *, force: bool = False) -> None:
+        """Never come to be asked."""
+
+    def events(self, _: str, __: int = 0, /) -> Iterator[tuple[int, bytes]]:
+        """Never come to be asked."""
+        return iter(())
+
+
+def test_an_engine_that_is_gone_is_asked_once_in_a_round(settings: Settings, store: Store) -> None:
+    """Whatever waits for it, new jobs and old ones: others are not held up by each of them."""
+    engine = Lost()
+    reconciler = Reconciler(settings, store, {"kubernetes": engine}, CPUS, QUICK)
+    jobs = [send(settings, store) for _ in range(3)]
+    reconciler.make_round()
+    assert engine.asked == 1
+    store.confirm(jobs[0].id, 1, f"{jobs[0].id}/1")
+    reconciler.make_round()
+    assert engine.asked == 2
+    assert {store.job(job.id).phase for job in jobs} == {"It cannot be reached."}
+
+
+def test_a_job_ends_without_an_engine_that_stays_away(settings: Settings, store: Store) -> None:
+    """In the time that saving may take; it says that nobody knows whether it still runs."""
+    reconciler = Reconciler(settings, store, {"kubernetes": Lost()}, CPUS, QUICK)
+    job = send(settings, store)
+    reconciler.make_round()
+    store.confirm(job.id, 1, f"{job.id}/1")
+    store.request_stop(job.id)
+    reconciler.make_round()
+    assert store.job(job.id).state == "running"
+    rounds_until(reconciler, in_state(store, job, "stopped"))
+    error = store.job(job.id).error
+    assert error
+    assert error["message"] == "It cannot be reached. It may still run there."
+    assert store.attempts(job.id)[0].outcome == "out_of_reach"
 
 
 def test_what_the_cluster_refuses_is_told(

@@ -18,6 +18,7 @@ import pytest
 from acting import MODEL, acting, is_in, status_when, submitted, wanted
 
 from studio import film, machine_page, new_page, run_page, views, words
+from studio.status import brief
 from studio.store import Job, new_id
 
 if TYPE_CHECKING:
@@ -232,6 +233,10 @@ def status(state: str, **more: Any) -> dict[str, Any]:
             status("failed", error={"message": "No room.", "hint": "Make some."}),
             "No room. Make some.",
         ),
+        (
+            status("stopped", step=620, error={"message": "It may still run there."}),
+            "It may still run there.",
+        ),
         (status("cancelled"), "Cancelled before it began."),
     ],
 )
@@ -245,6 +250,15 @@ def test_silence_is_told_when_it_is_long_for_this_run() -> None:
     assert words.stale(status("running", silent_seconds=119)) is None
     assert "No news for 2 min 5 s" in str(words.stale(status("running", silent_seconds=125)))
     assert words.stale(status("running", silent_seconds=125, seconds_per_step=60)) is None
+    long = status("running", silent_seconds=190, seconds_per_step=1, total_steps=100_000)
+    assert words.stale(long) is None  # a line tells of a hundred steps
+    assert "No news" in str(words.stale(long | {"silent_seconds": 210}))
+
+
+def test_a_status_tells_how_long_a_step_takes() -> None:
+    """Or nobody knows what silence is long."""
+    job = Job("J", "train", "A run", {}, progress={"seconds_per_step": 1.5})
+    assert brief(job, None, None)["seconds_per_step"] == 1.5
 
 
 def sample(step: int, name: str, prompt: str = "zkb") -> dict[str, Any]:

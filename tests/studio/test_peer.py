@@ -313,6 +313,23 @@ def test_a_studio_that_does_not_answer_is_waited_for(make_here: Make) -> None:
         assert here.until(job, "stopped", "failed").state == "stopped"
 
 
+def test_a_studio_that_went_away_keeps_no_job(make_here: Make, wire: Wire, tmp_path: Path) -> None:
+    """A stop that nobody hears ends the job here, and says that it may still run there."""
+    host = wire.url.removeprefix("http://")
+    with acting(
+        tmp_path / "behind", allowed_hosts=(host,), switches={"step-seconds": 0.05}
+    ) as behind:
+        wire.target = behind.settings.port
+        here = make_here(wire.url, behind.settings.token)
+        job = here.send(steps=100_000)
+        here.until_step(job, 5)
+        wire.cut()
+        here.store.request_stop(job.id)
+        stopped = here.until(job, "stopped", "failed")
+        assert stopped.state == "stopped"
+        assert "may still run there" in (stopped.error or {})["message"]
+
+
 @pytest.mark.parametrize(
     ("token", "config", "said"),
     [

@@ -300,6 +300,35 @@ def test_a_start_that_is_repeated_starts_nothing(
     assert (pid_of(folder), (folder / "stdout.jsonl").stat().st_size) == (pid, size)
 
 
+def test_a_start_that_is_repeated_waits_for_no_end(
+    settings: Settings, store: Store, reconciler: Reconciler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a crash between the start and the note of it: the run is followed, and obeys."""
+    job = enqueue(settings, store, steps=LONG)
+    reconciler.make_round()
+    store.confirm(job.id, 1, "")
+    monkeypatch.setattr(local, "SHIM_SECONDS", 5)
+    rounds_until(reconciler, at_step(store, job, 5))
+    store.request_stop(job.id)
+    rounds_until(reconciler, in_state(store, job, "stopped"))
+    assert [each.outcome for each in store.attempts(job.id)] == ["interrupted"]
+
+
+def test_a_shim_that_does_not_answer_is_told_after_some_tries(
+    settings: Settings, store: Store, reconciler: Reconciler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine may be too busy for a while only."""
+    monkeypatch.setattr(local, "SHIM_SECONDS", 0)
+    job = enqueue(settings, store)
+    rounds_until(reconciler, in_state(store, job, "failed"))
+    error = store.job(job.id).error
+    assert error
+    assert "no answer in 0 seconds" in error["message"]
+    assert len(store.attempts(job.id)) == 3
+    for log in settings.job(job.id).glob("attempts/*/stderr.log"):
+        log.unlink()  # by which the end of this test would wait for who is about to begin
+
+
 def test_a_python_that_is_not_there_fails_at_once_with_its_name(
     settings: Settings, store: Store, reconciler: Reconciler
 ) -> None:

@@ -25,9 +25,10 @@ from starlette.routing import Mount, Route
 from studio_ground import wait_until
 
 from studio import forms, local, security
+from studio.__main__ import main
 from studio.problems import Problem
 from studio.security import HEADERS, KNOBS, Failures, Nonces
-from studio.settings import Settings
+from studio.settings import Settings, write_secret
 
 UNSAFE = ("POST", "PUT", "PATCH", "DELETE")
 FORM = "application/x-www-form-urlencoded"
@@ -409,6 +410,43 @@ def test_secrets_are_compared_in_a_time_that_tells_nothing() -> None:
     text = Path(security.__file__).read_text("utf-8")
     assert "compare_digest" in text
     assert not re.search(r"[=!]=\s*[\w.]*token|token\s*[=!]=", text)
+
+
+def test_an_empty_secret_is_none() -> None:
+    """S10: who gives nothing is not let in by what says nothing."""
+    assert not security.same("", "")
+    assert not security.same("", "secret")
+    assert security.same("secret", "secret")
+
+
+def test_a_token_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S10: a crash in the middle of the first start leaves no file that says nothing."""
+    with monkeypatch.context() as crashing:
+        crashing.setattr(os, "fsync", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _ = Settings(root=tmp_path).token
+    assert list(tmp_path.iterdir()) == []
+    token = Settings(root=tmp_path).token
+    assert Settings(root=tmp_path).token == token != ""
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_token_is_never_written_over(tmp_path: Path) -> None:
+    """S10: of two that start at once, the second takes what the first has made."""
+    write_secret(tmp_path / "token", "first")
+    write_secret(tmp_path / "token", "second")
+    assert Settings(root=tmp_path).token == "first"
+
+
+def test_a_studio_without_a_secret_does_not_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S10: a blank file is told, and what to do about it."""
+    (tmp_path / "token").write_text("\n", "ascii")
+    arguments = ["--root", str(tmp_path), "--port", "0", "--slots", "cpu:1", "--no-browser"]
+    assert main(arguments) == 1
+    assert "token: expected the token, got an empty file. Delete" in capsys.readouterr().err
 
 
 def test_an_invitation_is_good_once(studio: Served, stranger: httpx.Client) -> None:

@@ -61,6 +61,34 @@ def test_without_a_card_the_processor_trains(no_cards: None) -> None:
     assert [slot.id for slot in find_slots("cpu:2")] == ["cpu:0", "cpu:1"]
 
 
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("echo NVIDIA-SMI has failed.; exit 9", "NVIDIA-SMI has failed. Mend"),
+        ("exit 15", "it ends with 15"),
+        ("exec sleep 9", "no answer in 0.2 seconds"),
+    ],
+)
+@pytest.mark.parametrize("wish", ["auto", "0"])
+def test_cards_that_cannot_be_told_are_no_processor(
+    no_cards: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wish: str,
+    program: str,
+    why: str,
+) -> None:
+    """A driver that fails is told at the start, with the way on; later, memory is unknown."""
+    path = tmp_path / "nvidia-smi"
+    path.write_text(f"#!/bin/sh\nPATH=/bin:/usr/bin\n{program}\n", encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setattr(slots, "SMI_SECONDS", 0.2 if "sleep" in program else 10)
+    with pytest.raises(SlotsUnknown, match=f"{why}.*--slots cpu:1"):
+        find_slots(wish)
+    assert [slot.id for slot in find_slots("cpu:1")] == ["cpu:0"]
+    assert measured([Slot("GPU-aaaa", "A card", 9)])[0].used_bytes is None
+
+
 def test_memory_in_use_is_measured_anew(two_cards: None) -> None:
     """What was found at the start gets the present numbers."""
     there = (Slot("GPU-aaaa", "A card", 9), Slot("cpu:0", "Processor"))

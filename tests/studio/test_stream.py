@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import random
 import subprocess
@@ -411,6 +412,41 @@ def test_the_end_of_the_service_lets_readers_go(
         return time.monotonic() - begun
 
     assert run(read()) < 10
+
+
+def test_what_cannot_be_read_ends_no_news(
+    settings: Settings, store: Store, watched: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails for a while, and one job that always fails, leave the others their news."""
+    other = store.insert(Job(new_id(), "train", "Another", {}, state="running"))
+    failures = iter(["states"])
+    jobs, look_at = store.jobs, Hub.look_at
+
+    def failing_once(**options: Any) -> list[Job]:
+        if next(failures, None):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return jobs(**options)
+
+    def failing_for_one(hub: Hub, job_id: str, watch: events.Watch) -> None:
+        if job_id == other.id:
+            raise OSError(errno.EIO, "Input/output error")
+        look_at(hub, job_id, watch)
+
+    async def read() -> int:
+        hub = hub_of(settings, store)
+        looking = asyncio.create_task(hub.run(lambda: False))
+        with hub.watching(other.id):
+            reader = asyncio.create_task(collect(hub, watched))
+            await asyncio.sleep(0.5)
+            store.transition(watched.id, "stopped")
+            found = await asyncio.wait_for(reader, 10)
+        looking.cancel()
+        return len(found)
+
+    monkeypatch.setattr(store, "jobs", failing_once)
+    monkeypatch.setattr(Hub, "look_at", failing_for_one)
+    assert run(read()) == 4
+    assert next(failures, None) is None
 
 
 def test_a_job_deleted_under_its_readers_ends_their_streams(
