@@ -6078,10 +6078,10 @@ def put_class_images(
 CARD_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
-def inspect_device(wanted: str) -> DeviceFacts:
-    """Ask the system, not torch, which processor will train."""
+def inspect_device(wanted: str, cards: Mapping[str, DeviceFacts] | None = None) -> DeviceFacts:
+    """Ask the system, not torch, which processor will train; of cards, those that are known."""
     kind, _, index = wanted.partition(":")
-    if kind in ("auto", "cuda") and (card := inspect_card(int(index or 0))):
+    if kind in ("auto", "cuda") and (card := inspect_card(int(index or 0), cards)):
         return card
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     there = "mps" if apple and kind != "cpu" else "cpu"
@@ -6098,11 +6098,11 @@ def inspect_device(wanted: str) -> DeviceFacts:
     return DeviceFacts(kind=there, name=name, **memory)
 
 
-def inspect_card(index: int) -> DeviceFacts | None:
+def inspect_card(index: int, cards: Mapping[str, DeviceFacts] | None) -> DeviceFacts | None:
     """Describe the card to which torch will give this number, as far as the system knows it."""
     if built_for_cpu():
         return None
-    cards = list_cards()
+    cards = list_cards() if cards is None else cards
     every = ",".join(map(str, range(len(cards) or index + 1)))
     entries = [e.strip() for e in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")]
     if index >= len(entries) or not {"", "-1"}.isdisjoint(entries[: index + 1]):
@@ -6118,11 +6118,10 @@ def inspect_card(index: int) -> DeviceFacts | None:
 
 def list_devices() -> list[Record]:
     """List what could train here, the fastest first, with what `device` would call it."""
-    cards = [f"cuda:{number}" for number in range(len(list_cards()) or 1)]
-    found = []
-    for name in (*cards, "mps", "cpu"):
+    cards, found = list_cards(), []  # a driver can take seconds for an answer
+    for name in (*(f"cuda:{number}" for number in range(len(cards) or 1)), "mps", "cpu"):
         with contextlib.suppress(TrainError):
-            found.append({"device": name, **plain(inspect_device(name))})
+            found.append({"device": name, **plain(inspect_device(name, cards))})
     return found
 
 
@@ -8422,7 +8421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.event_schema:
             return print_json(event_schema())
         if arguments.devices:
-            return print_json({"devices": list_devices()})
+            return print_devices(stop)
         if 1 in closed:
             stop.request("host_gone")
         stdout = claim_stdout()
@@ -8444,6 +8443,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             host.close(patience(stop))
             for person in people:
                 person.close(deadline_in(0.5))
+
+
+def print_devices(stop: StopRequest) -> int:
+    """Print what could train here, unless a stop is asked for while a driver thinks."""
+    try:
+        return print_json({"devices": stop.wait_for(beside(list_devices))})
+    except TrainingInterrupted as stopped:
+        return EXIT_CODES[stopped.reason]
 
 
 def stop_for(stop: StopRequest, error: OSError) -> None:
