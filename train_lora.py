@@ -7570,7 +7570,7 @@ class LoRATrainer:
             except nonsense as error:
                 aside = free_name(self.saved.with_name(f"ignored_{self.saved.name}"))
                 self.saved.rename(aside)
-                told = self.earlier.ignored
+                self.saved, told = None, self.earlier.ignored
                 self.look_back({**told, aside: str(error)})
                 self.tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
                 self.events.emit(ResumeFacts(step=self.state.step, aimed_at=None, set_aside=None))
