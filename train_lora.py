@@ -6169,8 +6169,17 @@ def free_memory() -> int | None:
     return free
 
 
+def check_card(config: TrainingConfig) -> None:
+    """Refuse one card for several processes, which NCCL does not let them share."""
+    if config.processes > 1 and ":" in config.device:
+        expected = f"cuda or auto, which give each of {config.processes} processes a card"
+        code, hint = ErrorCode.DEVICE_UNAVAILABLE, "Set device to cuda, or start one process."
+        raise TrainError.at(code, "device", expected, config.device, hint)
+
+
 def choose_device(config: TrainingConfig, place: int = 0) -> torch.device:
     """Take the processor that was asked for, or the best there is; of cards, the one in place."""
+    check_card(config)
     kind, _, index = config.device.partition(":")
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
@@ -6883,10 +6892,12 @@ class Team:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             if self.store and self.store.check([LAST_WORDS]):
                 raise self.words_left() from error
             message = f"One of the {self.size} processes that share the run is gone"
-            raise TrainError(ErrorCode.PROCESS_LOST, message) from error
+            raise TrainError(ErrorCode.PROCESS_LOST, f"{message}: {first_line(error)}") from error
 
     def leave_words(self, ended: Ended) -> None:
         """Tell the first why this process ends, as it alone speaks."""
@@ -7260,6 +7271,7 @@ class LoRATrainer:
                 self.compare(plan, plan.structure)
             texts, room = texts_of(self.config, dataset), self.config.max_tokens
             report_long(self.config.word.weigh(texts), base, self.events, room)
+            check_card(self.config)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
             plan.on(device, self.events)
