@@ -6392,14 +6392,18 @@ class MemoryPlan:
         self.main = part["vae"] + part["cache"] if card else 0
         free = self.device.memory_free_bytes
         self.free = free - CONTEXT_BYTES if card and free is not None else free
-        # A recording keeps what activations had while previews are drawn.
-        both = self.phases["previews"] + part["activations"]
+        # A recording keeps what activations had, while previews are drawn and while a batch of
+        # another shape goes there and back.
+        several = self.config.buckets or len(self.config.sides) > 1
+        beside = ("previews", "training") if several else ("previews",)
+        both = {name: self.phases[name] + part["activations"] for name in beside}
         asked = self.config.cuda_graph == "auto" and card and not self.checkpointing
         # Layers in int8 look at numbers, and texts of unequal length bring other calls.
         repeats = self.config.base_precision != "int8" and not self.structure.family.ragged
-        self.recording = asked and repeats and (self.free is None or both <= self.free)
+        room = self.free is None or max(both.values()) <= self.free
+        self.recording = asked and repeats and room
         if self.recording:
-            self.phases["previews"] = both
+            self.phases |= both
         peaks = itertools.accumulate(self.phases.values(), max)
         self.peaks = dict(zip(self.phases, peaks, strict=True))  # up to the end of each
         # It can be hoped for; what is not known is no obstacle.
@@ -6682,14 +6686,14 @@ class Preflight:
             shown = self.dataset.shown
             each = wordings_each(self.config, self.structure, len(shown))
             texts = sum(max(p.caption.count("\n") + 1, each) for p in shown)
-            drawing = bool(self.dataset.missing)
-            config = dataclasses.replace(self.config, prior_preservation=drawing)
-            images = len(entries_of(shown))
+            several = len({size for _, size in entries_of(self.dataset.pictures)}) > 1
+            found: Record = {"prior_preservation": bool(self.dataset.missing), "buckets": several}
+            config, images = dataclasses.replace(self.config, **found), len(entries_of(shown))
             plan = MemoryPlan.make(config, self.structure, images, device, texts)
             events.emit(plan.facts())
         if needed is not None and needed > free:
-            expected, found = f"{size_of(needed)} free", size_of(free)
-            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, found)
+            expected = f"{size_of(needed)} free"
+            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, size_of(free))
         if plan and plan.shortage:
             raise TrainError(ErrorCode.OUT_OF_MEMORY, plan.shortage, plan.remedies())
         return plan
@@ -7722,23 +7726,29 @@ class LoRATrainer:
             self.state.busy_seconds += time.monotonic() - began
 
     def collect_gradient(self, step: int) -> None:
-        """Go there and back; where memory runs out, once more with gradient checkpointing."""
+        """Go there and back; where memory runs out, once more in each way that needs less."""
+        while reason := self.lacks_memory(step):
+            # Here, what the attempt held is gone with its frames; chance has no memory either.
+            self.learner.forget()
+            if self.replay:
+                self.replay, way = None, "without a recording"
+                torch.cuda.empty_cache()  # the recording had memory of its own
+            else:
+                self.models.checkpoint_gradients()
+                way = "with gradient checkpointing"
+            message = f"Update {step} ran out of memory; {way} it is made again"
+            self.events.warn(WarningCode.UPDATE_RETRIED, message, step=step, reason=reason)
+
+    def lacks_memory(self, step: int) -> str | None:
+        """Go there and back; tell why memory ran out, where another way needs less."""
         try:
             self.go_through(step)
         except Exception as error:
             may = self.config.may_checkpoint and not self.models.checkpointing
-            if not (may and is_out_of_memory(error)):
+            if not ((self.replay or may) and is_out_of_memory(error)):
                 raise
-            reason = first_line(error)
-        else:
-            return
-        # Here, what the attempt held is gone with its frames; chance has no memory either.
-        self.learner.forget()
-        self.replay = None
-        self.models.checkpoint_gradients()
-        message = f"Update {step} ran out of memory; with gradient checkpointing it is made again"
-        self.events.warn(WarningCode.UPDATE_RETRIED, message, step=step, reason=reason)
-        self.go_through(step)
+            return first_line(error)
+        return None
 
     def go_through(self, step: int) -> None:
         """Collect the gradient of an update, a batch at a time."""
