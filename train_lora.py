@@ -7245,6 +7245,7 @@ class LoRATrainer:
     cache: Cache = field(init=False)
     learner: Learner = field(init=False)
     replay: Replay | None = None
+    ends: deque[Any] = field(default_factory=deque)  # of batches that a card is not done with
     prompts: Sequence[str] = ()  # of previews
     asked_prompts: Sequence[str] = ()  # in place of these, while it runs
     deaf: bool = False  # to request.json, which cannot be removed
@@ -7761,6 +7762,7 @@ class LoRATrainer:
                 self.replay(batch)
             else:
                 there_and_back(self.models, self.learner, batch, len(window))
+            self.keep_pace()
 
     def batches(self, window: Sequence[int]) -> Iterator[Slots]:
         """Cut this process's part of an update into batches of one shape."""
@@ -7772,6 +7774,18 @@ class LoRATrainer:
         for _, group in itertools.groupby(own, shape):
             while part := list(itertools.islice(group, self.config.batch_size)):
                 yield part
+
+    def keep_pace(self) -> None:
+        """Have no more than a batch wait for a card: a stop would have to wait for all of them.
+
+        A recording is asked for at once, so that dozens would be waiting at a progress line.
+        """
+        if self.device and self.device.type == "cuda":
+            end = torch.cuda.Event(blocking=True)  # which leaves the processor to others
+            end.record()
+            self.ends.append(end)
+            if len(self.ends) > 1:  # while the card is at the last, the next is drawn
+                self.ends.popleft().synchronize()
 
     def report(self) -> None:
         """Read what the updates computed and tell it, seldom: reading waits for the device."""

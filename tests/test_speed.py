@@ -193,6 +193,35 @@ def test_memory_that_is_short_without_a_recording_too_is_saved_elsewhere(ground:
     assert ready.recorder.codes() == ["update_retried"] * 2
 
 
+def test_no_more_than_a_batch_waits_for_a_card(
+    ground: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording is asked for at once, and a stop would wait for all that were."""
+    ready = prepare(tiny_config(ground, gradient_accumulation_steps=2))
+    graph, told = recorded(ready), list[str]()
+
+    class End:
+        """What a card would come to after a batch."""
+
+        def __init__(self, *, blocking: bool) -> None:
+            """Wait as it is asked for."""
+            self.number, self.blocking = graph.replays, blocking
+
+        def record(self) -> None:
+            """Note when the card is to tell."""
+            told.append(f"asked {self.number}")
+
+        def synchronize(self) -> None:
+            """Note who waited."""
+            told.append(f"waited {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Event", End)
+    ready.device = torch.device("cuda")
+    ready.make_updates(2)
+    expected = ["asked 1", "asked 2", "waited 1", "asked 3", "waited 2", "asked 4", "waited 3"]
+    assert told == expected
+
+
 def test_an_update_that_cannot_be_recorded_is_made_call_by_call(ground: Path) -> None:
     """Without a card, a recording fails in earnest; it is told, and nothing is left of it."""
     ready = prepare(tiny_config(ground))
