@@ -6141,10 +6141,10 @@ def put_class_images(
 CARD_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
-def inspect_device(wanted: str) -> DeviceFacts:
-    """Ask the system, not torch, which processor will train."""
+def inspect_device(wanted: str, cards: Mapping[str, DeviceFacts] | None = None) -> DeviceFacts:
+    """Ask the system, not torch, which processor will train; of cards, those that are known."""
     kind, _, index = wanted.partition(":")
-    if kind in ("auto", "cuda") and (card := inspect_card(int(index or 0))):
+    if kind in ("auto", "cuda") and (card := inspect_card(int(index or 0), cards)):
         return card
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     there = "mps" if apple and kind != "cpu" else "cpu"
@@ -6161,11 +6161,11 @@ def inspect_device(wanted: str) -> DeviceFacts:
     return DeviceFacts(kind=there, name=name, **memory)
 
 
-def inspect_card(index: int) -> DeviceFacts | None:
+def inspect_card(index: int, cards: Mapping[str, DeviceFacts] | None) -> DeviceFacts | None:
     """Describe the card to which torch will give this number, as far as the system knows it."""
     if built_for_cpu():
         return None
-    cards = list_cards()
+    cards = list_cards() if cards is None else cards
     every = ",".join(map(str, range(len(cards) or index + 1)))
     entries = [e.strip() for e in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")]
     if index >= len(entries) or not {"", "-1"}.isdisjoint(entries[: index + 1]):
@@ -6181,11 +6181,10 @@ def inspect_card(index: int) -> DeviceFacts | None:
 
 def list_devices() -> list[Record]:
     """List what could train here, the fastest first, with what `device` would call it."""
-    cards = [f"cuda:{number}" for number in range(len(list_cards()) or 1)]
-    found = []
-    for name in (*cards, "mps", "cpu"):
+    cards, found = list_cards(), []  # a driver can take seconds for an answer
+    for name in (*(f"cuda:{number}" for number in range(len(cards) or 1)), "mps", "cpu"):
         with contextlib.suppress(TrainError):
-            found.append({"device": name, **plain(inspect_device(name))})
+            found.append({"device": name, **plain(inspect_device(name, cards))})
     return found
 
 
@@ -6233,8 +6232,17 @@ def free_memory() -> int | None:
     return free
 
 
+def check_card(config: TrainingConfig) -> None:
+    """Refuse one card for several processes, which NCCL does not let them share."""
+    if config.processes > 1 and ":" in config.device:
+        expected = f"cuda or auto, which give each of {config.processes} processes a card"
+        code, hint = ErrorCode.DEVICE_UNAVAILABLE, "Set device to cuda, or start one process."
+        raise TrainError.at(code, "device", expected, config.device, hint)
+
+
 def choose_device(config: TrainingConfig, place: int = 0) -> torch.device:
     """Take the processor that was asked for, or the best there is; of cards, the one in place."""
+    check_card(config)
     kind, _, index = config.device.partition(":")
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": cards, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
@@ -6447,14 +6455,18 @@ class MemoryPlan:
         self.main = part["vae"] + part["cache"] if card else 0
         free = self.device.memory_free_bytes
         self.free = free - CONTEXT_BYTES if card and free is not None else free
-        # A recording keeps what activations had while previews are drawn.
-        both = self.phases["previews"] + part["activations"]
+        # A recording keeps what activations had, while previews are drawn and while a batch of
+        # another shape goes there and back.
+        several = self.config.buckets or len(self.config.sides) > 1
+        beside = ("previews", "training") if several else ("previews",)
+        both = {name: self.phases[name] + part["activations"] for name in beside}
         asked = self.config.cuda_graph == "auto" and card and not self.checkpointing
         # Layers in int8 look at numbers, and texts of unequal length bring other calls.
         repeats = self.config.base_precision != "int8" and not self.structure.family.ragged
-        self.recording = asked and repeats and (self.free is None or both <= self.free)
+        room = self.free is None or max(both.values()) <= self.free
+        self.recording = asked and repeats and room
         if self.recording:
-            self.phases["previews"] = both
+            self.phases |= both
         peaks = itertools.accumulate(self.phases.values(), max)
         self.peaks = dict(zip(self.phases, peaks, strict=True))  # up to the end of each
         # It can be hoped for; what is not known is no obstacle.
@@ -6739,14 +6751,14 @@ class Preflight:
             shown = self.dataset.shown
             each = wordings_each(self.config, self.structure, len(shown))
             texts = sum(max(p.caption.count("\n") + 1, each) for p in shown)
-            drawing = bool(self.dataset.missing)
-            config = dataclasses.replace(self.config, prior_preservation=drawing)
-            images = len(entries_of(shown))
+            several = len({size for _, size in entries_of(self.dataset.pictures)}) > 1
+            found: Record = {"prior_preservation": bool(self.dataset.missing), "buckets": several}
+            config, images = dataclasses.replace(self.config, **found), len(entries_of(shown))
             plan = MemoryPlan.make(config, self.structure, images, device, texts)
             events.emit(plan.facts())
         if needed is not None and needed > free:
-            expected, found = f"{size_of(needed)} free", size_of(free)
-            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, found)
+            expected = f"{size_of(needed)} free"
+            raise TrainError.at(ErrorCode.DISK_FULL, "output_path", expected, size_of(free))
         if plan and plan.shortage:
             raise TrainError(ErrorCode.OUT_OF_MEMORY, plan.shortage, plan.remedies())
         return plan
@@ -6949,10 +6961,12 @@ class Team:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             if self.store and self.store.check([LAST_WORDS]):
                 raise self.words_left() from error
             message = f"One of the {self.size} processes that share the run is gone"
-            raise TrainError(ErrorCode.PROCESS_LOST, message) from error
+            raise TrainError(ErrorCode.PROCESS_LOST, f"{message}: {first_line(error)}") from error
 
     def leave_words(self, ended: Ended) -> None:
         """Tell the first why this process ends, as it alone speaks."""
@@ -7296,6 +7310,7 @@ class LoRATrainer:
     cache: Cache = field(init=False)
     learner: Learner = field(init=False)
     replay: Replay | None = None
+    ends: deque[Any] = field(default_factory=deque)  # of batches that a card is not done with
     prompts: Sequence[str] = ()  # of previews
     asked_prompts: Sequence[str] = ()  # in place of these, while it runs
     deaf: bool = False  # to request.json, which cannot be removed
@@ -7326,6 +7341,7 @@ class LoRATrainer:
                 self.compare(plan, plan.structure)
             texts, room = texts_of(self.config, dataset), self.config.max_tokens
             report_long(self.config.word.weigh(texts), base, self.events, room)
+            check_card(self.config)
             # A driver in trouble can take very long.
             device = self.stop.wait_for(beside(lambda: inspect_device(self.config.device)))
             plan.on(device, self.events)
@@ -7636,7 +7652,7 @@ class LoRATrainer:
             except nonsense as error:
                 aside = free_name(self.saved.with_name(f"ignored_{self.saved.name}"))
                 self.saved.rename(aside)
-                told = self.earlier.ignored
+                self.saved, told = None, self.earlier.ignored
                 self.look_back({**told, aside: str(error)})
                 self.tell_ignored({p: w for p, w in self.earlier.ignored.items() if p not in told})
                 self.events.emit(ResumeFacts(step=self.state.step, aimed_at=None, set_aside=None))
@@ -7776,23 +7792,29 @@ class LoRATrainer:
             self.state.busy_seconds += time.monotonic() - began
 
     def collect_gradient(self, step: int) -> None:
-        """Go there and back; where memory runs out, once more with gradient checkpointing."""
+        """Go there and back; where memory runs out, once more in each way that needs less."""
+        while reason := self.lacks_memory(step):
+            # Here, what the attempt held is gone with its frames; chance has no memory either.
+            self.learner.forget()
+            if self.replay:
+                self.replay, way = None, "without a recording"
+                torch.cuda.empty_cache()  # the recording had memory of its own
+            else:
+                self.models.checkpoint_gradients()
+                way = "with gradient checkpointing"
+            message = f"Update {step} ran out of memory; {way} it is made again"
+            self.events.warn(WarningCode.UPDATE_RETRIED, message, step=step, reason=reason)
+
+    def lacks_memory(self, step: int) -> str | None:
+        """Go there and back; tell why memory ran out, where another way needs less."""
         try:
             self.go_through(step)
         except Exception as error:
             may = self.config.may_checkpoint and not self.models.checkpointing
-            if not (may and is_out_of_memory(error)):
+            if not ((self.replay or may) and is_out_of_memory(error)):
                 raise
-            reason = first_line(error)
-        else:
-            return
-        # Here, what the attempt held is gone with its frames; chance has no memory either.
-        self.learner.forget()
-        self.replay = None
-        self.models.checkpoint_gradients()
-        message = f"Update {step} ran out of memory; with gradient checkpointing it is made again"
-        self.events.warn(WarningCode.UPDATE_RETRIED, message, step=step, reason=reason)
-        self.go_through(step)
+            return first_line(error)
+        return None
 
     def go_through(self, step: int) -> None:
         """Collect the gradient of an update, a batch at a time."""
@@ -7805,6 +7827,7 @@ class LoRATrainer:
                 self.replay(batch)
             else:
                 there_and_back(self.models, self.learner, batch, len(window))
+            self.keep_pace()
 
     def batches(self, window: Sequence[int]) -> Iterator[Slots]:
         """Cut this process's part of an update into batches of one shape."""
@@ -7816,6 +7839,18 @@ class LoRATrainer:
         for _, group in itertools.groupby(own, shape):
             while part := list(itertools.islice(group, self.config.batch_size)):
                 yield part
+
+    def keep_pace(self) -> None:
+        """Have no more than a batch wait for a card: a stop would have to wait for all of them.
+
+        A recording is asked for at once, so that dozens would be waiting at a progress line.
+        """
+        if self.device and self.device.type == "cuda":
+            end = torch.cuda.Event(blocking=True)  # which leaves the processor to others
+            end.record()
+            self.ends.append(end)
+            if len(self.ends) > 1:  # while the card is at the last, the next is drawn
+                self.ends.popleft().synchronize()
 
     def report(self) -> None:
         """Read what the updates computed and tell it, seldom: reading waits for the device."""
@@ -8487,7 +8522,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.event_schema:
             return print_json(event_schema())
         if arguments.devices:
-            return print_json({"devices": list_devices()})
+            return print_devices(stop)
         if 1 in closed:
             stop.request("host_gone")
         stdout = claim_stdout()
@@ -8509,6 +8544,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             host.close(patience(stop))
             for person in people:
                 person.close(deadline_in(0.5))
+
+
+def print_devices(stop: StopRequest) -> int:
+    """Print what could train here, unless a stop is asked for while a driver thinks."""
+    try:
+        return print_json({"devices": stop.wait_for(beside(list_devices))})
+    except TrainingInterrupted as stopped:
+        return EXIT_CODES[stopped.reason]
 
 
 def stop_for(stop: StopRequest, error: OSError) -> None:

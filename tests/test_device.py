@@ -99,6 +99,16 @@ def test_cards_are_listed_by_the_names_that_device_takes(answer: Path) -> None:
     assert listed[-1][0] == "cpu"
 
 
+@POSIX
+def test_a_driver_is_asked_once_for_all_cards(answer: Path) -> None:
+    """It can take seconds each time, and a machine has eight."""
+    answer.write_text(f"{SLOW}\n{FAST}\n", encoding="utf-8")
+    script = f'echo asked >> "{answer.parent}/log"; /bin/cat "{answer}"'
+    write_program(answer.parent / "bin" / "nvidia-smi", script)
+    assert [each["device"] for each in train_lora.list_devices()][:2] == ["cuda:0", "cuda:1"]
+    assert (answer.parent / "log").read_text(encoding="utf-8") == "asked\n"
+
+
 SLOW = "GPU-1a2b, 6.1, NVIDIA GeForce GTX 1080 Ti, 11264, 11000, 580.95.05"
 
 

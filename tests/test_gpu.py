@@ -89,10 +89,10 @@ def test_a_recorded_update_learns_what_its_calls_learn(
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("learns_text", [False, True])
 @pytest.mark.parametrize("recording", [False, True])
-def test_an_update_never_waits_for_the_device(
+def test_an_update_never_waits_for_its_own_numbers(
     ground: Path, precision: str, *, learns_text: bool, recording: bool
 ) -> None:
-    """Nothing in an update reads a number back; the first ones warm the libraries up."""
+    """Nothing in an update reads one back; the first ones warm the libraries up."""
     choices: dict[str, Any] = {"train_text_encoder": learns_text, "lora_dropout": 0.1}
     ready = prepare(tiny_config(ground, device="cuda", mixed_precision=precision, **choices))
     if recording:
@@ -106,6 +106,21 @@ def test_an_update_never_waits_for_the_device(
     ready.update()
     torch.cuda.set_sync_debug_mode("default")
     assert ready.state.step == 3
+
+
+def test_no_more_than_a_batch_waits_for_the_device(ground: Path) -> None:
+    """However slow it is, and though a recording is asked for at once: a stop waits for all."""
+    ready = prepare(tiny_config(ground, device="cuda", mixed_precision="bf16", compile="off"))
+    card = train_lora.device_facts(ready.models.device)
+    ready.memory = train_lora.MemoryPlan.make(ready.config, ready.models.base, 3, card)
+    ready.record()
+    assert ready.replay
+    ends = []
+    for _ in range(5):
+        torch.cuda._sleep(10**9)  # half a second, in which many updates could be asked for
+        ready.update()
+        ends.append(torch.cuda.current_stream().record_event())
+        assert all(end.query() for end in ends[:-2])
 
 
 @pytest.mark.parametrize(("precision", "matmuls"), [("no", "highest"), ("bf16", "high")])

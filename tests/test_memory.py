@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import Recorder, load_config, write_config, write_image
+from conftest import Record, Recorder, load_config, write_config, write_image
 from diffusers import UNet2DConditionModel
 from processes import run_program
 from tiny_models import build_tiny, write_single_file
@@ -18,7 +18,15 @@ from tiny_runs import Ready, fail_once, going_short_of_memory, prepare, tiny_con
 
 import models
 import train_lora
-from train_lora import BaseModel, DeviceFacts, Located, MemoryPlan, TrainingConfig
+from train_lora import (
+    BaseModel,
+    DeviceFacts,
+    Emitter,
+    Located,
+    MemoryPlan,
+    StopRequest,
+    TrainingConfig,
+)
 
 GIB = 2**30
 CARD = DeviceFacts(
@@ -321,6 +329,36 @@ def test_an_update_is_recorded_where_previews_have_room_beside_it(in_workspace: 
     cpu = plan(dataclasses.replace(CARD, kind="cpu"))
     assert not cpu.recording
     assert "cuda_graph" not in (cpu.facts().choices or {})
+
+
+def test_a_recording_leaves_room_for_batches_of_other_shapes(in_workspace: Path) -> None:
+    """Those go there and back beside what the recording keeps; where all are alike, none do."""
+    choices: Record = {"resolution": 1024, "gradient_checkpointing": False, "batch_size": 4}
+    several, alike = (plan(with_free(200), buckets=b, **choices) for b in (True, False))
+    kept = several.parts["activations"]
+    assert several.phases["training"] == alike.phases["training"] + kept
+    between = (several.peaks["training"] + max(alike.peaks.values())) / 2 + train_lora.CONTEXT_BYTES
+    for changes, records in (
+        ({"buckets": False}, True),
+        ({"buckets": True}, False),
+        ({"buckets": False, "resolution": [512, 1024]}, False),
+    ):
+        tight = plan(with_free(between / GIB), **choices | changes)
+        assert (tight.recording, tight.fits) == (records, True)
+
+
+@pytest.mark.parametrize("sides", [[(300, 300)], [(300, 300), (300, 512)]])
+def test_a_plan_knows_what_shapes_there_are(tmp_path: Path, sides: list[tuple[int, int]]) -> None:
+    """Pictures that all come to one shape need no second room, also where buckets are on."""
+    for number, size in enumerate(sides):
+        write_image(tmp_path / "data" / f"{number}.png", size)
+    config = tiny_config(tmp_path)
+    facts, base = train_lora.inspect_model(config)
+    dataset = train_lora.scan_dataset(config, Emitter(Recorder()), StopRequest())
+    chosen = train_lora.Preflight(config, facts, base, dataset).on(CARD, Emitter(Recorder()))
+    assert chosen is not None
+    more = chosen.phases["training"] - chosen.phases["loading"] - chosen.parts["activations"]
+    assert more == (chosen.parts["activations"] if len(sides) > 1 else 0)
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(workspace: Path) -> None:

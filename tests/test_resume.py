@@ -1414,6 +1414,19 @@ def test_states_without_any_sense_are_an_error(half: Place) -> None:
     assert all(f"step_{step}" in failed.value.problems[0].found for step in (2, 4, 6))
 
 
+def test_an_error_leads_to_no_state_that_was_set_aside(half: Place) -> None:
+    """The only one made no sense and has another name; there is nothing to continue from."""
+    newest, *older = state_folders(half.out)
+    forge(newest, "adapter", halve_entry)
+    for state in older:
+        shutil.rmtree(state)
+    heard = Recorder()
+    with pytest.raises(TrainError):
+        start(half, listener=heard)
+    last = heard.records[-1]
+    assert (last["code"], last["step"], last["path"]) == ("state_damaged", None, None)
+
+
 @pytest.mark.parametrize("history", [[["many", 1, 2, 3]], [[1, 2]], [None], "rows", 5])
 def test_a_history_that_makes_no_sense_costs_the_history_alone(
     history: object, half: Place, whole: Place

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -332,7 +332,8 @@ def lose_touch() -> None:
 def test_last_words_are_told_by_the_first() -> None:
     """An error keeps its code, message and problems; a stop its reason; silence is a loss."""
     first, second = Team(0, 2), Team(1, 2)
-    with pytest.raises(TrainError, match="2 processes") as caught, first.together():
+    lost = "2 processes .* is gone: Connection closed by peer"
+    with pytest.raises(TrainError, match=lost) as caught, first.together():
         lose_touch()
     assert caught.value.code == ErrorCode.PROCESS_LOST
     distributed: Any = torch.distributed
@@ -349,13 +350,41 @@ def test_last_words_are_told_by_the_first() -> None:
     assert stopped.value.reason == "SIGINT"
 
 
+def test_what_lacks_is_memory_and_no_process() -> None:
+    """A card that is full in the middle of a sum says so, and what would help follows from it."""
+    with pytest.raises(torch.OutOfMemoryError), Team(0, 2).together():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_a_team_has_a_card_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The number among those of one machine chooses, unless a card was named."""
+    """The number among those of one machine chooses; who is alone may name a card."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for wanted, place, index in (("auto", 1, 1), ("cuda", 0, 0), ("cuda:0", 1, 0)):
-        config = train_lora.TrainingConfig.from_json(write_config(tmp_path, device=wanted))
+    cases = (("auto", 2, 1, 1), ("cuda", 2, 0, 0), ("cuda:0", 1, 0, 0), ("cuda:1", 1, 0, 1))
+    for wanted, processes, place, index in cases:
+        config = device_config(tmp_path, wanted, processes)
         assert train_lora.choose_device(config, place).index == index
-    config = train_lora.TrainingConfig.from_json(write_config(tmp_path, device="cuda"))
     with pytest.raises(TrainError, match="device"):
-        train_lora.choose_device(config, 2)
+        train_lora.choose_device(device_config(tmp_path, "cuda", 3), 2)
+
+
+def device_config(folder: Path, device: str, processes: int) -> train_lora.TrainingConfig:
+    """Load a config for a device that several processes are to share, or a card each."""
+    config = train_lora.TrainingConfig.from_json(write_config(folder, device=device))
+    return replace(config, processes=processes)
+
+
+def test_one_card_is_not_for_several_processes(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL would refuse it later; the check before a run says so too."""
+    with pytest.raises(TrainError, match="card") as refused:
+        train_lora.choose_device(device_config(tmp_path, "cuda:0", 2), 1)
+    assert refused.value.code is ErrorCode.DEVICE_UNAVAILABLE
+    path = config_for(place, tmp_path / "out", device="cuda:0")
+    config = train_lora.TrainingConfig.from_json(path)
+    card = train_lora.DeviceFacts(kind="cuda", name="A card", memory_free_bytes=2**36)
+    monkeypatch.setattr(train_lora, "inspect_device", lambda _: card)
+    with pytest.raises(TrainError) as checked:
+        train_lora.LoRATrainer(config, team=Team(0, 2)).validate()
+    assert checked.value.problems == refused.value.problems

@@ -157,18 +157,69 @@ def test_what_a_recording_does_not_fit_is_done_call_by_call(ground: Path) -> Non
     assert (len(ready.order.window(2)), graph.replays) == (1, 1)
 
 
-def test_memory_that_runs_out_ends_a_recording(ground: Path) -> None:
-    """It holds what an update kept, which gradient checkpointing is to do without."""
-    ready = prepare(tiny_config(ground))
+@pytest.mark.parametrize("checkpointing", ["auto", False])
+def test_memory_that_runs_out_ends_a_recording(ground: Path, checkpointing: object) -> None:
+    """It holds what an update kept; without it, nothing need be computed twice."""
+    config = tiny_config(ground, gradient_checkpointing=checkpointing, lora_dropout=0.1)
+    plain, ready = prepare(config), prepare(config)
     graph = recorded(ready)
 
     def full() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     graph.replay = full  # type: ignore[method-assign]  # what a card without room does
-    ready.make_updates(1)
+    for each in (plain, ready):
+        each.make_updates(1)
     assert ready.recorder.codes() == ["update_retried"]
-    assert ready.replay is None
+    assert (ready.replay, ready.models.checkpointing) == (None, False)
+    assert torch.equal(plain.learner.learned, ready.learner.learned)
+
+
+def test_memory_that_is_short_without_a_recording_too_is_saved_elsewhere(ground: Path) -> None:
+    """Gradient checkpointing comes last, as it takes time."""
+    ready = prepare(tiny_config(ground))
+    recorded(ready)
+    went, go_through = list[tuple[bool, bool]](), ready.go_through
+
+    def full_twice(step: int) -> None:
+        went.append((bool(ready.replay), ready.models.checkpointing))
+        if len(went) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        go_through(step)
+
+    ready.go_through = full_twice  # type: ignore[method-assign]
+    ready.make_updates(1)
+    assert went == [(True, False), (False, False), (False, True)]
+    assert ready.recorder.codes() == ["update_retried"] * 2
+
+
+def test_no_more_than_a_batch_waits_for_a_card(
+    ground: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording is asked for at once, and a stop would wait for all that were."""
+    ready = prepare(tiny_config(ground, gradient_accumulation_steps=2))
+    graph, told = recorded(ready), list[str]()
+
+    class End:
+        """What a card would come to after a batch."""
+
+        def __init__(self, *, blocking: bool) -> None:
+            """Wait as it is asked for."""
+            self.number, self.blocking = graph.replays, blocking
+
+        def record(self) -> None:
+            """Note when the card is to tell."""
+            told.append(f"asked {self.number}")
+
+        def synchronize(self) -> None:
+            """Note who waited."""
+            told.append(f"waited {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Event", End)
+    ready.device = torch.device("cuda")
+    ready.make_updates(2)
+    expected = ["asked 1", "asked 2", "waited 1", "asked 3", "waited 2", "asked 4", "waited 3"]
+    assert told == expected
 
 
 def test_an_update_that_cannot_be_recorded_is_made_call_by_call(ground: Path) -> None:

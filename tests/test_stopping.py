@@ -466,13 +466,18 @@ def test_waiting_for_a_config_can_be_stopped(workspace: Path) -> None:
         assert child.last["reason"] == "SIGTERM"
 
 
+def sick_driver(folder: Path) -> dict[str, str]:
+    """Let nvidia-smi hang; return the PATH that leads to it."""
+    tool = folder / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\ntouch '{folder}/asked'\nexec sleep 30\n", encoding="utf-8")
+    tool.chmod(0o755)
+    return {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
+
+
 def test_a_hanging_device_query_does_not_delay_the_stop(slow: Path) -> None:
     """nvidia-smi hangs on a machine with a sick driver; the run ends in time all the same."""
-    tool = slow / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\nexec sleep 30\n", encoding="utf-8")
-    tool.chmod(0o755)
-    path = {"PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    path = sick_driver(slow)
     with started(*program("--validate-only"), cwd=slow, environment=path) as child:
         child.line()
         time.sleep(0.5)  # until the query is under way
@@ -480,6 +485,16 @@ def test_a_hanging_device_query_does_not_delay_the_stop(slow: Path) -> None:
 
         assert child.end() == 143
         assert child.last["type"] == "interrupted"
+
+
+def test_a_list_of_devices_that_takes_long_can_be_stopped(tmp_path: Path) -> None:
+    """It is not printed, and the exit code tells."""
+    command, path = [sys.executable, str(PROGRAM), "--devices"], sick_driver(tmp_path)
+    child = subprocess.Popen(command, env={**os.environ, **path}, stdout=subprocess.PIPE)
+    while not (tmp_path / "asked").exists():
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    assert (child.communicate(timeout=20)[0], child.returncode) == (b"", 143)
 
 
 @pytest.fixture
