@@ -1,13 +1,13 @@
 """Measure what a LoRA learns per update, and what it forgets.
 
-    python benchmarks/learning.py run --results FILE [--recipes NAME …] [--concepts …] [--seeds …]
-    python benchmarks/learning.py table --results FILE          the same as tables
+    python benchmarks/learning.py run [--recipes NAME …] [--concepts …] [--seeds …]
+    python benchmarks/learning.py table                         what learning.jsonl has, as tables
 
 A run teaches the bundled model one of six concepts (`concepts.py`) from twelve pictures, by
 train_lora.py as its users start it, or by the textbook loop (`reference.py`). One judge measures
 the LoRAs of both: the loss on pictures that neither was trained on, at fixed noise and times; the
 share of pictures, on backgrounds that were held out, in which every part is right; and how far
-pictures of other things moved. What is in the results already is not run again.
+pictures of other things moved. learning.jsonl has a line per run; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES, HELD_BACK, TIMES = 12, 8, 8
 TEXTBOOK = "textbook"
+MAIN = [TEXTBOOK, "quarter, 2e-3", "example"]  # what all concepts and three seeds are run with
+RESULTS = ROOT / "benchmarks" / "learning.jsonl"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ COSINE = {"lr_scheduler": "cosine"}
 ALL = {"lora_targets": "all"}
 KNOWN = {"regularization_path": str(ROOT / "examples" / "regularization")}
 QUARTER = COSINE | ALL | KNOWN | {"train_text_encoder": True, "regularization_share": 0.25}
+EXAMPLE = QUARTER | {"learning_rate": 2e-3}  # as example_config.json has it, with 200 steps
+PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
 RECIPES = {
     TEXTBOOK: Recipe(300),
     "same": Recipe(300),
@@ -90,17 +94,23 @@ RECIPES = {
         150, COSINE | ALL | KNOWN | {"train_text_encoder": True}
     ),
     "quarter": Recipe(150, QUARTER),
-    "quarter, 2e-3": Recipe(150, QUARTER | {"learning_rate": 2e-3}),
+    "quarter, 2e-3": Recipe(150, EXAMPLE),
     "quarter, rank 32": Recipe(150, QUARTER | {"lora_rank": 32, "lora_alpha": 32}),
-    "example": Recipe(200, QUARTER | {"learning_rate": 2e-3}),  # as example_config.json
-    "example, batch 8": Recipe(300, QUARTER | {"batch_size": 8, "learning_rate": 2e-3}),
+    "example": Recipe(200, EXAMPLE),
+    "example, 600": Recipe(600, EXAMPLE),
+    "example, 4e-3": Recipe(200, EXAMPLE | {"learning_rate": 4e-3}),
+    "example, batch 2": Recipe(400, EXAMPLE | {"batch_size": 2, "learning_rate": 1.4e-3}),
+    "example, batch 8": Recipe(300, EXAMPLE | {"batch_size": 8}),
+    "example, rank 32": Recipe(200, EXAMPLE | {"lora_rank": 32, "lora_alpha": 32}),
+    "example, noisy times": Recipe(200, EXAMPLE | {"timestep_sampling": "cubic"}),
+    "example, prodigy": Recipe(200, EXAMPLE | PRODIGY),
     "all, min-snr": Recipe(150, COSINE | ALL | {"snr_gamma": 5}),
-    "all, noisy times": Recipe(150, COSINE | ALL | {"timestep_range": [0.3, 1.0]}),
+    "all, noisy times": Recipe(150, COSINE | ALL | {"timestep_range": [300, 1000]}),
     "all, caption dropout": Recipe(150, COSINE | ALL | {"caption_dropout": 0.1}),
     "all, dropout": Recipe(150, COSINE | ALL | {"lora_dropout": 0.1}),
     "all, batch 8": Recipe(75, COSINE | ALL | {"batch_size": 8}),
     "all, batch 1": Recipe(600, COSINE | ALL | {"batch_size": 1, "learning_rate": 5e-4}),
-    "all, prodigy": Recipe(150, COSINE | ALL | {"optimizer": "prodigy", "learning_rate": 1.0}),
+    "all, prodigy": Recipe(150, COSINE | ALL | PRODIGY),
     "all, dora": Recipe(150, COSINE | ALL | {"adapter": "dora"}),
     "all, loha": Recipe(150, COSINE | ALL | {"adapter": "loha"}),
     "all, lokr": Recipe(150, COSINE | ALL | {"adapter": "lokr"}),
@@ -244,20 +254,14 @@ def drift(pictures: Sequence[Image.Image]) -> float:
 @torch.no_grad()
 def judge(folder: Path | None, concept: Concept, wish: Wish) -> dict[str, float]:
     """Measure the base model, with a LoRA where one is given."""
-    base_pictures(wish.pictures)
-    pipeline = base_model()
-    if folder:
-        pipeline.load_lora_weights(folder, weight_name=lora_file(folder).name)
+    pipeline = measure.load(measure.BASE, lora_file(folder)) if folder else base_model()
     seen = [b for b in concept.backgrounds if b not in concept.held_out]
-    found = {
+    return {
         "loss": held_out_loss(pipeline, concept, seen),
         "loss_held_out": held_out_loss(pipeline, concept, concept.held_out),
         "right": statistics.mean(draw_concept(pipeline, concept, wish)),
         "drift": drift(other_pictures(pipeline, wish.pictures)),
     }
-    if folder:
-        pipeline.unload_lora_weights()
-    return found
 
 
 def lora_file(folder: Path) -> Path:
@@ -322,6 +326,11 @@ def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
     return f"{mean} ± {1.96 * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
+def recipes_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Name the recipes of some runs, in the order they have above."""
+    return [recipe for recipe in RECIPES if any(row["recipe"] == recipe for row in rows)]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Write a line per recipe: means, and what they are off from the same runs of the textbook."""
     off = "off the textbook's"
@@ -329,7 +338,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns += ["every part right", "drift", off]
     lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     known = {(r["concept"], r["seed"]): r for r in rows if r["recipe"] == TEXTBOOK}
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+    for recipe in recipes_of(rows):
         mine = [row for row in rows if row["recipe"] == recipe]
         pairs = [(row, known.get((row["concept"], row["seed"]))) for row in mine]
         cells = [recipe, str(mine[0]["steps"]), str(len(mine))]
@@ -349,7 +358,7 @@ def by_concept(rows: list[dict[str, Any]]) -> str:
         "| concept | recipe | runs | loss | loss, new backgrounds | every part right | drift |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for concept, recipe in itertools.product(CONCEPTS, dict.fromkeys(r["recipe"] for r in rows)):
+    for concept, recipe in itertools.product(CONCEPTS, recipes_of(rows)):
         mine = [r for r in rows if (r["concept"], r["recipe"]) == (concept, recipe)]
         if mine:
             means = [
@@ -366,8 +375,8 @@ def main() -> int:
     """Run the study, or write its tables."""
     parser = argparse.ArgumentParser(description="Measure what a LoRA learns per update.")
     parser.add_argument("command", choices=["run", "table"])
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[TEXTBOOK, "half"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=MAIN)
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=[*CONCEPTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
@@ -379,7 +388,8 @@ def main() -> int:
         tasks = [Task(recipe, concept, seed) for recipe, seed, concept in every]
         run(tasks, given.results, given.jobs, Wish(given.pictures, given.sheets))
     rows = read(given.results)
-    sys.stdout.write(f"{table(rows)}\n\n{by_concept(rows)}\n")
+    chosen = [row for row in rows if row["recipe"] in given.recipes]
+    sys.stdout.write(f"{table(rows)}\n\n{by_concept(chosen)}\n")
     return 0
 
 

@@ -460,7 +460,7 @@ pure noise.
 {rows}
 
 Made with {processor} from {pictures} pictures. {combinations} combinations of colour, shape and
-background were left out. Of {count} pictures of those, drawn with guidance 3, a program
+background were left out. Of {count} pictures of those, drawn with guidance {guidance:g}, a program
 (`examples/measure.py`) finds right: {score}.
 
 Half precision on disk; the licence is the repository's.
@@ -486,6 +486,7 @@ def write_card(folder: Path, recipe: Recipe) -> None:
         processor="a graphics card" if device().type == "cuda" else "two CPU cores",
         combinations=len(unseen()),
         count=len(pictures),
+        guidance=measure.GUIDANCE,
         score=score,
     )
     (folder / "README.md").write_text(card, "utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import concepts
@@ -134,6 +135,15 @@ def test_a_table_holds_runs_against_the_same_of_the_textbook() -> None:
     assert first.startswith("| textbook | 150 | 2 | 0.300 |  | 0.200 |  | 50% | 0.010 |  |")
     assert second.startswith("| half | 150 | 2 | 0.100 | -0.200 ± 0.196 | 0.200 | +0.000 ± 0.000 |")
     assert "| pair | half | 2 | 0.100 | 0.200 | 50% | 0.010 |" in learning.by_concept(rows)
+
+
+def test_the_tables_in_print_are_those_of_the_results() -> None:
+    """Every number on the page comes from a run that learning.jsonl has."""
+    rows, page = learning.read(learning.RESULTS), (ROOT / "benchmarks" / "README.md").read_text()
+    main = [row for row in rows if row["recipe"] in learning.MAIN]
+    assert len(main) == len(learning.MAIN) * len(CONCEPTS) * 3
+    assert learning.table(rows) in page
+    assert learning.by_concept(main) in page
 
 
 @pytest.mark.slow
