@@ -350,7 +350,7 @@ def enough(sizes: torch.Tensor, rank: int | None, energy: float | None) -> int:
 # --- Writing ---
 
 # Written numbers are rounded to their precision; more than that would be a mistake of the writer.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # and else 1e-5
 
 
 def same_alpha(lora: LoRA) -> tuple[LoRA, float]:
@@ -413,7 +413,7 @@ def write_lora(path: Path, lora: LoRA, naming: str, dtype: torch.dtype | None = 
 
     It takes its name after that, so that one that fails leaves what stood there before.
     """
-    tensors, most = named(lora, naming), TOLERANCE[dtype or lora.dtype]
+    tensors, most = named(lora, naming), TOLERANCE.get(dtype or lora.dtype, 1e-5)
     if dtype:
         tensors = {k: v if k.endswith(".alpha") else v.to(dtype) for k, v in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
