@@ -277,26 +277,29 @@ def wire(there: Served) -> Iterator[Wire]:
     made.listener.close()
 
 
-def test_a_cut_wire_costs_no_line(make_here: Make, wire: Wire, tmp_path: Path) -> None:
-    """The training goes on; what was said meanwhile is brought when the wire is mended."""
-    host = wire.url.removeprefix("http://")
-    with acting(
-        tmp_path / "behind", allowed_hosts=(host,), switches={"step-seconds": 0.05}
-    ) as behind:
+@pytest.fixture
+def far(make_here: Make, wire: Wire, tmp_path: Path) -> Iterator[Here]:
+    """Provide a studio that reaches another by the wire alone."""
+    host, slowly = wire.url.removeprefix("http://"), {"step-seconds": 0.05}
+    with acting(tmp_path / "behind", allowed_hosts=(host,), switches=slowly) as behind:
         wire.target = behind.settings.port
-        here = make_here(wire.url, behind.settings.token)
-        job = here.send(steps=40)
-        here.until_step(job, 5)
-        wire.cut()
-        before = len(here.lines(job))
-        for _ in range(10):
-            here.reconciler.make_round()
-            time.sleep(0.1)
-        assert here.store.job(job.id).state == "running"
-        assert len(here.lines(job)) <= before + 1
-        wire.mend()
-        assert here.until(job, "completed", "failed").state == "completed"
-        assert [line["seq"] for line in here.lines(job)] == list(range(1, len(here.lines(job)) + 1))
+        yield make_here(wire.url, behind.settings.token)
+
+
+def test_a_cut_wire_costs_no_line(far: Here, wire: Wire) -> None:
+    """The training goes on; what was said meanwhile is brought when the wire is mended."""
+    job = far.send(steps=40)
+    far.until_step(job, 5)
+    wire.cut()
+    before = len(far.lines(job))
+    for _ in range(10):
+        far.reconciler.make_round()
+        time.sleep(0.1)
+    assert far.store.job(job.id).state == "running"
+    assert len(far.lines(job)) <= before + 1
+    wire.mend()
+    assert far.until(job, "completed", "failed").state == "completed"
+    assert [line["seq"] for line in far.lines(job)] == list(range(1, len(far.lines(job)) + 1))
 
 
 def test_a_studio_that_does_not_answer_is_waited_for(make_here: Make) -> None:
@@ -313,21 +316,15 @@ def test_a_studio_that_does_not_answer_is_waited_for(make_here: Make) -> None:
         assert here.until(job, "stopped", "failed").state == "stopped"
 
 
-def test_a_studio_that_went_away_keeps_no_job(make_here: Make, wire: Wire, tmp_path: Path) -> None:
+def test_a_studio_that_went_away_keeps_no_job(far: Here, wire: Wire) -> None:
     """A stop that nobody hears ends the job here, and says that it may still run there."""
-    host = wire.url.removeprefix("http://")
-    with acting(
-        tmp_path / "behind", allowed_hosts=(host,), switches={"step-seconds": 0.05}
-    ) as behind:
-        wire.target = behind.settings.port
-        here = make_here(wire.url, behind.settings.token)
-        job = here.send(steps=100_000)
-        here.until_step(job, 5)
-        wire.cut()
-        here.store.request_stop(job.id)
-        stopped = here.until(job, "stopped", "failed")
-        assert stopped.state == "stopped"
-        assert "may still run there" in (stopped.error or {})["message"]
+    job = far.send(steps=100_000)
+    far.until_step(job, 5)
+    wire.cut()
+    far.store.request_stop(job.id)
+    stopped = far.until(job, "stopped", "failed")
+    assert stopped.state == "stopped"
+    assert "may still run there" in (stopped.error or {})["message"]
 
 
 @pytest.mark.parametrize(
